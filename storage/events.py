@@ -1,0 +1,31 @@
+"""How does a training or eval process tell whoever launched it how far it is?"""
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+EVENTS_VARIABLE = "GPT2_EVENTS"
+
+log = logging.getLogger("gpt2")
+
+
+def emit(kind: str, **fields: Any) -> None:
+    """Report progress: one JSON line on stdout where a launcher asked for it, a readable log line elsewhere."""
+    if os.environ.get(EVENTS_VARIABLE) == "1":
+        sys.stdout.write(json.dumps({"event": kind, **fields}) + "\n")
+        sys.stdout.flush()
+    else:
+        log.info("%s %s", kind, " ".join(f"{key}={_short(value)}" for key, value in fields.items()))
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The event that a line of a process's output holds, or None for any other line."""
+    if not line.startswith('{"event": '):
+        return None
+    return json.loads(line)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,241 @@
+"""How are bytes read, listed and published, on a local disk and on S3 alike?
+
+A location is a string: a local path or an `s3://bucket/key` URL (endpoint and keys from the usual AWS
+variables). Nothing is ever half-written under its final name: local files are written beside it and renamed,
+an S3 object appears with the PUT that completes it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+CHUNK = 16 * 2**20  # bytes read at once when hashing or copying
+
+
+@dataclass(frozen=True)
+class Stat:
+    path: str  # relative to the listed location; the last part of it for a single file
+    bytes: int
+    modified: str  # changes when the content does: mtime in ns locally, the ETag on S3
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url
+
+
+def join(root: str, *parts: str) -> str:
+    return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def name_of(url: str) -> str:
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(url: str) -> bool:
+    return os.path.exists(url) if is_local(url) else bool(_remote(url).exists(url))
+
+
+def open_file(url: str, mode: str = "rb") -> IO[Any]:
+    """Open for reading. To write, use the `publish` functions."""
+    if "r" not in mode:
+        raise ValueError(f"open_file reads only, got mode {mode!r}: use publish_bytes or publish_file")
+    if is_local(url):
+        return open(url, mode)
+    return _remote(url).open(url, mode)
+
+
+def read_bytes(url: str) -> bytes:
+    with open_file(url) as f:
+        return f.read()
+
+
+def read_text(url: str) -> str:
+    return read_bytes(url).decode()
+
+
+def read_json(url: str) -> Any:
+    return json.loads(read_bytes(url))
+
+
+def stat(url: str) -> Stat:
+    """Raises FileNotFoundError where there is nothing."""
+    if is_local(url):
+        info = os.stat(url)
+        return Stat(name_of(url), info.st_size, str(info.st_mtime_ns))
+    return _remote_stat(name_of(url), _remote(url).info(url))
+
+
+def list_files(url: str, suffix: str = "") -> list[Stat]:
+    """All files at or below `url`, sorted by path; empty where there is nothing."""
+    found = _list_local(url) if is_local(url) else _list_remote(url)
+    return sorted((s for s in found if s.path.endswith(suffix)), key=lambda s: s.path)
+
+
+def _list_local(root: str) -> Iterator[Stat]:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            info = os.stat(path)
+            yield Stat(os.path.relpath(path, root), info.st_size, str(info.st_mtime_ns))
+
+
+def _list_remote(root: str) -> Iterator[Stat]:
+    fs = _remote(root)
+    prefix = fs._strip_protocol(root).rstrip("/") + "/"
+    for path, info in fs.find(root, detail=True).items():
+        if info["type"] == "file" and path.startswith(prefix):
+            yield _remote_stat(path.removeprefix(prefix), info)
+
+
+def _remote_stat(path: str, info: dict[str, Any]) -> Stat:
+    return Stat(path, info["size"], str(info.get("ETag", "")).strip('"'))
+
+
+def publish_bytes(url: str, data: bytes) -> None:
+    """Make `data` the content of `url`, at once or not at all."""
+    if is_local(url):
+        with _published(url) as partial:
+            partial.write_bytes(data)
+    else:
+        _remote(url).pipe_file(url, data)
+
+
+def publish_json(url: str, value: Any) -> None:
+    publish_bytes(url, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def publish_file(local: str, url: str) -> None:
+    """Copy a local file to `url`, which appears only when it is complete."""
+    if is_local(url):
+        with _published(url) as partial:
+            shutil.copyfile(local, partial)
+    else:
+        _remote(url).put_file(local, url)
+
+
+class _published:
+    """A file beside its final name while it is written: synced and renamed on success, removed on failure."""
+
+    def __init__(self, path: str):
+        self.final = Path(path)
+        self.partial = self.final.with_name(f".{self.final.name}.{uuid.uuid4().hex[:8]}.partial")
+
+    def __enter__(self) -> Path:
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        return self.partial
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure is None:
+            with open(self.partial, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(self.partial, self.final)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+def create_exclusive(url: str, data: bytes) -> bool:
+    """Create `url` with `data` unless it exists; False when somebody else was first."""
+    try:
+        if is_local(url):
+            Path(url).parent.mkdir(parents=True, exist_ok=True)
+            with open(url, "xb") as f:
+                f.write(data)
+        else:
+            _remote(url).pipe_file(url, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove(url: str) -> None:
+    if is_local(url):
+        os.unlink(url)
+    else:
+        _remote(url).rm_file(url)
+
+
+def remove_tree(url: str) -> None:
+    """Remove everything at or below `url`; nothing happens where there is nothing."""
+    if is_local(url):
+        if os.path.isdir(url):
+            shutil.rmtree(url)
+    elif list_files(url):
+        _remote(url).rm(url, recursive=True)
+
+
+def move_tree(source: str, destination: str) -> None:
+    """Move a folder within one store."""
+    if is_local(source) and is_local(destination):
+        Path(destination).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, destination)
+    else:
+        copy_tree(source, destination)
+        remove_tree(source)
+
+
+def copy_tree(source: str, destination: str, skip_same_size: bool = False) -> None:
+    """Copy every file below `source`; with `skip_same_size`, those are left that are there in that size."""
+    there = {s.path: s.bytes for s in list_files(destination)} if skip_same_size else {}
+    for found in list_files(source):
+        if there.get(found.path) != found.bytes:
+            _copy(join(source, found.path), join(destination, found.path))
+
+
+def _copy(source: str, destination: str) -> None:
+    if is_local(source):
+        publish_file(source, destination)
+    elif is_local(destination):
+        with _published(destination) as partial:
+            _remote(source).get_file(source, str(partial))
+    else:
+        _remote(source).copy(source, destination)
+
+
+def sha256(url: str) -> str:
+    digest = hashlib.sha256()
+    with open_file(url) as f:
+        while chunk := f.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_writable(url: str) -> None:
+    """Raise ValueError, with the reason and the fix, where nothing can be written."""
+    probe = join(url, f".writable-{uuid.uuid4().hex[:8]}")
+    try:
+        publish_bytes(probe, b"")
+        remove(probe)
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        fix = (
+            "choose a folder you may write to with --store"
+            if is_local(url)
+            else "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+        )
+        raise ValueError(f"the store {url} can't be written ({reason}): {fix}") from error
+
+
+def free_bytes(url: str) -> int | None:
+    """Free space where `url` lies or would lie; None on S3, which has no such number."""
+    if not is_local(url):
+        return None
+    path = Path(url).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _remote(url: str) -> Any:
+    """The fsspec filesystem of a URL. Listings are never cached: other processes write to the same store."""
+    protocol = url.split("://", 1)[0]
+    if protocol != "s3":
+        raise ValueError(f"{url}: only local paths and s3:// locations are supported")
+    return fsspec.filesystem("s3", use_listings_cache=False)

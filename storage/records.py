@@ -1,0 +1,206 @@
+"""What was made, from what, by which code, where and at what cost: the JSON record beside each output.
+
+An output is named by its key, its path in the store ("tokens/embedded-3.11.7", "runs/demo/scores/eleuther").
+What defines it (asset, code version, configuration, parents' fingerprints) makes its fingerprint; where and
+when it was made does not. The same fingerprint means the same content, so it is reused and not made again.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from storage import objects
+
+SCHEMA = 1
+LIBRARIES = ("torch", "dagster", "numpy", "pyarrow", "tiktoken", "duckdb", "transformers", "lm_eval")
+
+
+@dataclass(frozen=True)
+class File:
+    path: str  # relative to the output's folder, or absolute where the bytes stay outside the store
+    bytes: int
+    modified: str  # as in objects.Stat
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Parent:
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Record:
+    asset: str
+    key: str
+    fingerprint: str
+    code_version: str
+    config: dict[str, Any]
+    parents: list[Parent]
+    files: list[File]
+    started: str  # ISO 8601, UTC
+    ended: str
+    rows: int | None = None
+    tokens: int | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)  # seconds, gpu_hours, dollars
+    commit: str | None = None
+    dirty: bool | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.files)
+
+
+def fingerprint(
+    asset: str, code_version: str, config: Mapping[str, Any], parents: Sequence[Parent]
+) -> str:
+    """The sha256, in hex, of everything that defines an output."""
+    definition = {
+        "asset": asset,
+        "code_version": code_version,
+        "config": config,
+        "parents": sorted(p.fingerprint for p in parents),
+    }
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def record_url(store: str, key: str) -> str:
+    """Where the record of `key` lies: in its folder, or beside it for the scores, which share one."""
+    if key.split("/")[-2:-1] == ["scores"]:
+        return objects.join(store, f"{key}.record.json")
+    return objects.join(store, key, "record.json")
+
+
+def folder_url(store: str, key: str) -> str:
+    """The folder that holds the files of `key`."""
+    if key.split("/")[-2:-1] == ["scores"]:
+        return objects.join(store, key.rsplit("/", 1)[0])
+    return objects.join(store, key)
+
+
+def file_url(store: str, key: str, path: str) -> str:
+    """Where a file of `key` lies; absolute paths stay as they are."""
+    if path.startswith("/") or not objects.is_local(path):
+        return path
+    return objects.join(folder_url(store, key), path)
+
+
+def read_record(store: str, key: str) -> Record | None:
+    url = record_url(store, key)
+    return from_json(url, objects.read_json(url)) if objects.exists(url) else None
+
+
+def from_json(url: str, data: dict[str, Any]) -> Record:
+    """Raises ValueError for a record of another schema."""
+    if data.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{url} has schema {data.get('schema')!r}, this version reads {SCHEMA}: "
+            "use the version of the project that wrote it, or move the output away to make it anew"
+        )
+    names = {f.name for f in dataclasses.fields(Record)}
+    values = {name: value for name, value in data.items() if name in names}
+    values["parents"] = [Parent(**p) for p in data["parents"]]
+    values["files"] = [File(**f) for f in data["files"]]
+    return Record(**values)
+
+
+def write_record(store: str, record: Record) -> None:
+    data = dataclasses.asdict(record)
+    objects.publish_json(
+        record_url(store, record.key), {"schema": data.pop("schema"), "bytes": record.bytes, **data}
+    )
+
+
+def all_records(store: str) -> Iterator[Record]:
+    """Every record in the store, sorted by path."""
+    for found in objects.list_files(store, suffix="record.json"):
+        url = objects.join(store, found.path)
+        yield from_json(url, objects.read_json(url))
+
+
+def describe_files(folder: str, paths: Sequence[str]) -> list[File]:
+    """The files of an output as its record states them, hashed."""
+    return [describe_file(folder, path) for path in paths]
+
+
+def describe_file(folder: str, path: str) -> File:
+    url = path if path.startswith("/") or not objects.is_local(path) else objects.join(folder, path)
+    found = objects.stat(url)
+    return File(path, found.bytes, found.modified, objects.sha256(url))
+
+
+def reusable(store: str, key: str, wanted: str) -> tuple[Record | None, str]:
+    """The record of `key` if its output is whole and has the fingerprint `wanted`, and the reason either way."""
+    record = read_record(store, key)
+    if record is None:
+        return None, "not made yet"
+    if record.fingerprint != wanted:
+        return None, f"made from something else (fingerprint {record.fingerprint[:8]}, now {wanted[:8]})"
+    for f in record.files:
+        if problem := file_problem(store, key, f):
+            return None, problem
+    return record, f"same fingerprint {wanted[:8]}, {len(record.files)} files unchanged"
+
+
+def file_problem(store: str, key: str, file: File) -> str | None:
+    """What is wrong with a file of an output, or None. Its hash is read only where size or time changed."""
+    url = file_url(store, key, file.path)
+    if not objects.exists(url):
+        return f"{url} is missing"
+    found = objects.stat(url)
+    if found.bytes != file.bytes:
+        return f"{url} has {found.bytes} bytes, its record says {file.bytes}"
+    if found.modified != file.modified and objects.sha256(url) != file.sha256:
+        return f"{url} has other content than its record says"
+    return None
+
+
+@cache
+def code_state() -> tuple[str | None, bool | None]:
+    """(commit, has uncommitted changes) of this project's checkout; (None, None) outside of one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None, None
+    commit = _git(root, "rev-parse", "HEAD")
+    return commit or None, bool(_git(root, "status", "--porcelain"))
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    installed = {d.metadata["Name"].replace("-", "_").lower() for d in importlib.metadata.distributions()}
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES if name in installed}
+    return {"python": platform.python_version(), **found}
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory in bytes, and the names of the GPUs that nvidia-smi lists."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"machine": platform.machine(), "cores": os.cpu_count(), "memory": memory, "gpus": _gpus()}
+
+
+def _gpus() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return []
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []

@@ -1,0 +1,315 @@
+"""What is a run? Its whole configuration as frozen, typed values, and how text becomes one."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+GPT2_VOCABULARY = 50257
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT-2 or GPT-3 shaped decoder; the two families differ in their widths and their context."""
+
+    layers: int
+    channels: int
+    heads: int
+    context: int = 1024  # tokens a sequence, T; also the number of learned positions
+    vocab: int = GPT2_VOCABULARY
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.channels, self.heads, self.context, self.vocab) < 1:
+            raise ValueError(f"every size of a model must be at least 1, got {self}")
+        if self.channels % self.heads:
+            raise ValueError(f"channels={self.channels} is not a multiple of heads={self.heads}")
+
+    @property
+    def head_size(self) -> int:
+        return self.channels // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """The vocabulary rounded up to a multiple of 128 (50304), so that the head's matmul tiles evenly."""
+        return -(-self.vocab // 128) * 128
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters, padding rows left out: 124,439,808 for d12."""
+        per_layer = 12 * self.channels**2 + 13 * self.channels
+        return (self.vocab + self.context) * self.channels + self.layers * per_layer + 2 * self.channels
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward, by llm.c's formula 6N + 6LCT with N over the padded vocabulary."""
+        padded = self.parameters + (self.padded_vocab - self.vocab) * self.channels
+        return 6 * padded + 6 * self.layers * self.channels * self.context
+
+
+# llm.c's tables: GPT-2 by depth -> (channels, heads); GPT-3 by channels -> (layers, head size).
+GPT2_BY_DEPTH = {6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25), 60: (1920, 30)}
+GPT3_BY_CHANNELS = {
+    384: (6, 64),
+    768: (12, 64),
+    1024: (24, 64),
+    1536: (24, 96),
+    2048: (24, 128),
+    2560: (32, 80),
+    4096: (32, 128),
+}
+
+
+def model_from_descriptor(text: str) -> ModelConfig:
+    """Read llm.c's `-e`: "d48" is GPT-2 by depth, "gpt3:c1536" is GPT-3 by channels."""
+    if match := re.fullmatch(r"d(\d+)", text):
+        return _gpt2(int(match[1]))
+    if match := re.fullmatch(r"gpt3:c(\d+)", text):
+        return _gpt3(int(match[1]))
+    raise ValueError(f"unknown model {text!r}: write d12, d24, d36 or d48, or gpt3:c768 … gpt3:c4096")
+
+
+def _gpt2(depth: int) -> ModelConfig:
+    if depth not in GPT2_BY_DEPTH:
+        raise ValueError(f"no GPT-2 of depth {depth}: choose from {sorted(GPT2_BY_DEPTH)}")
+    channels, heads = GPT2_BY_DEPTH[depth]
+    return ModelConfig(layers=depth, channels=channels, heads=heads)
+
+
+def _gpt3(channels: int) -> ModelConfig:
+    if channels not in GPT3_BY_CHANNELS:
+        raise ValueError(f"no GPT-3 of {channels} channels: choose from {sorted(GPT3_BY_CHANNELS)}")
+    layers, head_size = GPT3_BY_CHANNELS[channels]
+    return ModelConfig(layers=layers, channels=channels, heads=channels // head_size, context=2048)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines the trained weights, given the tokens. The comment names llm.c's flag."""
+
+    steps: int  # -x
+    batch_tokens: int  # -d: tokens an optimizer step, over all ranks
+    lr: float  # -l: the schedule's maximum
+    final_lr_fraction: float = 0.1  # -q: of lr, at the last step
+    warmup_steps: int = 700  # -u
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # -k
+    weight_decay: float = 0.1  # -c: on 2-D weights only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0  # largest global gradient norm
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    master_weights: bool = True  # -w: fp32 masters behind bf16 weights; false: stochastic rounding
+    init_seed: int = 42
+    init_from: str = ""  # -e: start from a Hugging Face folder or hub name, or an llm.c .bin
+    shuffle: bool = True  # a seeded permutation of the sequences within each shard
+    order_seed: int = 42
+    overfit: bool = False  # -a: train on the first batch only, to debug
+    val_every: int = 250  # -v: steps; 0: only at the end
+    val_batches: int = 20  # -m: batches of val_sequences x T tokens each
+    sample_every: int = 0  # -s: steps; 0: only at the end
+    sample_tokens: int = 384  # -g
+    checkpoint_every: int = 2000  # -n: steps; the last step always
+    keep_checkpoints: int = 2  # -nk: the newest that stay
+    keep_every: int = 0  # -nm: checkpoints of each such step are never deleted; 0: none
+    skip_loss_z: float = 0.0  # -sl: skip updates whose loss has a higher z-score; 0: off
+    skip_grad_z: float = 0.0  # -sg: the same for the gradient norm
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "val_batches", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("warmup_steps", "val_every", "sample_every", "sample_tokens", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} must be above 0")
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    shard_tokens: int = 0  # tokens a shard; 0: 100M, or about a twentieth of a small corpus
+
+    def __post_init__(self) -> None:
+        if self.shard_tokens < 0:
+            raise ValueError(f"shard_tokens={self.shard_tokens} must not be negative")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    completion_items: int = 100  # items made from held-out documents, in HellaSwag's format
+    harness_items: int = 100  # of these, how many the Eleuther harness scores
+    hellaswag: str = ""  # HellaSwag's validation jsonl (may be .gz); empty: not evaluated
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the exported weights and of every eval
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.completion_items <= 10_000:
+            raise ValueError(f"completion_items={self.completion_items} must lie between 4 and 10000")
+        if not 1 <= self.harness_items <= self.completion_items:
+            raise ValueError(f"harness_items={self.harness_items} must lie between 1 and completion_items")
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """Where a run runs. None of this changes the result, so none of it enters a fingerprint."""
+
+    gpus: int = 0  # ranks on this machine; 0: every GPU, or one CPU rank
+    nnodes: int = 1
+    micro_batch: int = 0  # -b: sequences a rank and micro-step; 0: the largest that fits
+    recompute: int = 0  # -r: 0 none, 1 GELU, 2 also LayerNorm, 3 whole blocks
+    workers: int = 0  # processes that tokenize; 0: one a core
+    price_per_gpu_hour: float = 0.0  # dollars
+
+    def __post_init__(self) -> None:
+        if self.recompute not in (0, 1, 2, 3):
+            raise ValueError(f"recompute={self.recompute} must be 0, 1, 2 or 3")
+        if min(self.gpus, self.micro_batch, self.workers) < 0 or self.nnodes < 1:
+            raise ValueError(f"gpus, micro_batch and workers must not be negative, nnodes at least 1: {self}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: the content of `runs/<run>/config.json`."""
+
+    recipe: str
+    corpus: str  # a source: "embedded", a folder of parquet, s3://…
+    model: ModelConfig
+    train: TrainConfig
+    tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_tokens % self.model.context:
+            raise ValueError(
+                f"batch_tokens={self.train.batch_tokens} is not a multiple of the context of "
+                f"{self.model.context} tokens: the nearest that are "
+                f"{' and '.join(map(str, _nearest_multiples(self.train.batch_tokens, self.model.context)))}"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in training."""
+        return self.train.steps * self.train.batch_tokens
+
+    @property
+    def flops(self) -> int:
+        return self.tokens * self.model.flops_per_token
+
+
+def _nearest_multiples(value: int, unit: int) -> list[int]:
+    below = value // unit * unit
+    return [n for n in (below, below + unit) if n > 0]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-ready dicts."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
+    """The inverse of `to_dict`. Raises ValueError for a key or a value that `cls` does not have."""
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {key!r}{_suggest(key, hints)}")
+    values = {}
+    for key, value in data.items():
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            values[key] = from_dict(kind, value, f"{where}.{key}")
+        else:
+            values[key] = _typed(f"{where}.{key}", kind, value)
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
+    return cls(**values)
+
+
+def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
+    """`config` with settings such as "steps=20" or "train.lr=1e-3" applied.
+
+    A key is a field's name, with its section in front where two sections have it.
+    Raises ValueError for an unknown key (naming the nearest), an ambiguous one, or a value of another type.
+    """
+    data = to_dict(config)
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set {setting}: write key=value, such as steps=20")
+        section, name = _locate(config, key.strip())
+        kind = typing.get_type_hints(type(getattr(config, section)) if section else RunConfig)[name]
+        value = _typed(key, kind, _parse(kind, text.strip()))
+        (data[section] if section else data)[name] = value
+    return from_dict(RunConfig, data)
+
+
+def settable_keys(config: RunConfig) -> dict[str, Any]:
+    """Every key that `override` takes, in full ("train.lr"), with its present value."""
+    keys: dict[str, Any] = {"corpus": config.corpus}
+    for section in _sections(config):
+        for f in dataclasses.fields(getattr(config, section)):
+            keys[f"{section}.{f.name}"] = getattr(getattr(config, section), f.name)
+    return keys
+
+
+def _sections(config: RunConfig) -> list[str]:
+    return [f.name for f in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, f.name))]
+
+
+def _locate(config: RunConfig, key: str) -> tuple[str, str]:
+    """(section, field) that `key` names; the section is "" for RunConfig's own fields."""
+    known = settable_keys(config)
+    matches = [full for full in known if full == key or full.split(".")[-1] == key]
+    if not matches:
+        names = list(known) + [full.split(".")[-1] for full in known]
+        raise ValueError(f"unknown key {key!r}{_suggest(key, names)}; `gpt2 recipes NAME` lists them all")
+    if len(matches) > 1:
+        raise ValueError(f"key {key!r} is ambiguous: write one of {', '.join(matches)}")
+    section, _, name = matches[0].rpartition(".")
+    return section, name
+
+
+def _parse(kind: Any, text: str) -> Any:
+    """The value that `text` stands for, left as it is where it is not of that kind."""
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
+    if kind is int and re.fullmatch(r"[+-]?\d[\d_,]*", text):
+        return int(text.replace(",", "").replace("_", ""))
+    if kind is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text.lower()):
+        return float(text)
+    return text
+
+
+def _typed(where: str, kind: Any, value: Any) -> Any:
+    """`value` if it is of `kind`, an int being a good float; else ValueError."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ValueError(f"{where}={value!r} is none of {', '.join(map(str, choices))}")
+        return value
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        raise TypeError(f"{where}: union types are not supported in a configuration")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}={value!r} is not {_an(kind.__name__)}")
+    return value
+
+
+def _an(noun: str) -> str:
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(noun, noun)
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(dict.fromkeys(close))}?)" if close else ""
