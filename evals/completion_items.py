@@ -1,0 +1,98 @@
+"""What can a demo be asked that it has not read? Completion items in HellaSwag's format, from held-out documents.
+
+A context of a few sentences, the sentence that really follows, and three that follow elsewhere: drawn from other
+documents of the same set, near the right one in length, so that neither topic words of the ending's own page alone
+nor length gives the answer away for free. Easier than HellaSwag, whose wrong endings were made to fool models: a
+score here is compared with nothing published.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from storage import shards, tokenizer
+
+CONTEXT_SENTENCES = 2
+WORDS = range(6, 41)  # words in a usable ending: shorter ones say nothing, longer ones dilute the choice
+PER_DOCUMENT = 8  # at most, so that one long document does not fill the set
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+
+@dataclass(frozen=True)
+class Passage:
+    document: str
+    context: str
+    ending: str
+
+
+def held_out_documents(shard: str) -> Iterator[tuple[str, str]]:
+    """(id, text) of the whole documents in a shard; one that its ends cut through is left out."""
+    tokens = shards.open_shard(shard)
+    starts = (tokens == tokenizer.EOT).nonzero()[0].tolist()
+    for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        yield f"document {number} at token {start}", tokenizer.decode(tokens[start + 1 : end])
+
+
+def make_items(texts: Iterable[tuple[str, str]], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` items (fewer where the texts hold fewer); the same texts, count and seed give the same items.
+
+    Raises ValueError where the documents are too few to draw wrong endings from others.
+    """
+    draw = random.Random(seed)
+    passages = [p for document, text in texts for p in _some(_passages(document, text), draw)]
+    documents = {p.document for p in passages}
+    if len(documents) < 4:
+        raise ValueError(
+            f"completion items need usable passages in at least 4 held-out documents, found {len(documents)}: "
+            "use a larger validation shard"
+        )
+    chosen = draw.sample(passages, min(count, len(passages)))
+    by_length = sorted(passages, key=lambda p: (len(p.ending), p.ending, p.document))
+    return [_item(number, passage, by_length, draw) for number, passage in enumerate(chosen)]
+
+
+def _some(passages: list[Passage], draw: random.Random) -> list[Passage]:
+    return draw.sample(passages, min(PER_DOCUMENT, len(passages)))
+
+
+def _passages(document: str, text: str) -> list[Passage]:
+    """Every place in a paragraph where a usable sentence follows its context."""
+    found = []
+    for paragraph in text.split("\n\n"):
+        sentences = SENTENCE_END.split(" ".join(paragraph.split()))
+        for at in range(CONTEXT_SENTENCES, len(sentences)):
+            ending = sentences[at]
+            if len(ending.split()) in WORDS and ending[-1] in ".!?":
+                found.append(Passage(document, " ".join(sentences[at - CONTEXT_SENTENCES : at]), ending))
+    return found
+
+
+def _item(number: int, passage: Passage, by_length: list[Passage], draw: random.Random) -> dict[str, Any]:
+    endings = [passage.ending, *_wrong_endings(passage, by_length, draw)]
+    draw.shuffle(endings)
+    return {
+        "ind": number,
+        "activity_label": "Reading",
+        "ctx": passage.context,
+        "ctx_a": passage.context,
+        "ctx_b": "",
+        "endings": endings,
+        "label": endings.index(passage.ending),
+        "split": "val",
+        "source_id": passage.document,
+    }
+
+
+def _wrong_endings(passage: Passage, by_length: list[Passage], draw: random.Random) -> list[str]:
+    """Three different endings of three other documents, among the 24 nearest in length."""
+    seen, usable = {passage.document}, []
+    for other in sorted(by_length, key=lambda p: abs(len(p.ending) - len(passage.ending))):
+        if other.document not in seen and other.ending != passage.ending:
+            seen.add(other.document)
+            usable.append(other.ending)
+        if len(usable) == 24:
+            break
+    distinct = sorted(set(usable))
+    return draw.sample(distinct, 3)

@@ -1,0 +1,171 @@
+"""Which of four endings does the model find likeliest? HellaSwag, by two protocols, and items in its format.
+
+`completion` is llm.c's (dev/data/hellaswag.py): the raw context, a space and the ending; the sum of the ending's
+log-probabilities (acc), and their mean over tokens (acc_norm).
+`harness` is lm-eval's `hellaswag`: the activity before the context, markup removed; the sum (acc), and the sum
+divided by the ending's length in characters (acc_norm).
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evals.model import LoadedModel
+from evals.results import EvalResult, Score, mean_score
+from evals.scoring import Request, Scored, Scorer
+from storage import objects
+
+PROTOCOLS = ("completion", "harness")
+# the last sentence, where it starts in lower case: how ctx_b follows ctx_a ("... on a roof. he")
+LOWER_CASE_END = re.compile(r"^(?P<a>.*[.!?\"')\]]) (?P<b>[a-z][^.!?]*)$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str  # "hellaswag item 17": said when it can't be scored
+    ind: int
+    activity: str
+    context: str  # the whole context, as llm.c reads it
+    context_a: str
+    context_b: str  # the beginning of the sentence that the endings finish; may be empty
+    endings: tuple[str, ...]
+    label: int
+
+
+def read_items(url: str, limit: int = 0) -> list[Item]:
+    """Items of a jsonl (or .jsonl.gz) in HellaSwag's raw schema, or in the one without ctx_a and ctx_b.
+
+    Raises ValueError naming the file and line of an item that is not whole.
+    """
+    data = objects.read_bytes(url)
+    text = gzip.decompress(data).decode() if data[:2] == b"\x1f\x8b" else data.decode()
+    lines = [line for line in io.StringIO(text) if line.strip()]
+    if not lines:
+        raise ValueError(f"{url} holds no items")
+    lines = lines[:limit] if limit else lines
+    return [parse_item(json.loads(line), f"{url} line {n}") for n, line in enumerate(lines, start=1)]
+
+
+def parse_item(raw: dict[str, Any], name: str) -> Item:
+    endings = raw.get("endings")
+    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
+        raise ValueError(f"{name}: `endings` must be a list of at least two texts, not {endings!r}")
+    label = int(raw["label"]) if str(raw.get("label", "")).isdigit() else -1
+    if not 0 <= label < len(endings):
+        raise ValueError(f"{name}: `label` {raw.get('label')!r} must be an ending's number, 0 to {len(endings) - 1}")
+    context = raw.get("ctx") or " ".join(part for part in (raw.get("ctx_a"), raw.get("ctx_b")) if part)
+    if not context:
+        raise ValueError(f"{name}: no context: `ctx`, or `ctx_a` and `ctx_b`, must hold text")
+    a, b = (raw["ctx_a"], raw["ctx_b"]) if "ctx_a" in raw and "ctx_b" in raw else split_context(context)
+    return Item(name, int(raw.get("ind", -1)), raw.get("activity_label", ""), context, a, b, tuple(endings), label)
+
+
+def split_context(context: str) -> tuple[str, str]:
+    """ctx_a and ctx_b of a context that came without them."""
+    match = LOWER_CASE_END.match(context)
+    return (match["a"], match["b"]) if match else (context, "")
+
+
+def harness_text(text: str) -> str:
+    """What lm-eval's hellaswag does to a text: WikiHow's markup is removed."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def prompt(item: Item, protocol: str) -> tuple[str, tuple[str, ...]]:
+    """The context and the endings as the model reads them, without the space between."""
+    if protocol == "completion":
+        return item.context, item.endings
+    context = f"{item.activity}: {item.context_a} {item.context_b.capitalize()}"
+    return harness_text(context), tuple(harness_text(ending) for ending in item.endings)
+
+
+def requests(items: Sequence[Item], protocol: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> list[Request]:
+    """Four requests an item, in order. Raises ValueError for an item whose tokens leave nothing to score."""
+    prompts = [prompt(item, protocol) for item in items]
+    if protocol == "completion":
+        # context and " ending" are encoded apart, as llm.c does
+        contexts = encode([context for context, _ in prompts])
+        endings = encode([" " + ending for _, several in prompts for ending in several])
+    else:
+        contexts = encode([context.rstrip() for context, _ in prompts])
+        wholes = encode([_whole(context, ending) for context, several in prompts for ending in several])
+        owners = [n for n, (_, several) in enumerate(prompts) for _ in several]
+        endings = [whole[len(contexts[n]) :] for whole, n in zip(wholes, owners, strict=True)]
+    made, position = [], 0
+    for item, context, (_, several) in zip(items, contexts, prompts, strict=True):
+        for number in range(len(several)):
+            name = f"{item.name}, ending {number} ({protocol})"
+            made.append(Request(name, tuple(context), tuple(endings[position])))
+            position += 1
+    return made
+
+
+def _whole(context: str, ending: str) -> str:
+    """Context and ending in one text: lm-eval encodes it whole and takes the tokens after the context's."""
+    return f"{context} {ending}"
+
+
+def evaluate(
+    model: LoadedModel,
+    scorer: Scorer,
+    items: Sequence[Item],
+    suite: str,
+    protocols: Sequence[str] = PROTOCOLS,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Score every item by every protocol."""
+    scores: dict[str, Score] = {}
+    per_item: list[dict[str, Any]] = []
+    truncated = 0
+    for number, protocol in enumerate(protocols):
+        asked = requests(items, protocol, model.encode)
+        total = len(asked)
+        report = (lambda d, t, n=number: progress(n * t + d, len(protocols) * t)) if progress else None
+        rows = _judge(items, protocol, scorer.score(asked, report))
+        truncated += sum(row["truncated"] for row in rows)
+        assert total == sum(len(item.endings) for item in items)
+        scores[f"{protocol}_acc"] = mean_score([float(row["correct"]) for row in rows])
+        scores[f"{protocol}_acc_norm"] = mean_score([float(row["correct_norm"]) for row in rows])
+        per_item += rows
+    return EvalResult(suite, ", ".join(protocols), model.describe(), scores, len(items), truncated, per_item)
+
+
+def _judge(items: Sequence[Item], protocol: str, scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """One row an item: log-probabilities, the two choices, and whether they are right."""
+    rows, position = [], 0
+    for item in items:
+        mine = scored[position : position + len(item.endings)]
+        position += len(item.endings)
+        logprobs = [s.logprob for s in mine]
+        normalised = [p / n for p, n in zip(logprobs, _lengths(item, protocol, mine), strict=True)]
+        choice, choice_norm = _best(logprobs), _best(normalised)
+        rows.append(
+            {
+                "protocol": protocol,
+                "ind": item.ind,
+                "label": item.label,
+                "choice": choice,
+                "choice_norm": choice_norm,
+                "correct": choice == item.label,
+                "correct_norm": choice_norm == item.label,
+                "logprobs": logprobs,
+                "tokens": [s.tokens for s in mine],
+                "truncated": sum(s.truncated for s in mine),
+            }
+        )
+    return rows
+
+
+def _lengths(item: Item, protocol: str, scored: Sequence[Scored]) -> list[int]:
+    if protocol == "completion":
+        return [s.tokens for s in scored]
+    return [len(ending) for ending in prompt(item, "harness")[1]]
+
+
+def _best(values: Sequence[float]) -> int:
+    """The first of the largest, as numpy's argmax."""
+    return max(range(len(values)), key=lambda i: (values[i], -i))

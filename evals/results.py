@@ -1,0 +1,82 @@
+"""What does an eval hand back, and how is it written so that a score can be trusted and taken apart later?"""
+
+import importlib.metadata
+import io
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from storage import objects
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    stderr: float | None  # standard error of the mean over the items; None where the metric has none
+    n: int  # items behind the value
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    suite: str
+    protocol: str
+    model: dict[str, Any]
+    scores: dict[str, Score]
+    items: int
+    truncated: int  # requests that lost context tokens on the left
+    per_item: list[dict[str, Any]] = field(repr=False)
+    details: dict[str, Any] = field(default_factory=dict)  # what defines the task beyond its name
+
+
+def mean_score(values: Sequence[float]) -> Score:
+    """Mean with its standard error, sample deviation / sqrt(n), as lm-eval's. Raises ValueError without values."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("no items to average: the eval's items are empty")
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Score(mean, None, n)
+    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
+    return Score(mean, math.sqrt(variance / n), n)
+
+
+def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
+    """Write OUT.json and, beside it, the per-item parquet, which comes first: the JSON says that all is there."""
+    if not out.endswith(".json"):
+        raise ValueError(f"--out {out!r} must end in .json: the per-item parquet is named after it")
+    check_finite(result)
+    parquet = out.removesuffix(".json") + ".parquet"
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(result.per_item), buffer, compression="zstd")
+    objects.publish_bytes(parquet, buffer.getvalue())
+    page = {
+        "suite": result.suite,
+        "protocol": result.protocol,
+        "model": result.model,
+        "scores": {name: asdict(score) for name, score in result.scores.items()},
+        "items": result.items,
+        "truncated": result.truncated,
+        "details": result.details,
+        "versions": versions(),
+        "seconds": round(seconds, 3),
+        "per_item": parquet.replace("\\", "/").rsplit("/", 1)[-1],
+    }
+    objects.publish_json(out, page)
+    return page
+
+
+def check_finite(result: EvalResult) -> None:
+    for name, score in result.scores.items():
+        if not math.isfinite(score.value):
+            raise ValueError(f"{result.suite}: {name} is {score.value}, which is no score")
+
+
+def versions() -> dict[str, str]:
+    wanted = ("torch", "transformers", "tokenizers", "tiktoken", "lm_eval", "numpy")
+    installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions() if d.name}
+    return {"python": platform.python_version()} | {n: installed[n] for n in wanted if n in installed}

@@ -1,0 +1,123 @@
+"""How is one eval run on one model? `python -m evals.run MODEL_FOLDER --suite NAME --out scores/NAME.json`."""
+
+import importlib.util
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from storage import events
+
+SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an eval reads, as the command line gave it."""
+
+    items: str
+    shard: str
+    tasks: tuple[str, ...]
+    task_path: str
+    limit: int
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub name where there is a network.")],
+    suite: Annotated[str, typer.Option(help="One of: " + ", ".join(SUITES))],
+    out: Annotated[str, typer.Option(help="The score's JSON file (a path or an s3:// URL).")],
+    items: Annotated[str, typer.Option(help="Items in HellaSwag's format: jsonl or jsonl.gz.")] = "",
+    shard: Annotated[str, typer.Option(help="A token shard, for validation_loss.")] = "",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated, for eleuther without --items.")] = "",
+    task_path: Annotated[str, typer.Option(help="A folder of lm-eval task files of your own.")] = "",
+    limit: Annotated[int, typer.Option(help="Only the first items (validation_loss: tokens); 0: all.")] = 0,
+    batch: Annotated[int, typer.Option(help="Tokens in a batch; 0: by device. Never changes a score.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Score one model on one suite and write SCORE.json with a per-item parquet beside it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    inputs = Inputs(items, shard, tuple(t for t in tasks.split(",") if t), task_path, limit)
+    if Path(model).exists() and not inputs.tasks:  # nothing is on the network, so nothing should ask for it
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    try:
+        run(model, suite, out, inputs, batch, device, dtype)
+    except ValueError as error:  # the user's input: one line that says what to do
+        sys.stderr.write(f"{error}\n")
+        raise typer.Exit(2) from None
+
+
+def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: str, dtype: str) -> None:
+    check(suite, inputs)
+    # here, not above: the check of the arguments answers at once, torch and transformers take seconds
+    from evals import results
+    from evals.model import load
+    from evals.scoring import Scorer
+
+    started = time.monotonic()
+    loaded = load(model, device, dtype)
+    events.emit("note", message=f"{suite}: {model} on {loaded.device}, loaded in {time.monotonic() - started:.1f} s")
+    result = _evaluate(loaded, Scorer(loaded, batch), suite, inputs, _progress(suite))
+    page = results.publish(result, out, time.monotonic() - started)
+    for name, score in result.scores.items():
+        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        events.emit("note", message=f"{suite} {name}: {score.value:.4f}{error} over {score.n}")
+    events.emit("eval_progress", suite=suite, done=page["items"], total=page["items"])
+
+
+def check(suite: str, inputs: Inputs) -> None:
+    """Refuse before anything is loaded."""
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown: use one of {', '.join(SUITES)}")
+    if suite == "validation_loss" and not inputs.shard:
+        raise ValueError("validation_loss needs a token shard: --shard FOLDER/<corpus>_val_000000.bin")
+    if suite in ("hellaswag", "completion_demo") and not inputs.items:
+        raise ValueError(f"{suite} needs items in HellaSwag's format: --items FILE.jsonl")
+    if suite == "eleuther":
+        if bool(inputs.items) == bool(inputs.tasks):
+            raise ValueError("eleuther needs either --tasks NAME,… of lm-eval, or --items FILE.jsonl")
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ValueError("eleuther needs lm-eval, which is not installed: pip install lm-eval==0.4.13")
+
+
+def _evaluate(model, scorer, suite: str, inputs: Inputs, progress: Callable[[int, int], None]):  # type: ignore[no-untyped-def]
+    if suite == "validation_loss":
+        from evals import validation_loss
+
+        return validation_loss.evaluate(model, scorer, inputs.shard, inputs.limit, progress)
+    from evals import hellaswag
+
+    if suite != "eleuther":
+        items = hellaswag.read_items(inputs.items, inputs.limit)
+        return hellaswag.evaluate(model, scorer, items, suite, progress=progress)
+    from evals import harness
+
+    if inputs.items:
+        items = hellaswag.read_items(inputs.items, inputs.limit)
+        return harness.evaluate_items(model, scorer, items, progress=progress)
+    return harness.evaluate(
+        model, scorer, inputs.tasks, inputs.task_path or None, inputs.limit, progress=progress
+    )
+
+
+def _progress(suite: str) -> Callable[[int, int], None]:
+    """At most one event a second."""
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 1.0:
+            last = time.monotonic()
+            events.emit("eval_progress", suite=suite, done=done, total=total)
+
+    return report
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,272 @@
+"""What log-probability does a model give to a continuation after a context, and how is that made fast?
+
+Three things make it fast, and none of them changes a result beyond float rounding:
+requests that share a context (the four endings of one item) become one row, in which each continuation sees the
+context and itself only; rows are sorted by length, so that little is padding; and the vocabulary-wide head, the
+largest part of a small model, runs on the positions that predict a continuation and on no other.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evals.model import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One continuation to score."""
+
+    name: str  # said when it cannot be scored
+    context: tuple[int, ...]  # at least one token
+    continuation: tuple[int, ...]  # at least one token
+
+
+@dataclass(frozen=True)
+class Scored:
+    logprob: float  # natural log, summed over the continuation's tokens
+    greedy: bool  # every token was the likeliest one
+    tokens: int
+    truncated: bool  # the context lost tokens on the left to fit the model
+
+
+@dataclass(frozen=True)
+class Branch:
+    request: int  # index into the requests
+    tokens: tuple[int, ...]  # the continuation
+
+
+@dataclass(frozen=True)
+class Row:
+    """A context with one or more continuations: context, then each continuation without its last token."""
+
+    context: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + sum(len(b.tokens) - 1 for b in self.branches)
+
+
+class Scorer:
+    """Scores requests with one model. `batch_tokens` bounds a batch, padding included; it halves when memory ends."""
+
+    def __init__(self, model: LoadedModel, batch_tokens: int = 0, share_prefixes: bool = True):
+        self.model = model
+        on_gpu = model.device.type == "cuda"
+        self.batch_tokens = batch_tokens or (65_536 if on_gpu else 4_096)
+        # on a CPU a chunk's logits (64 x 50257 fp32, 13 MB) stay near its caches; a GPU wants large matmuls
+        self.head_rows = 4_096 if on_gpu else 64
+        self.head = _linear_head(model)
+        self.share_prefixes = share_prefixes and _honours_masks(self)
+
+    def score(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Scored]:
+        """Scores in the order of the requests. Raises ValueError naming a request that can't be scored."""
+        for request in requests:
+            _check(request, self.model.context)
+        results: list[Scored | None] = [None] * len(requests)
+        done = 0
+        for batch in _batches(_rows(requests, self.model.context, self.share_prefixes), self.batch_tokens):
+            for branch, logprob, greedy in self._score_batch(batch):
+                request = requests[branch.request]
+                if not torch.isfinite(torch.tensor(logprob)):
+                    raise ValueError(f"{request.name} can't be scored: its log-probability is {logprob}")
+                results[branch.request] = Scored(
+                    logprob, greedy, len(branch.tokens), _excess(request, self.model.context) > 0
+                )
+            done += sum(len(row.branches) for row in batch)
+            if progress:
+                progress(done, len(requests))
+        return [r for r in results if r is not None]
+
+    def _score_batch(self, rows: list[Row]) -> list[tuple[Branch, float, bool]]:
+        try:
+            return self._forward(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        # outside the except block, so that the failed attempt's tensors are free
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        log.warning("out of memory with %d rows: going on with half of them", len(rows))
+        half = len(rows) // 2
+        return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[Row]) -> list[tuple[Branch, float, bool]]:
+        tokens, positions, segments = _pack(rows, self.model.eot, self.model.device)  # (B, T) each
+        if all(len(row.branches) == 1 for row in rows):  # padding stands on the right: plain causal attention
+            states, logits = self._run(tokens, None, None)
+        else:
+            states, logits = self._run(tokens, _tree_mask(segments, self.model.module.dtype), positions)
+        where, targets = _targets(rows, self.model.device)  # (N, 2), (N,)
+        picked = (states if logits is None else logits)[where[:, 0], where[:, 1]]  # (N, C) or (N, V)
+        logprobs, greedy = self._token_logprobs(picked, targets, logits is None)
+        return _sum_by_branch(rows, logprobs, greedy)
+
+    def _run(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states (B, T, C), and logits (B, T, V) where the head is more than a matrix."""
+        attention = {} if mask is None else {"attention_mask": mask, "position_ids": positions}
+        if self.head is None:
+            logits = self.model.module(tokens, use_cache=False, **attention).logits
+            return logits, logits
+        return self.model.module.base_model(tokens, use_cache=False, **attention).last_hidden_state, None
+
+    def _token_logprobs(self, picked: Tensor, targets: Tensor, through_head: bool) -> tuple[Tensor, Tensor]:
+        """fp64 log-probability (N,) of each target, and whether it was the likeliest token."""
+        logprobs, greedy = [], []
+        for rows, wanted in zip(picked.split(self.head_rows), targets.split(self.head_rows), strict=True):
+            logits = (self.head(rows) if through_head and self.head is not None else rows).float()  # (n, V)
+            top = logits.amax(-1, keepdim=True)  # (n, 1)
+            chosen = logits.gather(-1, wanted[:, None])  # (n, 1)
+            # exp in fp32, summed in fp64: the sum over 50257 terms is where fp32 would lose digits
+            total = (logits - top).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
+            logprobs.append(((chosen - top).double() - total).squeeze(-1))
+            greedy.append((chosen == top).squeeze(-1))
+        return torch.cat(logprobs).cpu(), torch.cat(greedy).cpu()
+
+
+def _check(request: Request, context: int) -> None:
+    if not request.context or not request.continuation:
+        empty = "continuation" if request.context else "context"
+        raise ValueError(f"{request.name} can't be scored: its {empty} has no tokens")
+    if len(request.continuation) > context:
+        raise ValueError(
+            f"{request.name} can't be scored: its continuation has {len(request.continuation)} tokens, "
+            f"more than the model's context of {context}"
+        )
+
+
+def _excess(request: Request, context: int) -> int:
+    """Tokens by which a request is too long; its last token is never an input."""
+    return max(0, len(request.context) + len(request.continuation) - 1 - context)
+
+
+def _rows(requests: Sequence[Request], context: int, share: bool) -> list[Row]:
+    """Requests gathered by context, the longest row first."""
+    shared: dict[tuple[int, ...], list[Branch]] = {}
+    rows: list[Row] = []
+    for index, request in enumerate(requests):
+        branch = Branch(index, request.continuation)
+        excess = _excess(request, context)
+        if excess or not share:  # cut contexts differ from branch to branch, so they can't be shared
+            rows.append(Row(request.context[excess:], (branch,)))
+        else:
+            shared.setdefault(request.context, []).append(branch)
+    for prefix, branches in shared.items():
+        rows += [Row(prefix, part) for part in _bounded(prefix, branches, 2 * context)]
+    return sorted(rows, key=lambda row: -row.length)
+
+
+def _bounded(prefix: tuple[int, ...], branches: list[Branch], limit: int) -> Iterator[tuple[Branch, ...]]:
+    """Branches in parts whose row stays under `limit` tokens: attention over a row costs its length squared."""
+    part: list[Branch] = []
+    length = len(prefix)
+    for branch in branches:
+        if part and length + len(branch.tokens) > limit:
+            yield tuple(part)
+            part, length = [], len(prefix)
+        part.append(branch)
+        length += len(branch.tokens)
+    yield tuple(part)
+
+
+def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Neighbours in length together, as many as fit into `batch_tokens` with padding."""
+    batch: list[Row] = []
+    for row in rows:  # sorted: the first row of a batch is its longest
+        if batch and batch[0].length * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _pack(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and segments, each (B, T). Segment 0 is the context, 1 to n the branches, n + 1 padding."""
+    width = max(row.length for row in rows)
+    tokens, positions, segments = [], [], []
+    for row in rows:
+        size = len(row.context)
+        line, place, segment = list(row.context), list(range(size)), [0] * size
+        for number, branch in enumerate(row.branches, start=1):
+            inner = len(branch.tokens) - 1
+            line += branch.tokens[:-1]
+            place += range(size, size + inner)
+            segment += [number] * inner
+        rest = width - len(line)
+        tokens.append(line + [pad] * rest)
+        positions.append(place + [0] * rest)
+        segments.append(segment + [len(row.branches) + 1] * rest)
+    packed = torch.tensor([tokens, positions, segments]).to(device)
+    return packed[0], packed[1], packed[2]
+
+
+def _tree_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, T, T): a token sees what stands before it in the context and in its own branch."""
+    size = segments.shape[1]
+    before = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    seen = before & ((keys == 0) | (keys == queries))  # (B, T, T)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _targets(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(row, position) whose output predicts each continuation token, and that token; branch by branch."""
+    where: list[tuple[int, int]] = []
+    targets: list[int] = []
+    for index, row in enumerate(rows):
+        start = len(row.context)
+        for branch in row.branches:
+            inner = len(branch.tokens) - 1
+            where.append((index, len(row.context) - 1))
+            where += [(index, start + i) for i in range(inner)]
+            targets += branch.tokens
+            start += inner
+    return torch.tensor(where, device=device), torch.tensor(targets, device=device)
+
+
+def _sum_by_branch(rows: list[Row], logprobs: Tensor, greedy: Tensor) -> list[tuple[Branch, float, bool]]:
+    branches = [branch for row in rows for branch in row.branches]
+    sizes = [len(branch.tokens) for branch in branches]
+    sums = [part.sum().item() for part in logprobs.split(sizes)]
+    all_greedy = [bool(part.all()) for part in greedy.split(sizes)]
+    return list(zip(branches, sums, all_greedy, strict=True))
+
+
+@torch.inference_mode()
+def _linear_head(model: LoadedModel) -> torch.nn.Module | None:
+    """The output matrix, if the logits are its product with the last hidden states and nothing else.
+
+    Some architectures scale or cap their logits after it; those go through the whole model.
+    """
+    head = model.module.get_output_embeddings()
+    if head is None or model.module.base_model is model.module:
+        return None
+    probe = torch.tensor([[model.eot, 0, 1, 2]], device=model.device)
+    states = model.module.base_model(probe, use_cache=False).last_hidden_state
+    logits = model.module(probe, use_cache=False).logits
+    return head if torch.allclose(head(states).float(), logits.float(), atol=1e-4) else None
+
+
+def _honours_masks(scorer: Scorer) -> bool:
+    """Whether two branches in one row score as they do alone; an architecture may ignore a mask of its own."""
+    requests = [Request("probe", (scorer.model.eot, 5, 6), (7, 8, 9)), Request("probe", (scorer.model.eot, 5, 6), (1, 2))]
+    shared = scorer._score_batch(_rows(requests, scorer.model.context, True))
+    alone = scorer._score_batch(_rows(requests, scorer.model.context, False))
+    tolerance = 1e-4 if scorer.model.module.dtype == torch.float32 else 0.1
+    apart = max(
+        abs(a[1] - b[1])
+        for a, b in zip(*(sorted(s, key=lambda x: x[0].request) for s in (shared, alone)), strict=True)
+    )
+    if apart > tolerance:
+        log.warning("%s does not take a mask of its own: prefixes are not shared", scorer.model.name)
+    return apart <= tolerance
