@@ -1,0 +1,158 @@
+"""What does a file of tokens, or of multiple-choice items, look like on disk?
+
+llm.c's formats: a header of 256 int32 (magic, version, counts), then uint16 values, so that its readers take our
+files and ours take its. Shard 0 of a corpus is its validation split, all others are training.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Literal
+
+import numpy as np
+
+from storage import objects
+from storage.tokenizer import VOCABULARY_SIZE, Tokens
+
+MAGIC = 20240520
+CHOICES_MAGIC = 20240522
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = HEADER_INTS * 4
+ITEM_START = 65535  # no token has this id, so a reader that lost its place notices
+CHOICES = 4
+
+Split = Literal["train", "val"]
+
+
+def shard_name(corpus: str, split: Split, index: int) -> str:
+    return f"{corpus}_{split}_{index:06d}.bin"
+
+
+def split_of(index: int) -> Split:
+    return "val" if index == 0 else "train"
+
+
+def shard_paths(folder: str, split: Split) -> list[str]:
+    """The shards of one split in corpus order."""
+    names = [s.path for s in objects.list_files(folder, ".bin") if f"_{split}_" in objects.name_of(s.path)]
+    return [objects.join(folder, name) for name in names]
+
+
+def header(magic: int, *counts: int) -> bytes:
+    values = np.zeros(HEADER_INTS, dtype="<i4")
+    values[: 2 + len(counts)] = [magic, VERSION, *counts]
+    return values.tobytes()
+
+
+def write_shard(url: str, tokens: Tokens) -> None:
+    """Publish `tokens` (N,) as one shard."""
+    with tempfile.TemporaryDirectory() as scratch:
+        local = os.path.join(scratch, objects.name_of(url))
+        with open(local, "wb") as f:
+            f.write(header(MAGIC, len(tokens)))
+            f.write(memoryview(np.ascontiguousarray(tokens, dtype="<u2")))
+        objects.publish_file(local, url)
+
+
+def read_header(path: str) -> int:
+    """Number of tokens in a shard. Raises ValueError where the file is not a whole shard."""
+    with objects.open_file(path) as f:
+        values = _read_header(f, path, MAGIC, "token shard")
+    count, size = int(values[2]), objects.stat(path).bytes
+    if size != HEADER_BYTES + 2 * count:
+        raise ValueError(
+            f"{path} is broken: its header says {count:,} tokens ({HEADER_BYTES + 2 * count:,} bytes) but it has "
+            f"{size:,} bytes; remove it and run the same command again to make it anew"
+        )
+    return count
+
+
+def _read_header(f: IO[bytes], path: str, magic: int, what: str) -> np.ndarray:
+    head = f.read(HEADER_BYTES)
+    if len(head) < HEADER_BYTES:
+        raise ValueError(f"{path} is broken: {len(head)} bytes are no {what}; remove it and make it anew")
+    values = np.frombuffer(head, dtype="<i4")
+    if values[0] != magic:
+        raise ValueError(
+            f"{path} is no {what}: its magic is {values[0]}, not {magic}; is it another kind of file?"
+        )
+    if values[1] != VERSION:
+        raise ValueError(f"{path} has version {values[1]} of the {what} format; this program reads {VERSION}")
+    return values
+
+
+def open_shard(path: str) -> np.memmap:
+    """Tokens of a local shard, mapped read-only: uint16 (N,)."""
+    count = read_header(path)
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def check_tokens(path: str) -> int:
+    """The largest token id in a local shard. Raises ValueError where one is outside GPT-2's vocabulary."""
+    largest = max((int(block.max()) for block in blocks(open_shard(path))), default=0)
+    if largest >= VOCABULARY_SIZE:
+        raise ValueError(
+            f"{path} holds token {largest}, but GPT-2's largest is {VOCABULARY_SIZE - 1}: the file is damaged or "
+            f"comes from another tokenizer; remove it and make it anew"
+        )
+    return largest
+
+
+def blocks(tokens: np.ndarray, size: int = 2**22) -> Iterator[np.ndarray]:
+    for start in range(0, len(tokens), size):
+        yield tokens[start : start + size]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One multiple-choice item as tokens: a context and four endings, of which `label` is right."""
+
+    context: tuple[int, ...]
+    endings: tuple[tuple[int, ...], ...]
+    label: int
+
+
+def write_choices(path: str, items: Sequence[Choice]) -> None:
+    """Publish items in llm.c's evaluation format; the endings carry the space that starts them."""
+    encoded = [_encode_item(index, item) for index, item in enumerate(items)]
+    longest = max((e.nbytes for e in encoded), default=0)
+    data = header(CHOICES_MAGIC, len(encoded), longest) + b"".join(e.tobytes() for e in encoded)
+    objects.publish_bytes(path, data)
+
+
+def _encode_item(index: int, item: Choice) -> np.ndarray:
+    if len(item.endings) != CHOICES:
+        raise ValueError(f"item {index} has {len(item.endings)} endings, not {CHOICES}")
+    body = [len(item.context), *item.context]
+    for ending in item.endings:
+        body += [len(ending), *ending]
+    values = [ITEM_START, 0, index, item.label, CHOICES, *body]
+    values[1] = 2 * len(values)
+    return np.array(values, dtype="<u2")
+
+
+def read_choices(path: str) -> list[Choice]:
+    """Items written by `write_choices` or by llm.c. Raises ValueError where the file is damaged."""
+    with objects.open_file(path) as f:
+        count = int(_read_header(f, path, CHOICES_MAGIC, "file of multiple-choice items")[2])
+        values = np.frombuffer(f.read(), dtype="<u2").tolist()
+    items, at = [], 0
+    for _ in range(count):
+        if at + 5 > len(values) or values[at] != ITEM_START or values[at + 4] != CHOICES:
+            raise ValueError(
+                f"{path} is broken at value {at}: no item starts there; remove it and make it anew"
+            )
+        items.append(_decode_item(values[at : at + values[at + 1] // 2]))
+        at += values[at + 1] // 2
+    return items
+
+
+def _decode_item(values: list[int]) -> Choice:
+    lists, at = [], 5
+    for _ in range(1 + CHOICES):
+        length = values[at]
+        lists.append(tuple(values[at + 1 : at + 1 + length]))
+        at += 1 + length
+    return Choice(lists[0], tuple(lists[1:]), values[3])
