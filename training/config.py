@@ -109,7 +109,8 @@ class TrainConfig:
     order_seed: int = 42
     overfit: bool = False  # -a: train on the first batch only, to debug
     val_every: int = 250  # -v: steps; 0: only at the end
-    val_batches: int = 20  # -m: batches of val_sequences x T tokens each
+    val_batches: int = 20  # -m: batches of val_sequences x T tokens each, or as many as the split holds
+    val_sequences: int = 128  # a batch of -m: 16 sequences on each of 8 GPUs in the run to reproduce
     sample_every: int = 0  # -s: steps; 0: only at the end
     sample_tokens: int = 384  # -g
     checkpoint_every: int = 2000  # -n: steps; the last step always
@@ -119,7 +120,7 @@ class TrainConfig:
     skip_grad_z: float = 0.0  # -sg: the same for the gradient norm
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "val_batches", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "batch_tokens", "val_batches", "val_sequences", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "sample_every", "sample_tokens", "keep_every"):

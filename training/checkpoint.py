@@ -1,0 +1,224 @@
+"""How does a run survive its end? Checkpoints that are complete or ignored, written while training goes on.
+
+    checkpoints/step_000250/model.safetensors                    the weights by name, in their own dtype
+                            optimizer_00000_of_00002.safetensors a shard group's optimizer state, a file a rank
+                            state.json                           everything else that the next step depends on
+                            DONE                                 last: readers trust nothing without it
+
+A save copies the tensors to host memory and leaves the writing to a thread. Each rank writes its own file into
+a hidden folder; the first rank waits for all of them, renames the folder and puts DONE into it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from storage import objects
+from training.distributed import World
+from training.optim import ShardedAdamW
+
+SCHEMA = 1
+FOLDER, DONE, MODEL, STATE = "checkpoints", "DONE", "model.safetensors", "state.json"
+WAIT = 600.0  # seconds until a rank that does not deliver its file counts as lost
+
+log = logging.getLogger("gpt2.checkpoint")
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def complete(run: str) -> list[int]:
+    """Steps of the complete checkpoints in a run folder (or URL), oldest first."""
+    found = objects.list_files(objects.join(run, FOLDER), DONE)
+    names = [stat.path.split("/")[0] for stat in found if stat.path.endswith(f"/{DONE}")]
+    return sorted(int(name.removeprefix("step_")) for name in names if name.startswith("step_"))
+
+
+def newest(run: str) -> Path | None:
+    """The newest complete checkpoint of a local run folder; torn ones are passed over with a line in the log."""
+    steps = complete(run)
+    for folder in sorted(Path(run, FOLDER).glob("*step_*")):
+        if not (folder / DONE).exists():
+            log.warning("passed over %s: it was not written to its end", folder.name)
+    return Path(run, FOLDER, step_name(steps[-1])) if steps else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Raises ValueError for a checkpoint of another schema."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    if state["schema"] != SCHEMA:
+        raise ValueError(f"{checkpoint} has schema {state['schema']}, this version reads {SCHEMA}: use the other")
+    return state
+
+
+def load_model(checkpoint: Path, model: nn.Module) -> None:
+    with safe_open(checkpoint / MODEL, framework="pt") as file, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(name))
+
+
+def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW) -> None:
+    """Read this rank's part of the optimizer's state, whatever number of ranks wrote it."""
+    files = sorted(checkpoint.glob("optimizer_*.safetensors"))
+    for bucket in optimizer.buckets:
+        for key in bucket.state:
+            part = _read_range(files, f"{bucket.name}.{key}", bucket.start, min(bucket.stop, bucket.size))
+            optimizer.load_state(bucket.name, key, part)
+
+
+def _read_range(files: list[Path], name: str, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of a flat tensor whose consecutive parts lie in `files`."""
+    parts, at = [torch.empty(0)], 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(name)
+            size = part.get_shape()[0]
+            low, high = max(start, at), min(stop, at + size)
+            if low < high:
+                parts.append(part[low - at : high - at])
+            at += size
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the newest ones, and every step that is a multiple of `every`."""
+
+    newest: int
+    every: int = 0
+
+    def drops(self, steps: list[int]) -> list[int]:
+        return [s for s in sorted(steps)[: -self.newest] if not (self.every and s % self.every == 0)]
+
+
+class Checkpointer:
+    """Saves a run's checkpoints; at most one is being written at a time."""
+
+    def __init__(self, run: str, world: World, keep: Keep, mirror: str | None = None) -> None:
+        self.run, self.world, self.keep, self.mirror = run, world, keep, mirror
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+        if world.is_first:
+            for torn in Path(run, FOLDER).glob(".step_*"):
+                shutil.rmtree(torn)
+        world.barrier()
+
+    def save(self, step: int, model: nn.Module, optimizer: ShardedAdamW, state: dict[str, Any]) -> None:
+        """Copy everything to host memory; return as soon as that is done, the rest follows in a thread."""
+        self.wait()
+        weights = {n: _host(p) for n, p in model.named_parameters()} if self.world.is_first else {}
+        moments = _optimizer_tensors(optimizer) if self.world.replicas.rank == 0 else {}
+        self.thread = threading.Thread(target=self._guarded, args=(step, weights, moments, state))
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is published. Raises what went wrong in it."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            raise self.failure
+
+    def _guarded(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except (OSError, ValueError) as error:  # the training thread raises it at its next save
+            self.failure = error
+
+    def _write(
+        self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        shard = self.world.shard
+        hidden = Path(self.run, FOLDER, f".{step_name(step)}")
+        hidden.mkdir(parents=True, exist_ok=True)
+        if moments:
+            _write_file(hidden / f"optimizer_{shard.rank:05d}_of_{shard.size:05d}.safetensors", moments)
+        if not self.world.is_first:
+            return
+        _write_file(hidden / MODEL, weights)
+        (hidden / STATE).write_text(json.dumps({"schema": SCHEMA, **state}, indent=1))
+        _await(lambda: len(list(hidden.glob("optimizer_*.safetensors"))) == shard.size, f"optimizer files of {hidden}")
+        self._publish(step, hidden)
+
+    def _publish(self, step: int, hidden: Path) -> None:
+        final = hidden.with_name(step_name(step))
+        if final.exists():
+            shutil.rmtree(final)
+        hidden.rename(final)
+        (final / DONE).touch()
+        _sync(final.parent)
+        log.info("saved %s", final)
+        if self.mirror:
+            upload(str(final), objects.join(self.mirror, FOLDER, final.name))
+        for place in filter(None, [self.run, self.mirror]):
+            for old in self.keep.drops(complete(place)):
+                objects.remove_tree(objects.join(place, FOLDER, step_name(old)))
+
+
+def upload(folder: str, url: str) -> None:
+    """Copy a complete checkpoint, DONE last."""
+    for found in objects.list_files(folder):
+        if found.path != DONE:
+            objects.publish_file(objects.join(folder, found.path), objects.join(url, found.path))
+    objects.publish_bytes(objects.join(url, DONE), b"")
+
+
+def fetch_newest(mirror: str, run: str) -> None:
+    """Copy the mirror's newest complete checkpoint where the run folder has none so new."""
+    there, here = complete(mirror), complete(run)
+    if there and (not here or here[-1] < there[-1]):
+        name = step_name(there[-1])
+        log.info("fetching %s from %s", name, mirror)
+        hidden = Path(run, FOLDER, f".{name}")
+        objects.copy_tree(objects.join(mirror, FOLDER, name), str(hidden))
+        (hidden / DONE).unlink()
+        hidden.rename(hidden.with_name(name))
+        (hidden.with_name(name) / DONE).touch()
+
+
+def _optimizer_tensors(optimizer: ShardedAdamW) -> dict[str, Tensor]:
+    """This rank's state, without the padding, so that any number of ranks can read it."""
+    return {
+        f"{bucket.name}.{key}": _host(tensor[: max(0, min(bucket.stop, bucket.size) - bucket.start)])
+        for bucket in optimizer.buckets
+        for key, tensor in bucket.state.items()
+    }
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    _sync(partial)
+    partial.rename(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written: a checkpoint survives a power cut, too."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _await(ready: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT
+    while not ready():
+        if time.monotonic() > deadline:
+            raise ValueError(f"no {what} within {WAIT:.0f} s: a rank is lost")
+        time.sleep(0.05)

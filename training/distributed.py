@@ -1,0 +1,131 @@
+"""Which ranks are there, and how do they exchange tensors?
+
+torchrun starts the ranks; a process started without it is a world of one. NCCL connects GPUs, gloo CPUs. Ranks
+form shard groups, whose members each keep a part of the optimizer's state, and replica groups, whose members
+keep the same part; by default one shard group spans the world and every replica group is a single rank.
+A group of one exchanges nothing.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)  # of one collective: longer means that a rank hangs
+# torch 2.13 renamed both collectives; 2.11 has only the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks, in order; `rank` is this process's place among them."""
+
+    rank: int
+    size: int
+    handle: dist.ProcessGroup | None
+
+    def reduce_scatter(self, output: Tensor, whole: Tensor) -> dist.Work | None:
+        """Start summing `whole` over the group, part `rank` of the sum going to `output`."""
+        if self.size == 1:
+            if output.data_ptr() != whole.data_ptr():
+                output.copy_(whole)
+            return None
+        return _reduce_scatter(output, whole, group=self.handle, async_op=True)
+
+    def all_gather(self, whole: Tensor, part: Tensor) -> dist.Work | None:
+        """Start filling `whole` with every rank's `part`; `part` may lie in its place in `whole`."""
+        return None if self.size == 1 else _all_gather(whole, part, group=self.handle, async_op=True)
+
+    def all_reduce(self, tensor: Tensor) -> dist.Work | None:
+        """Start summing `tensor` over the group, in place."""
+        return None if self.size == 1 else dist.all_reduce(tensor, group=self.handle, async_op=True)
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    everyone: Group
+    shard: Group  # ranks that share one copy of the optimizer's state
+    replicas: Group  # ranks that keep the same part of it
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        self.sums([0.0])
+
+    def sums(self, values: Sequence[float | Tensor]) -> list[float]:
+        """The sum of each value over all ranks, in fp64; returns when every rank has come here."""
+        parts = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
+        total = torch.stack(parts)
+        finish(self.everyone.all_reduce(total))
+        return total.tolist()  # type: ignore[no-any-return]
+
+
+def finish(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
+
+
+def join(shard_ranks: int = 0) -> World:
+    """Connect to the other ranks. `shard_ranks`: ranks a shard group; 0: all of them."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shard_ranks = shard_ranks or size
+    if size % shard_ranks:
+        raise ValueError(f"shard_ranks={shard_ranks} does not divide the {size} ranks: choose a divisor")
+    device = _device(local_rank, local_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    first = rank - rank % shard_ranks
+    shards = [range(start, start + shard_ranks) for start in range(0, size, shard_ranks)]
+    replicas = [range(place, size, shard_ranks) for place in range(shard_ranks)]
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        local_size=local_size,
+        device=device,
+        everyone=Group(rank, size, dist.group.WORLD),
+        shard=Group(rank - first, shard_ranks, _group_of(rank, shards)),
+        replicas=Group(rank // shard_ranks, size // shard_ranks, _group_of(rank, replicas)),
+    )
+
+
+def leave() -> None:
+    dist.destroy_process_group()
+
+
+def _group_of(rank: int, groups: Sequence[range]) -> dist.ProcessGroup | None:
+    """Form every group (each rank has to take part in forming all) and return the one with `rank`."""
+    if len(groups) == 1:
+        return dist.group.WORLD
+    handles = [dist.new_group(list(ranks), timeout=TIMEOUT) if len(ranks) > 1 else None for ranks in groups]
+    return next(handle for handle, ranks in zip(handles, groups, strict=True) if rank in ranks)
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
+    """A GPU for each rank of this machine, or the CPU, its cores shared evenly, where there is none."""
+    if torch.cuda.is_available():
+        if local_size > torch.cuda.device_count():
+            raise ValueError(
+                f"{local_size} ranks on {socket.gethostname()}, which has {torch.cuda.device_count()} GPUs: "
+                f"set gpus={torch.cuda.device_count()} or fewer"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    return torch.device("cpu")

@@ -1,0 +1,209 @@
+"""How do gradients change the weights? AdamW with its state sharded over the ranks (ZeRO-1).
+
+The parameters of a block, and those outside the blocks, lie in one flat buffer each, a bucket, and so do their
+gradients. In the last micro-step each bucket's gradients are summed over the ranks as soon as its backward pass
+is done (reduce-scatter); each rank then updates its part of every bucket, and the parts are gathered while the
+next bucket is updated. One rank owns the whole of every bucket and sends nothing.
+
+Weights are fp32, or bf16 with fp32 masters, or bf16 alone with stochastic rounding.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from training.config import TrainConfig
+from training.distributed import Group, World, finish
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROUNDING_STRIDE = 1_000_003  # a prime: (step, bucket) pairs get different rounding seeds
+
+
+@dataclass
+class Bucket:
+    """Parameters that are reduced and updated together: matrices first, then vectors, then padding."""
+
+    name: str
+    parameters: list[tuple[str, nn.Parameter]]
+    decayed: int  # leading elements that weight decay applies to
+    size: int  # elements without the padding
+    weights: Tensor  # flat, padded to a multiple of the shard group's ranks
+    gradients: Tensor  # flat, as `weights`
+    start: int  # of this rank's part
+    stop: int
+    gradient: Tensor  # this rank's part of the summed gradients
+    state: dict[str, Tensor]  # this rank's part, fp32: exp_avg, exp_avg_sq, and master behind bf16 weights
+    missing: int = 0  # parameters whose gradient is still to come in this micro-step
+    pending: list[object] = field(default_factory=list)
+
+    @property
+    def part(self) -> Tensor:
+        """This rank's part of the weights."""
+        return self.weights[self.start : self.stop]
+
+    def segments(self) -> Iterator[tuple[slice, bool]]:
+        """This rank's part as slices of it, each with whether it is decayed."""
+        border = min(max(self.decayed - self.start, 0), self.stop - self.start)
+        if border > 0:
+            yield slice(0, border), True
+        if border < self.stop - self.start:
+            yield slice(border, self.stop - self.start), False
+
+
+class ShardedAdamW:
+    """Moves `model`'s parameters to the device as views into flat buffers, and updates them."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.dtype = DTYPES[config.dtype]
+        self.masters = config.dtype == "bf16" and config.master_weights
+        self.buckets = [self._bucket(name, group) for name, group in _groups(model)]
+        self.last_micro_step = False
+        for bucket in self.buckets:
+            for _, parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(lambda _, b=bucket: self._arrived(b))
+
+    def _bucket(self, name: str, parameters: list[tuple[str, nn.Parameter]]) -> Bucket:
+        group, device = self.world.shard, self.world.device
+        parameters = sorted(parameters, key=lambda p: p[1].dim() < 2)
+        size = sum(p.numel() for _, p in parameters)
+        part = -(-size // group.size)
+        start, stop = group.rank * part, (group.rank + 1) * part
+        flat = torch.zeros(part * group.size)
+        torch.cat([p.detach().flatten().float().cpu() for _, p in parameters], out=flat[:size])
+        gradients = torch.zeros(len(flat), dtype=self.dtype, device=device)
+        state = {key: torch.zeros(part, device=device) for key in ("exp_avg", "exp_avg_sq")}
+        if self.masters:
+            state["master"] = flat[start:stop].to(device, copy=True)
+        bucket = Bucket(
+            name=name,
+            parameters=parameters,
+            decayed=sum(p.numel() for _, p in parameters if p.dim() >= 2),
+            size=size,
+            weights=flat.to(device, self.dtype),
+            gradients=gradients,
+            start=start,
+            stop=stop,
+            gradient=gradients if group.size == 1 else torch.zeros(part, dtype=self.dtype, device=device),
+            state=state,
+        )
+        _point_into(bucket)
+        return bucket
+
+    def zero_gradients(self) -> None:
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+
+    def expect(self, last_micro_step: bool) -> None:
+        """Say before a backward pass whether it is the step's last: then gradients leave as they come."""
+        self.last_micro_step = last_micro_step
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def _arrived(self, bucket: Bucket) -> None:
+        bucket.missing -= 1
+        if self.last_micro_step and bucket.missing == 0:
+            bucket.pending = [self.world.shard.reduce_scatter(bucket.gradient, bucket.gradients)]
+
+    def squared_norm(self) -> Tensor:
+        """Wait for the summed gradients -> this rank's share of the squared global norm, an fp32 scalar."""
+        for bucket in self.buckets:
+            _wait(bucket)
+            bucket.pending = [self.world.replicas.all_reduce(bucket.gradient)]
+        for bucket in self.buckets:
+            _wait(bucket)
+        norms = torch._foreach_norm([b.gradient for b in self.buckets], 2, dtype=torch.float32)
+        return torch.stack(list(norms)).square().sum() / self.world.replicas.size
+
+    def step(self, step: int, lr: float, scale: float) -> None:
+        """Update number `step` (the first is 0) with the gradients times `scale`."""
+        for index, bucket in enumerate(self.buckets):
+            weights = self._precise(bucket)
+            gradient = bucket.gradient.float() * scale
+            for rows, decayed in bucket.segments():
+                self._adamw(bucket, weights, gradient, rows, step, lr, decayed)
+            if weights.data_ptr() != bucket.part.data_ptr():
+                self._round(bucket.part, weights, step * ROUNDING_STRIDE + index)
+            bucket.pending = [self.world.shard.all_gather(bucket.weights, bucket.part)]
+        for bucket in self.buckets:
+            _wait(bucket)
+
+    def _precise(self, bucket: Bucket) -> Tensor:
+        """This rank's part of the weights in fp32: the masters, the weights themselves, or a copy."""
+        return bucket.state["master"] if self.masters else bucket.part.float()
+
+    def _adamw(
+        self, bucket: Bucket, weights: Tensor, gradient: Tensor, rows: slice, step: int, lr: float, decayed: bool
+    ) -> None:
+        adamw(
+            [weights[rows]],
+            [gradient[rows]],
+            [bucket.state["exp_avg"][rows]],
+            [bucket.state["exp_avg_sq"][rows]],
+            [],
+            [torch.tensor(float(step), device=weights.device)],  # raised by one before its use
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=lr,
+            weight_decay=self.config.weight_decay if decayed else 0.0,
+            eps=self.config.eps,
+            maximize=False,
+        )
+
+    def _round(self, part: Tensor, precise: Tensor, seed: int) -> None:
+        """Masters round to the nearest bf16. Without them that would lose most updates: round at random."""
+        if self.masters:
+            part.copy_(precise)
+        else:
+            generator = torch.Generator(part.device)
+            generator.manual_seed(seed * self.world.shard.size + self.world.shard.rank)
+            part.copy_(round_stochastically(precise, generator))
+
+    def load_state(self, bucket: str, key: str, values: Tensor) -> None:
+        """Take this rank's part of a state tensor, unpadded."""
+        found = next(b for b in self.buckets if b.name == bucket)
+        found.state[key][: len(values)].copy_(values)
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 -> bf16, up or down with the probability that makes the mean right (unbiased)."""
+    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits = values.view(torch.int32) + noise  # carries into the upper half in `fraction` of the cases
+    return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _groups(model: nn.Module) -> Iterable[tuple[str, list[tuple[str, nn.Parameter]]]]:
+    """Bucket names with their parameters: one a block, last block first as backward comes, then the rest."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        block = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "rest"
+        groups.setdefault(block, []).append((name, parameter))
+    return reversed(sorted(groups.items(), key=lambda item: _block_number(item[0])))
+
+
+def _block_number(name: str) -> int:
+    return -1 if name == "rest" else int(name.split(".")[1])
+
+
+def _point_into(bucket: Bucket) -> None:
+    """Make the parameters and their gradients views into the flat buffers."""
+    at = 0
+    for _, parameter in bucket.parameters:
+        here = slice(at, at + parameter.numel())
+        at = here.stop
+        parameter.data = bucket.weights[here].view(parameter.shape)
+        parameter.grad = bucket.gradients[here].view(parameter.shape)
+
+
+def _wait(bucket: Bucket) -> None:
+    for work in bucket.pending:
+        finish(work)  # type: ignore[arg-type]
+    bucket.pending = []
+
+
+__all__ = ["Bucket", "Group", "ShardedAdamW", "round_stochastically"]

@@ -1,0 +1,257 @@
+"""How does a model learn? The training loop, run by every rank under torchrun.
+
+    torchrun --nproc-per-node N -m training.train RUN_FOLDER --tokens FOLDER [--mirror s3://…/runs/RUN]
+
+RUN_FOLDER holds config.json and gets main.log, metrics.jsonl, train.log, checkpoints/ and samples.txt. A run
+that has a checkpoint goes on from it. Exit status: 0 when all steps are done, 75 when a signal ended the run
+(after a checkpoint), 2 for bad input.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from storage import events, objects
+from training import distributed, sample
+from training.assemble import assemble
+from training.checkpoint import Checkpointer, Keep, fetch_newest, newest, read_state
+from training.config import RunConfig, from_dict, to_dict
+from training.distributed import World
+from training.launch import INTERRUPTED, die_with_parent, report_status
+from training.loader import training_loader, validation_loader
+from training.metrics import RunLog, utilization
+from training.outliers import OutlierWindow, is_outlier
+from training.schedule import learning_rate
+
+log = logging.getLogger("gpt2.train")
+
+
+@dataclass
+class Progress:
+    """What the next step depends on beside the weights and the optimizer's state."""
+
+    step: int = 0  # updates tried so far; also the number of the next one
+    position: int = 0  # sequences of the order that are used up
+    skipped: int = 0  # updates left out as outliers
+    seconds: float = 0.0  # spent in steps
+    losses: OutlierWindow = field(default_factory=OutlierWindow)
+    norms: OutlierWindow = field(default_factory=OutlierWindow)
+
+
+class Stop:
+    """Whether a signal asked this rank to end. The ranks agree on it at the end of each step."""
+
+    def __init__(self) -> None:
+        self.asked = self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class Trainer:
+    def __init__(self, config: RunConfig, run: str, tokens: str, world: World, stop: Stop, mirror: str | None) -> None:
+        self.config, self.run, self.world, self.stop = config, run, world, stop
+        self.micro_batch, self.micro_steps = split_batch(config, world.size)
+        checkpoint = newest(run)
+        self.progress = _progress(checkpoint)
+        order = (config.model.context, config.train.order_seed, config.train.shuffle)
+        self.load = training_loader(tokens, *order, world.device)
+        self.load_validation = validation_loader(tokens, config.model.context, world.device)
+        self.model, self.optimizer = assemble(config, world, checkpoint)
+        keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
+        self.checkpoints = Checkpointer(run, world, keep, mirror)
+        self.saved = self.progress.step if checkpoint else -1
+        self.log = RunLog(run if world.is_first else None, self.progress.step)
+        log.info("%s", f"resumed from {checkpoint}" if checkpoint else "starting from step 0")
+
+    def loop(self) -> int:
+        """Train to the last step -> exit status."""
+        train, progress = self.config.train, self.progress
+        while True:
+            last = progress.step == train.steps
+            if self.stop.agreed or last or _due(progress.step, train.checkpoint_every):
+                self.save()
+            if self.stop.agreed:
+                return INTERRUPTED
+            if last or progress.step == 0 or _due(progress.step, train.val_every):
+                self.validate()
+            if last or _due(progress.step, train.sample_every):
+                self.sample()
+            if last:
+                return 0
+            self.step()
+
+    def step(self) -> None:
+        """One optimizer step over `batch_tokens` tokens."""
+        started, p = time.perf_counter(), self.progress
+        lr = learning_rate(self.config.train, p.step)
+        loss = self.backward()
+        norm_squared = self.optimizer.squared_norm()
+        loss, squared, stop = self.world.sums([loss, norm_squared, float(self.stop.asked)])
+        self.stop.agreed, norm = stop > 0, squared**0.5
+        loss_z, norm_z = p.losses.score(loss), p.norms.score(norm)
+        train = self.config.train
+        if is_outlier(loss_z, train.skip_loss_z) or is_outlier(norm_z, train.skip_grad_z):
+            p.skipped += 1
+            self.log.skip(p.step, max(loss_z, norm_z))
+        else:
+            self.optimizer.step(p.step, lr, scale=min(1.0, train.clip / norm) if norm > 0 else 1.0)
+        self.log.training(p.step, loss, lr, norm)
+        self.report(loss, lr, norm, time.perf_counter() - started)
+        p.step += 1
+        p.position += self.sequences
+
+    @property
+    def sequences(self) -> int:
+        return self.micro_batch * self.micro_steps * self.world.size
+
+    def backward(self) -> torch.Tensor:
+        """Accumulate the step's gradients -> this rank's share of the mean loss."""
+        self.optimizer.zero_gradients()
+        share = 1.0 / (self.micro_steps * self.world.size)
+        start = 0 if self.config.train.overfit else self.progress.position
+        total = torch.zeros((), device=self.world.device)
+        for micro_step in range(self.micro_steps):
+            first = start + (micro_step * self.world.size + self.world.rank) * self.micro_batch
+            tokens, targets = self.load(range(first, first + self.micro_batch))
+            self.optimizer.expect(last_micro_step=micro_step == self.micro_steps - 1)
+            loss = self.model(tokens, targets) * share
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """The mean loss over the first sequences of the validation split, the same for any number of ranks."""
+        train = self.config.train
+        count = min(train.val_batches * train.val_sequences, self.load_validation.order.sequences_per_epoch)
+        mine = range(self.world.rank, count, self.world.size)
+        total = torch.zeros((), device=self.world.device)
+        for at in range(0, len(mine), self.micro_batch):
+            positions = mine[at : at + self.micro_batch]
+            total += self.model(*self.load_validation(positions)) * len(positions)
+        loss = self.world.sums([total])[0] / count
+        self.log.validation(self.progress.step, loss)
+        if self.world.is_first:
+            events.emit("validation", step=self.progress.step, loss=loss)
+
+    def sample(self) -> None:
+        if self.world.is_first:
+            made = sample.generate(self.model, [], self.config.train.sample_tokens, seed=self.config.train.init_seed)
+            sample.record(self.run, self.progress.step, sample.text_of(made))
+
+    def save(self) -> None:
+        p = self.progress
+        if p.step != self.saved:
+            state = {**asdict(p), "ranks": self.world.size, "micro_batch": self.micro_batch}
+            self.checkpoints.save(p.step, self.model, self.optimizer, {**state, "config": to_dict(self.config)})
+            self.saved = p.step
+
+    def report(self, loss: float, lr: float, norm: float, seconds: float) -> None:
+        p, world = self.progress, self.world
+        p.seconds += seconds
+        rate = self.config.train.batch_tokens / seconds
+        name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+        speed: dict[str, Any] = {
+            "tokens_per_second": rate,
+            "mfu": utilization(rate, self.config.model.flops_per_token, world.size, name),
+            "seconds": seconds,
+        }
+        self.log.metrics(p.step, loss=loss, lr=lr, norm=norm, position=p.position, skipped=p.skipped, **speed)
+        if world.is_first:
+            steps = self.config.train.steps
+            events.emit("training_step", step=p.step + 1, steps=steps, loss=loss, lr=lr, norm=norm, **speed)
+
+
+def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
+    """(sequences a rank and micro-step, micro-steps a step). Raises ValueError where the batch does not divide."""
+    sequences = config.train.batch_tokens // config.model.context
+    if sequences % ranks:
+        raise ValueError(_nearest(config, "ranks", ranks, ranks))
+    micro_batch = config.machine.micro_batch or _largest_divisor(sequences // ranks, 16)
+    if sequences % (ranks * micro_batch):
+        raise ValueError(_nearest(config, "ranks x micro_batch sequences", ranks * micro_batch, ranks * micro_batch))
+    return micro_batch, sequences // (ranks * micro_batch)
+
+
+def _nearest(config: RunConfig, what: str, value: int, unit: int) -> str:
+    unit *= config.model.context
+    low = config.train.batch_tokens // unit * unit
+    near = " and ".join(str(n) for n in (low, low + unit) if n > 0)
+    return f"batch_tokens={config.train.batch_tokens} does not divide into {value} {what}: the nearest that do are {near}"
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    return max(d for d in range(1, min(value, limit) + 1) if value % d == 0)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _progress(checkpoint: Path | None) -> Progress:
+    if checkpoint is None:
+        return Progress()
+    state = read_state(checkpoint)
+    windows = {key: OutlierWindow(**state[key]) for key in ("losses", "norms")}
+    plain = {key: state[key] for key in ("step", "position", "skipped", "seconds")}
+    return Progress(**plain, **windows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="training.train", description="Train the run of a folder.")
+    parser.add_argument("run", help="folder with config.json")
+    parser.add_argument("--tokens", required=True, help="folder with token shards")
+    parser.add_argument("--mirror", help="location that every checkpoint is copied to, and fetched from")
+    options = parser.parse_args(argv)
+    die_with_parent(os.getppid())
+    stop = Stop()
+    world = distributed.join()
+    _log_to(options.run, world)
+    try:
+        trainer = prepare(options, world, stop)
+    except ValueError as error:
+        log.error("%s", error)
+        report_status(2)
+        return 2
+    status = trainer.loop()
+    trainer.checkpoints.wait()
+    world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
+    report_status(status)
+    distributed.leave()
+    return status
+
+
+def prepare(options: argparse.Namespace, world: World, stop: Stop) -> Trainer:
+    config = from_dict(RunConfig, objects.read_json(objects.join(options.run, "config.json")))
+    if options.mirror and world.is_first:
+        fetch_newest(options.mirror, options.run)
+    world.barrier()
+    return Trainer(config, options.run, options.tokens, world, stop, options.mirror)
+
+
+def _log_to(run: str, world: World) -> None:
+    """The first rank's events go to train.log and the terminal; of the others, warnings only to the terminal."""
+    terminal = logging.StreamHandler()
+    handlers: list[logging.Handler] = [terminal]
+    if world.is_first:
+        handlers.append(logging.FileHandler(Path(run, "train.log")))
+    level = logging.INFO if world.is_first else logging.ERROR
+    form = "%(asctime)s %(message)s" if world.is_first else f"rank {world.rank}: %(message)s"
+    logging.basicConfig(level=level, format=form, handlers=handlers, force=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
