@@ -136,7 +136,7 @@ SENTENCE = re.compile(r"[.!?:;)\"']$")
 
 
 def paragraphs(text: str) -> list[str]:
-    """The prose of a docstring, a comment or a page: paragraphs with their lines joined and markup removed."""
+    """The prose of a docstring, a comment or a page: its paragraphs, lines joined and markup removed."""
     blocks = re.split(r"\n\s*\n", text.expandtabs())
     cleaned = [_paragraph(b.split("\n")) for b in blocks if not _is_code(b)]
     return [p for p in cleaned if _is_prose(p)]

@@ -1,7 +1,7 @@
 """What does a file of tokens, or of multiple-choice items, look like on disk?
 
-llm.c's formats: a header of 256 int32 (magic, version, counts), then uint16 values, so that its readers take our
-files and ours take its. Shard 0 of a corpus is its validation split, all others are training.
+llm.c's formats: a header of 256 int32 (magic, version, counts), then uint16 values, so that its readers take
+our files and ours take its. Shard 0 of a corpus is its validation split, all others are training.
 """
 
 import os
@@ -52,7 +52,7 @@ def write_shard(url: str, tokens: Tokens) -> None:
         local = os.path.join(scratch, objects.name_of(url))
         with open(local, "wb") as f:
             f.write(header(MAGIC, len(tokens)))
-            f.write(memoryview(np.ascontiguousarray(tokens, dtype="<u2")))
+            np.ascontiguousarray(tokens, dtype="<u2").tofile(f)
         objects.publish_file(local, url)
 
 
@@ -63,8 +63,8 @@ def read_header(path: str) -> int:
     count, size = int(values[2]), objects.stat(path).bytes
     if size != HEADER_BYTES + 2 * count:
         raise ValueError(
-            f"{path} is broken: its header says {count:,} tokens ({HEADER_BYTES + 2 * count:,} bytes) but it has "
-            f"{size:,} bytes; remove it and run the same command again to make it anew"
+            f"{path} is broken: its header says {count:,} tokens ({HEADER_BYTES + 2 * count:,} bytes) but it "
+            f"has {size:,} bytes; remove it and run the same command again to make it anew"
         )
     return count
 
@@ -94,8 +94,8 @@ def check_tokens(path: str) -> int:
     largest = max((int(block.max()) for block in blocks(open_shard(path))), default=0)
     if largest >= VOCABULARY_SIZE:
         raise ValueError(
-            f"{path} holds token {largest}, but GPT-2's largest is {VOCABULARY_SIZE - 1}: the file is damaged or "
-            f"comes from another tokenizer; remove it and make it anew"
+            f"{path} holds token {largest}, but GPT-2's largest is {VOCABULARY_SIZE - 1}: the file is damaged "
+            f"or comes from another tokenizer; remove it and make it anew"
         )
     return largest
 

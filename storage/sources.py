@@ -1,8 +1,8 @@
 """Where do a corpus's documents come from?
 
-Every source gives the same thing, parquet files with a `text` column in a fixed order, whether the documents lie
-in a folder, on S3 or in Python itself. A source's identity is what defines its documents; its name, safe in a
-path, tells two corpora apart.
+Every source gives the same thing, parquet files with a `text` column in a fixed order, whether the documents
+lie in a folder, on S3 or in Python itself. A source's identity is what defines its documents; its name, safe in
+a path, tells two corpora apart.
 """
 
 import difflib
@@ -33,10 +33,12 @@ Progress = Callable[[int, int], None]
 class Source(Protocol):
     """One corpus. `fetch` makes its files available and lists them in corpus order."""
 
-    name: str
-    identity: dict[str, Any]
-    text_column: str
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> dict[str, Any]: ...
+    @property
+    def text_column(self) -> str: ...
     def fetch(self, out: str, progress: Progress) -> list[File]: ...
 
 

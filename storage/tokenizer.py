@@ -1,8 +1,8 @@
 """What turns text into GPT-2's token ids and back?
 
-Byte pair encoding as OpenAI published it, run by tiktoken over the vocabulary files that lie beside this module,
-so that nothing is fetched at run time. Documents are encoded as plain text: the special token never comes from
-characters in a document, only from the code that puts EOT before each one.
+Byte pair encoding as OpenAI published it, run by tiktoken over the vocabulary files that lie beside this
+module, so that nothing is fetched at run time. Documents are encoded as plain text: the special token never
+comes from characters in a document, only from the code that puts EOT before each one.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def encoding() -> tiktoken.Encoding:
 
 
 def merge_ranks() -> dict[bytes, int]:
-    """Bytes of each ordinary token to its id, which is also its merge priority: encoder.json, bytes unescaped."""
+    """Bytes of each ordinary token to its id, which is also its merge priority."""
     for name in VOCABULARY_SHA256:
         check_vocabulary_file(VOCABULARY / name)
     names = json.loads((VOCABULARY / "encoder.json").read_bytes())
@@ -59,14 +59,14 @@ def check_vocabulary_file(path: Path) -> None:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """The characters that stand for bytes in OpenAI's files: themselves where printable, else U+0100 onwards."""
+    """The characters that stand for bytes in OpenAI's files: themselves if printable, else U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def encode(text: str) -> Tokens:
-    """Token ids of `text`; `<|endoftext|>` in it is text, and a lone surrogate becomes U+FFFD, as in tiktoken."""
+    """Token ids of `text`; `<|endoftext|>` in it is text, a lone surrogate becomes U+FFFD, as in tiktoken."""
     return np.array(encoding().encode_ordinary(text), dtype=np.uint16)
 
 

@@ -1,11 +1,11 @@
 """How do documents become token shards, in parallel, resumable and exactly once?
 
-The corpus is cut into pieces, runs of row groups of one file. Worker processes encode pieces in any order; the
-shards are cut from the pieces by the prefix sums of their lengths, each as soon as the pieces before its end are
-there. A piece or a shard appears under its name only when it is whole, and its content is a function of the
-corpus alone, so a killed run goes on from what is complete and ends with the same bytes. Number of workers, batch
-sizes and piece sizes do not change the output: EOT before each document, shard 0 for validation, the rest for
-training, the last one partial.
+The corpus is cut into pieces, runs of row groups of one file. Worker processes encode pieces in any order;
+the shards are cut from the pieces by the prefix sums of their lengths, each as soon as the pieces before its
+end are there. A piece or a shard appears under its name only when it is whole, and its content is a function of
+the corpus alone, so a killed run goes on from what is complete and ends with the same bytes. Number of workers,
+batch sizes and piece sizes do not change the output: EOT before each document, shard 0 for validation, the rest
+for training, the last one partial.
 
 Beside each shard lies an index of its documents (`<shard>.documents.parquet`): from a position in a shard one
 finds the document.
@@ -13,7 +13,6 @@ finds the document.
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -37,6 +36,7 @@ FULL_SHARD = 100_000_000  # tokens, as in llm.c
 PIECE_TEXT = 64 * 2**20  # bytes of text a piece: a few seconds of work, lost when a worker dies
 SHARDS_OF_SMALL = 20  # a small corpus gives one validation shard and about this many for training
 SMALLEST_SHARD = 2048  # tokens: the longest context, so that a validation shard holds a sequence
+PLAN = "plan.json"  # what a folder of shards is being made from
 COPY_TOKENS = 2**22  # tokens copied at once when a shard is cut
 
 INDEX_SCHEMA = pa.schema(
@@ -104,7 +104,7 @@ def tokenize(
     workers: int,
     progress: Progress,
 ) -> Tokenized:
-    """Write the shards of `files` (parquet, in corpus order) to `out`, with scratch space in the local `work`.
+    """Write the shards of `files` (parquet, in corpus order) to `out`; `work` is local scratch space.
 
     `progress` gets (tokens, bytes of text done, bytes of text in all) as pieces complete.
     Raises ValueError where the corpus is too small for a validation and a training shard.
@@ -160,14 +160,19 @@ def _start_anew_if_changed(
     out: str, work: str, corpus: str, shard_tokens: int, pieces: Sequence[Piece]
 ) -> None:
     """Remove what another corpus or shard size has left in `out` and `work`; keep what this one has begun."""
-    plan = {"corpus": corpus, "shard_tokens": shard_tokens, "out": out, "pieces": [p.key for p in pieces]}
-    path = os.path.join(work, "plan.json")
-    if os.path.exists(path) and objects.read_json(path) == plan:
-        return
-    objects.remove_tree(out)
-    for folder in ("pieces", "shards"):
-        shutil.rmtree(os.path.join(work, folder), ignore_errors=True)
-    objects.publish_json(path, plan)
+    plan = {"corpus": corpus, "shard_tokens": shard_tokens, "pieces": [p.key for p in pieces]}
+    if not _has_plan(out, plan):
+        objects.remove_tree(out)
+        objects.publish_json(objects.join(out, PLAN), plan)
+    if not _has_plan(work, plan | {"out": out}):
+        for folder in ("pieces", "shards"):
+            shutil.rmtree(os.path.join(work, folder), ignore_errors=True)
+        objects.publish_json(os.path.join(work, PLAN), plan | {"out": out})
+
+
+def _has_plan(folder: str, plan: dict[str, object]) -> bool:
+    url = objects.join(folder, PLAN)
+    return objects.exists(url) and objects.read_json(url) == plan
 
 
 class _Job:
@@ -282,7 +287,7 @@ def encode_piece(work: str, piece: Piece) -> tuple[Piece, Encoded]:
     with open(partial, "wb") as f:
         for batch in sources.read_groups(piece.url, piece.groups):
             tokens, counts = tokenizer.encode_documents(sources.texts(batch))
-            f.write(memoryview(tokens))
+            tokens.tofile(f)
             lengths.append(counts)
             described.append(batch.drop_columns([sources.TEXT]))
     index = _piece_index(piece, np.concatenate([np.zeros(0, np.int64), *lengths]), described)
@@ -355,7 +360,7 @@ def _publish(local: str, out: str, name: str) -> File:
 
 
 def _overlaps(cut: Cut) -> Iterator[tuple[Piece, int, int]]:
-    """For each piece of a shard: (piece, first token of the stream in it, position of the piece in the shard)."""
+    """For each piece of a shard: (piece, its first token in the stream, its first token in the shard)."""
     for piece, start in zip(cut.pieces, cut.piece_starts, strict=True):
         yield piece, start, start - cut.start
 
@@ -366,7 +371,7 @@ def _write_tokens(work: str, cut: Cut, local: str) -> None:
         for piece, start, _ in _overlaps(cut):
             tokens = np.memmap(_piece_path(work, piece, "bin"), dtype="<u2", mode="r")
             for block in shards.blocks(tokens[max(0, cut.start - start) : cut.stop - start], COPY_TOKENS):
-                f.write(memoryview(np.ascontiguousarray(block)))
+                block.tofile(f)
 
 
 def _shard_index(work: str, cut: Cut) -> pa.Table:
