@@ -1,12 +1,12 @@
 """How does a run survive its end? Checkpoints that are complete or ignored, written while training goes on.
 
     checkpoints/step_000250/model.safetensors                    the weights by name, in their own dtype
-                            optimizer_00000_of_00002.safetensors a shard group's optimizer state, a file a rank
+                            optimizer_00000_of_00002.safetensors the optimizer state, a file a rank
                             state.json                           everything else that the next step depends on
                             DONE                                 last: readers trust nothing without it
 
-A save copies the tensors to host memory and leaves the writing to a thread. Each rank writes its own file into
-a hidden folder; the first rank waits for all of them, renames the folder and puts DONE into it.
+A save copies the tensors to host memory and leaves the writing to a thread. Each rank writes its own file
+into a hidden folder; the first rank waits for all of them, renames the folder and puts DONE into it.
 """
 
 import json
@@ -48,7 +48,7 @@ def complete(run: str) -> list[int]:
 
 
 def newest(run: str) -> Path | None:
-    """The newest complete checkpoint of a local run folder; torn ones are passed over with a line in the log."""
+    """The newest complete checkpoint of a local run folder; torn ones are passed over, said in the log."""
     steps = complete(run)
     for folder in sorted(Path(run, FOLDER).glob("*step_*")):
         if not (folder / DONE).exists():
@@ -60,7 +60,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Raises ValueError for a checkpoint of another schema."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     if state["schema"] != SCHEMA:
-        raise ValueError(f"{checkpoint} has schema {state['schema']}, this version reads {SCHEMA}: use the other")
+        raise ValueError(
+            f"{checkpoint} has schema {state['schema']}, this version reads {SCHEMA}: use the other"
+        )
     return state
 
 
@@ -150,7 +152,10 @@ class Checkpointer:
             return
         _write_file(hidden / MODEL, weights)
         (hidden / STATE).write_text(json.dumps({"schema": SCHEMA, **state}, indent=1))
-        _await(lambda: len(list(hidden.glob("optimizer_*.safetensors"))) == shard.size, f"optimizer files of {hidden}")
+        _await(
+            lambda: len(list(hidden.glob("optimizer_*.safetensors"))) == shard.size,
+            f"optimizer files of {hidden}",
+        )
         self._publish(step, hidden)
 
     def _publish(self, step: int, hidden: Path) -> None:

@@ -1,8 +1,8 @@
 """Which ranks are there, and how do they exchange tensors?
 
-torchrun starts the ranks; a process started without it is a world of one. NCCL connects GPUs, gloo CPUs. Ranks
-form shard groups, whose members each keep a part of the optimizer's state, and replica groups, whose members
-keep the same part; by default one shard group spans the world and every replica group is a single rank.
+torchrun starts the ranks; a process started without it is a world of one. NCCL connects GPUs, gloo CPUs.
+Ranks form shard groups, whose members each keep a part of the optimizer's state, and replica groups, whose
+members keep the same part; by default one shard group spans the world, and a replica group is a single rank.
 A group of one exchanges nothing.
 """
 

@@ -1,6 +1,7 @@
 """How is a module started on several ranks, and ended with whoever started it?
 
-    python -m training.launch [--gpus N] [--nnodes N --node-rank R --rendezvous HOST:PORT] [--restarts N] MODULE ARGS…
+    python -m training.launch [--gpus N] [--restarts N] [--nnodes N --node-rank R --rendezvous HOST:PORT]
+        MODULE ARGS…
 
 This process stays between the caller and torchrun. It passes SIGTERM and SIGINT on, ends when its parent does
 (even by SIGKILL), and returns the status that the ranks left (torchrun itself reports any failure as 1).
@@ -103,11 +104,15 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="training.launch", description="Run a module under torchrun.")
-    parser.add_argument("--gpus", type=int, default=0, help="ranks on this machine; 0: every GPU, or one CPU rank")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="ranks on this machine; 0: every GPU, or one CPU rank"
+    )
     parser.add_argument("--nnodes", type=int, default=1, help="machines")
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine")
     parser.add_argument("--rendezvous", default="", help="host:port of the first machine")
-    parser.add_argument("--restarts", type=int, default=0, help="starts after a failure, from the newest checkpoint")
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="starts after a failure, from the newest checkpoint"
+    )
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)

@@ -13,7 +13,9 @@ from training.order import Order, batch
 class Loader:
     """Reads memory-mapped shards; holds no position, so there is none to save."""
 
-    def __init__(self, paths: Sequence[str], context: int, seed: int, shuffle: bool, device: torch.device) -> None:
+    def __init__(
+        self, paths: Sequence[str], context: int, seed: int, shuffle: bool, device: torch.device
+    ) -> None:
         self.shards = [open_shard(path) for path in paths]
         self.order = Order(tuple(map(len, self.shards)), context, seed, shuffle)
         self.device = device

@@ -1,7 +1,8 @@
 """What does a run write down while it trains? main.log, metrics.jsonl, and the figures in them.
 
-`main.log` holds llm.c's lines and nothing else, in the order of the steps, so that its plotting notebook reads
-it. Both files are cut back to the checkpoint's step on resume: they end up as if nothing had been interrupted.
+`main.log` holds llm.c's lines and nothing else, in the order of the steps, so that its plotting notebook
+reads it. Both files are cut back to the checkpoint's step on resume: they end up as if nothing had been
+interrupted.
 """
 
 import json
@@ -13,7 +14,14 @@ from typing import IO, Any
 MAIN_LOG, METRICS = "main.log", "metrics.jsonl"
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
 
 
 class RunLog:

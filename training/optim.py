@@ -1,9 +1,9 @@
 """How do gradients change the weights? AdamW with its state sharded over the ranks (ZeRO-1).
 
-The parameters of a block, and those outside the blocks, lie in one flat buffer each, a bucket, and so do their
-gradients. In the last micro-step each bucket's gradients are summed over the ranks as soon as its backward pass
-is done (reduce-scatter); each rank then updates its part of every bucket, and the parts are gathered while the
-next bucket is updated. One rank owns the whole of every bucket and sends nothing.
+The parameters of a block, and those outside the blocks, lie in one flat buffer each, a bucket, and so do
+their gradients. In the last micro-step each bucket's gradients are summed over the ranks as soon as its
+backward pass is done (reduce-scatter); each rank then updates its part of every bucket, and the parts are
+gathered while the next bucket is updated. One rank owns the whole of every bucket and sends nothing.
 
 Weights are fp32, or bf16 with fp32 masters, or bf16 alone with stochastic rounding.
 """
@@ -136,7 +136,14 @@ class ShardedAdamW:
         return bucket.state["master"] if self.masters else bucket.part.float()
 
     def _adamw(
-        self, bucket: Bucket, weights: Tensor, gradient: Tensor, rows: slice, step: int, lr: float, decayed: bool
+        self,
+        bucket: Bucket,
+        weights: Tensor,
+        gradient: Tensor,
+        rows: slice,
+        step: int,
+        lr: float,
+        decayed: bool,
     ) -> None:
         adamw(
             [weights[rows]],
@@ -172,7 +179,9 @@ class ShardedAdamW:
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 -> bf16, up or down with the probability that makes the mean right (unbiased)."""
-    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    noise = torch.randint(
+        0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
     bits = values.view(torch.int32) + noise  # carries into the upper half in `fraction` of the cases
     return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
 

@@ -68,7 +68,7 @@ def batch(order: Order, positions: Sequence[int]) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int, shard: int) -> NDArray[np.int64]:
-    """The order of a shard's sequences in an epoch: indices sorted by a hash of (seed, epoch, shard, index)."""
+    """A shard's sequences in an epoch's order: indices sorted by a hash of (seed, epoch, shard, index)."""
     key = _hash(np.array([seed], dtype=np.int64).view(np.uint64))
     for part in (epoch, shard):
         key = _hash(key ^ np.uint64(part))

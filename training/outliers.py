@@ -1,4 +1,4 @@
-"""How unusual is a loss or a gradient norm? A z-score over the last values, as llm.c's `outlier_detector.h`."""
+"""How unusual is a loss or a gradient norm? A z-score over the last values, as in llm.c."""
 
 import math
 from dataclasses import dataclass, field
@@ -30,5 +30,5 @@ class OutlierWindow:
 
 
 def is_outlier(z: float, limit: float) -> bool:
-    """Whether an update with this score is to be skipped. A limit of 0 is off, except for values not finite."""
+    """Whether to skip an update with this score. A limit of 0 is off, but never for values not finite."""
     return z == math.inf or (limit > 0 and math.isfinite(z) and z > limit)

@@ -1,6 +1,7 @@
 """What does the model write? Sampling from a run's newest checkpoint or a Hugging Face folder.
 
-    python -m training.sample RUN_FOLDER|HF_FOLDER "prompt" [--tokens N --temperature X --top-k N --top-p X --seed N]
+python -m training.sample RUN_FOLDER|HF_FOLDER "prompt" [--tokens N] [--temperature X] [--top-k N]
+    [--top-p X] [--seed N]
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What is the learning rate at each step? llm.c's four schedules (`llmc/schedulers.h`), as one pure function."""
+"""What is the learning rate at each step? llm.c's four schedules (`schedulers.h`), as a pure function."""
 
 import math
 

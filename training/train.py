@@ -61,7 +61,9 @@ class Stop:
 
 
 class Trainer:
-    def __init__(self, config: RunConfig, run: str, tokens: str, world: World, stop: Stop, mirror: str | None) -> None:
+    def __init__(
+        self, config: RunConfig, run: str, tokens: str, world: World, stop: Stop, mirror: str | None
+    ) -> None:
         self.config, self.run, self.world, self.stop = config, run, world, stop
         self.micro_batch, self.micro_steps = split_batch(config, world.size)
         checkpoint = newest(run)
@@ -97,9 +99,8 @@ class Trainer:
         """One optimizer step over `batch_tokens` tokens."""
         started, p = time.perf_counter(), self.progress
         lr = learning_rate(self.config.train, p.step)
-        loss = self.backward()
-        norm_squared = self.optimizer.squared_norm()
-        loss, squared, stop = self.world.sums([loss, norm_squared, float(self.stop.asked)])
+        shares: list[float | torch.Tensor] = [self.backward(), self.optimizer.squared_norm()]
+        loss, squared, stop = self.world.sums([*shares, float(self.stop.asked)])
         self.stop.agreed, norm = stop > 0, squared**0.5
         loss_z, norm_z = p.losses.score(loss), p.norms.score(norm)
         train = self.config.train
@@ -134,7 +135,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """The mean loss over the first sequences of the validation split, the same for any number of ranks."""
+        """The mean loss over the validation split's first sequences, for any number of ranks the same."""
         train = self.config.train
         count = min(train.val_batches * train.val_sequences, self.load_validation.order.sequences_per_epoch)
         mine = range(self.world.rank, count, self.world.size)
@@ -149,14 +150,18 @@ class Trainer:
 
     def sample(self) -> None:
         if self.world.is_first:
-            made = sample.generate(self.model, [], self.config.train.sample_tokens, seed=self.config.train.init_seed)
+            made = sample.generate(
+                self.model, [], self.config.train.sample_tokens, seed=self.config.train.init_seed
+            )
             sample.record(self.run, self.progress.step, sample.text_of(made))
 
     def save(self) -> None:
         p = self.progress
         if p.step != self.saved:
             state = {**asdict(p), "ranks": self.world.size, "micro_batch": self.micro_batch}
-            self.checkpoints.save(p.step, self.model, self.optimizer, {**state, "config": to_dict(self.config)})
+            self.checkpoints.save(
+                p.step, self.model, self.optimizer, {**state, "config": to_dict(self.config)}
+            )
             self.saved = p.step
 
     def report(self, loss: float, lr: float, norm: float, seconds: float) -> None:
@@ -176,13 +181,15 @@ class Trainer:
 
 
 def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
-    """(sequences a rank and micro-step, micro-steps a step). Raises ValueError where the batch does not divide."""
+    """(sequences a rank and micro-step, micro-steps). Raises ValueError where the batch does not divide."""
     sequences = config.train.batch_tokens // config.model.context
     if sequences % ranks:
         raise ValueError(_nearest(config, "ranks", ranks, ranks))
     micro_batch = config.machine.micro_batch or _largest_divisor(sequences // ranks, 16)
     if sequences % (ranks * micro_batch):
-        raise ValueError(_nearest(config, "ranks x micro_batch sequences", ranks * micro_batch, ranks * micro_batch))
+        raise ValueError(
+            _nearest(config, "ranks x micro_batch sequences", ranks * micro_batch, ranks * micro_batch)
+        )
     return micro_batch, sequences // (ranks * micro_batch)
 
 
@@ -190,7 +197,8 @@ def _nearest(config: RunConfig, what: str, value: int, unit: int) -> str:
     unit *= config.model.context
     low = config.train.batch_tokens // unit * unit
     near = " and ".join(str(n) for n in (low, low + unit) if n > 0)
-    return f"batch_tokens={config.train.batch_tokens} does not divide into {value} {what}: the nearest that do are {near}"
+    total = config.train.batch_tokens
+    return f"batch_tokens={total} does not divide into {value} {what}: the nearest that do are {near}"
 
 
 def _largest_divisor(value: int, limit: int) -> int:
@@ -205,9 +213,8 @@ def _progress(checkpoint: Path | None) -> Progress:
     if checkpoint is None:
         return Progress()
     state = read_state(checkpoint)
-    windows = {key: OutlierWindow(**state[key]) for key in ("losses", "norms")}
-    plain = {key: state[key] for key in ("step", "position", "skipped", "seconds")}
-    return Progress(**plain, **windows)
+    kept: dict[str, Any] = {key: state[key] for key in ("step", "position", "skipped", "seconds")}
+    return Progress(**kept, losses=OutlierWindow(**state["losses"]), norms=OutlierWindow(**state["norms"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,7 +250,7 @@ def prepare(options: argparse.Namespace, world: World, stop: Stop) -> Trainer:
 
 
 def _log_to(run: str, world: World) -> None:
-    """The first rank's events go to train.log and the terminal; of the others, warnings only to the terminal."""
+    """The first rank's events go to train.log and the terminal, the errors of all to the terminal."""
     terminal = logging.StreamHandler()
     handlers: list[logging.Handler] = [terminal]
     if world.is_first:
