@@ -2,8 +2,8 @@
 
 A DuckDB index over the store's records. The records are the truth: the index takes in what changed, can be
 rebuilt from them at any time, and a lost one loses nothing. DuckDB admits one process at a time, so
-connections are short and taken in turn through a lock file. Names follow OpenLineage where it has one: a job
-makes outputs from inputs.
+connections are short and taken in turn through a lock file. Names follow OpenLineage where it has one: a
+job makes outputs from inputs.
 """
 
 import fcntl
@@ -53,7 +53,7 @@ class Lineage:
         self.path = Path(path)
 
     def ingest(self, store: str) -> int:
-        """Take in the records that are new or changed, and forget those that are gone; how many these were."""
+        """Take in new and changed records and forget those that are gone; how many these were."""
         with self._writing() as connection:
             return _ingest(connection, store)
 
@@ -81,7 +81,7 @@ class Lineage:
     def ancestry(self, key: str) -> Node:
         """The tree of what `key` was made from, down to the documents.
 
-        `key` is an output's ("runs/demo"), or a file's path or URL. Raises ValueError for one that is unknown.
+        `key` is an output's ("runs/demo"), or a file's path or URL. Raises ValueError for an unknown one.
         """
         with self._reading() as connection:
             store, found = _locate(connection, key)
@@ -211,11 +211,13 @@ def _locate(connection: duckdb.DuckDBPyConnection, key: str) -> tuple[str, str]:
     wanted = key.rstrip("/")
     found = (
         connection.execute(
-            "SELECT store, key FROM artifacts WHERE key = $1 OR store || '/' || key = $1 ORDER BY ended DESC",
+            "SELECT store, key FROM artifacts WHERE $1 IN (key, store || '/' || key) OR key = 'runs/' || $1 "
+            "ORDER BY ended DESC",
             [wanted],
         ).fetchone()
         or connection.execute(
-            "SELECT store, key FROM files WHERE $1 IN (path, key || '/' || path, store || '/' || key || '/' || path) "
+            "SELECT store, key FROM files "
+            "WHERE $1 IN (path, key || '/' || path, store || '/' || key || '/' || path) "
             "ORDER BY store, key",
             [wanted],
         ).fetchone()

@@ -1,7 +1,7 @@
 """What does a file of tokens, or of multiple-choice items, look like on disk?
 
-llm.c's formats: a header of 256 int32 (magic, version, counts), then uint16 values, so that its readers take
-our files and ours take its. Shard 0 of a corpus is its validation split, all others are training.
+llm.c's formats: a header of 256 int32 (magic, version, counts), then uint16 values, so that its readers
+take our files and ours take its. Shard 0 of a corpus is its validation split, all others are training.
 """
 
 import os
@@ -94,8 +94,8 @@ def check_tokens(path: str) -> int:
     largest = max((int(block.max()) for block in blocks(open_shard(path))), default=0)
     if largest >= VOCABULARY_SIZE:
         raise ValueError(
-            f"{path} holds token {largest}, but GPT-2's largest is {VOCABULARY_SIZE - 1}: the file is damaged "
-            f"or comes from another tokenizer; remove it and make it anew"
+            f"{path} holds token {largest}, but GPT-2's largest is {VOCABULARY_SIZE - 1}: the file is "
+            f"damaged or comes from another tokenizer; remove it and make it anew"
         )
     return largest
 
@@ -140,12 +140,11 @@ def read_choices(path: str) -> list[Choice]:
         values = np.frombuffer(f.read(), dtype="<u2").tolist()
     items, at = [], 0
     for _ in range(count):
-        if at + 5 > len(values) or values[at] != ITEM_START or values[at + 4] != CHOICES:
-            raise ValueError(
-                f"{path} is broken at value {at}: no item starts there; remove it and make it anew"
-            )
-        items.append(_decode_item(values[at : at + values[at + 1] // 2]))
-        at += values[at + 1] // 2
+        size = values[at + 1] // 2 if at + 5 <= len(values) else 0
+        if not size or at + size > len(values) or values[at] != ITEM_START or values[at + 4] != CHOICES:
+            raise ValueError(f"{path} is broken at value {at}: no whole item there; remove it, make it anew")
+        items.append(_decode_item(values[at : at + size]))
+        at += size
     return items
 
 

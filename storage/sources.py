@@ -1,8 +1,8 @@
 """Where do a corpus's documents come from?
 
-Every source gives the same thing, parquet files with a `text` column in a fixed order, whether the documents
-lie in a folder, on S3 or in Python itself. A source's identity is what defines its documents; its name, safe in
-a path, tells two corpora apart.
+Every source gives the same thing, parquet files with a `text` column in a fixed order, whether the
+documents lie in a folder, on S3 or in Python itself. A source's identity is what defines its documents; its
+name, safe in a path, tells two corpora apart.
 """
 
 import difflib

@@ -1,14 +1,14 @@
 """How do documents become token shards, in parallel, resumable and exactly once?
 
 The corpus is cut into pieces, runs of row groups of one file. Worker processes encode pieces in any order;
-the shards are cut from the pieces by the prefix sums of their lengths, each as soon as the pieces before its
-end are there. A piece or a shard appears under its name only when it is whole, and its content is a function of
-the corpus alone, so a killed run goes on from what is complete and ends with the same bytes. Number of workers,
-batch sizes and piece sizes do not change the output: EOT before each document, shard 0 for validation, the rest
-for training, the last one partial.
+the shards are cut from the pieces by the prefix sums of their lengths, each as soon as the pieces before
+its end are there. A piece or a shard appears under its name only when it is whole, and its content is a
+function of the corpus alone, so a killed run goes on from what is complete and ends with the same bytes.
+Number of workers, batch sizes and piece sizes do not change the output: EOT before each document, shard 0
+for validation, the rest for training, the last one partial.
 
-Beside each shard lies an index of its documents (`<shard>.documents.parquet`): from a position in a shard one
-finds the document.
+Beside each shard lies an index of its documents (`<shard>.documents.parquet`): from a position in a shard
+one finds the document.
 """
 
 import fcntl
@@ -399,9 +399,9 @@ def document_at(shard: str, position: int) -> dict[str, object]:
 
     Raises ValueError where the shard has no such position.
     """
+    count = shards.read_header(shard)
+    if not 0 <= position < count:
+        raise ValueError(f"{shard} has no token {position:,}, only 0 to {count - 1:,}")
     table = _read_index(_index_name(shard))
-    starts = table["start"].to_numpy()
-    row = int(np.searchsorted(starts, position, side="right")) - 1
-    if row < 0 or position < 0 or position >= starts[row] + table["tokens"][row].as_py():
-        raise ValueError(f"{shard} has no token {position:,}")
+    row = int(np.searchsorted(table["start"].to_numpy(), position, side="right")) - 1
     return table.slice(row, 1).to_pylist()[0]
