@@ -1,0 +1,160 @@
+"""Which published numbers stand beside ours, where are they from, and is ours better, worse or equal?"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+HELLASWAG_ITEMS = 10_042
+EQUAL_WITHIN = 2.0  # standard errors of the difference: 95% of equal models lie inside
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity")
+
+LLMC_HELLASWAG = "llm.c, dev/data/hellaswag.py"
+LLMC_PLOTS = "llm.c, dev/vislog.ipynb"
+GPT3_PAPER = "GPT-3 paper (Brown et al. 2020), zero-shot"
+NANOCHAT = "nanochat"
+
+# model -> parameters, and the names by which the hub or we know it
+SIZES = {
+    "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
+    "gpt3-125m": 125_000_000, "gpt3-350m": 350_000_000, "gpt3-760m": 760_000_000, "gpt3-1.3b": 1_300_000_000,
+}  # fmt: skip
+NAMES = {
+    "gpt2": "GPT-2 124M", "gpt2-medium": "GPT-2 355M", "gpt2-large": "GPT-2 774M", "gpt2-xl": "GPT-2 1558M",
+    "gpt3-125m": "GPT-3 125M", "gpt3-350m": "GPT-3 350M", "gpt3-760m": "GPT-3 760M", "gpt3-1.3b": "GPT-3 1.3B",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number that somebody else measured."""
+
+    model: str
+    suite: str
+    score: str
+    value: float
+    source: str
+    items: int | None = None  # known where the score is an accuracy over a known set
+    note: str = ""
+
+    @property
+    def stderr(self) -> float | None:
+        """Of an accuracy over known items; nobody published errors, they follow from the items."""
+        return math.sqrt(self.value * (1 - self.value) / self.items) if self.items else None
+
+
+def _hellaswag(score: str, values: Mapping[str, float], source: str) -> list[Published]:
+    return [Published(model, "hellaswag", score, v, source, HELLASWAG_ITEMS) for model, v in values.items()]
+
+
+def _of_gpt2(small: float, medium: float, large: float, xl: float) -> dict[str, float]:
+    return {"gpt2": small, "gpt2-medium": medium, "gpt2-large": large, "gpt2-xl": xl}
+
+
+PUBLISHED: tuple[Published, ...] = (
+    *_hellaswag("completion_acc", {"gpt2": 0.2859, "gpt2-xl": 0.3842}, LLMC_HELLASWAG),
+    *_hellaswag("completion_acc_norm", {"gpt2": 0.2955, "gpt2-xl": 0.4893}, LLMC_HELLASWAG),
+    *_hellaswag("harness_acc", {"gpt2": 0.2892, "gpt2-xl": 0.4004}, LLMC_HELLASWAG),
+    *_hellaswag("harness_acc_norm", {"gpt2": 0.3114, "gpt2-xl": 0.5089}, LLMC_HELLASWAG),
+    *_hellaswag("plot_line", _of_gpt2(0.294463, 0.375224, 0.431986, 0.488946), LLMC_PLOTS),
+    *_hellaswag(
+        "zero_shot", {"gpt3-125m": 0.337, "gpt3-350m": 0.436, "gpt3-760m": 0.510, "gpt3-1.3b": 0.547}, GPT3_PAPER
+    ),
+    *(
+        Published(model, "core", "core", value, NANOCHAT)
+        for model, value in _of_gpt2(0.1139, 0.1849, 0.2146, 0.256525).items()
+    ),
+    *(
+        Published(model, "validation_loss", "plot_line", value, LLMC_PLOTS, note="on a shard that the source does not name")
+        for model, value in _of_gpt2(3.424958, 3.083089, 3.000580, 2.831273).items()
+    ),
+    Published(
+        "llm.c 124M, 10B tokens", "validation_loss", "plot_line", 3.2722, "llm.c, discussion 481",
+        note="on FineWeb's validation shard",
+    ),
+)  # fmt: skip
+
+
+def published(suite: str, score: str) -> dict[str, Published]:
+    """By model."""
+    return {p.model: p for p in PUBLISHED if (p.suite, p.score) == (suite, score)}
+
+
+def same_size(parameters: int, family: str) -> str | None:
+    """The family's ("gpt2" or "gpt3") model within a fifth of this size, if there is one."""
+    near = {m: abs(math.log(parameters / n)) for m, n in SIZES.items() if m.startswith(family)}
+    best = min(near, key=lambda m: near[m])
+    return best if near[best] < math.log(1.2) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against one other number."""
+
+    suite: str
+    score: str
+    value: float
+    stderr: float | None
+    against: str  # whose number
+    reference: float
+    reference_stderr: float | None
+    source: str
+    difference: float  # ours less theirs
+    errors: float | None  # the difference in standard errors of the difference
+    verdict: Literal["better", "worse", "equal", "error unknown"]
+
+
+def compare(
+    suite: str,
+    score: str,
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    against: str,
+    source: str,
+) -> Comparison:
+    """Scores are {value, stderr}. Equal means within two standard errors of the difference.
+
+    Both errors count, as if the items were drawn apart; on the same items the true error is smaller, so this
+    calls two models equal more often than a paired test would.
+    """
+    difference = ours["value"] - theirs["value"]
+    known = [s["stderr"] for s in (ours, theirs) if s.get("stderr") is not None]
+    error = math.sqrt(math.fsum(e * e for e in known))
+    errors = difference / error if error > 0 else None
+    return Comparison(
+        suite, score, ours["value"], ours.get("stderr"), against, theirs["value"], theirs.get("stderr"), source,
+        difference, errors, _verdict(score, errors),
+    )  # fmt: skip
+
+
+def _verdict(score: str, errors: float | None) -> Literal["better", "worse", "equal", "error unknown"]:
+    if errors is None:
+        return "error unknown"
+    if abs(errors) <= EQUAL_WITHIN:
+        return "equal"
+    lower = score.split("/")[-1].split(",")[0] in LOWER_IS_BETTER
+    return "better" if (errors < 0) == lower else "worse"
+
+
+def against_published(scores: Mapping[str, Mapping[str, Any]], model: str) -> list[Comparison]:
+    """Every score of a run (suite -> score JSON) that somebody published for `model`."""
+    rows = []
+    for suite, page in scores.items():
+        for score, ours in page["scores"].items():
+            other = published(suite, score).get(model)
+            if other:
+                theirs = {"value": other.value, "stderr": other.stderr}
+                rows.append(compare(suite, score, ours, theirs, NAMES.get(model, model), other.source))
+    return rows
+
+
+def against_run(
+    scores: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Any]], against: str
+) -> list[Comparison]:
+    """Every score that both runs have, by the same suite and name."""
+    return [
+        compare(suite, score, ours, others[suite]["scores"][score], against, "measured here")
+        for suite, page in scores.items()
+        for score, ours in page["scores"].items()
+        if score in others.get(suite, {}).get("scores", {})
+    ]

@@ -1,0 +1,215 @@
+"""What came of a run, on one page? A self-contained index.html in light and dark, and its figures as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evals import reference, report_page, report_plots
+from evals.report_plots import Bar, Curve, Line, Points
+from storage import objects
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A model to compare with: the released GPT-2, its fine-tuned version, another run."""
+
+    name: str
+    scores: Mapping[str, Mapping[str, Any]]  # suite -> score JSON
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """One run as plain data; whoever calls has read it from wherever it lies."""
+
+    name: str
+    config: Mapping[str, Any]  # config.json
+    main_log: str = ""
+    metrics: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
+    scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # suite -> score JSON
+    samples: str = ""
+    records: Sequence[Mapping[str, Any]] = ()  # of the run's outputs and of all that they were made from
+    baselines: Sequence[Baseline] = ()
+
+    @property
+    def batch_tokens(self) -> int:
+        return int(self.config["train"]["batch_tokens"])
+
+
+@dataclass(frozen=True)
+class MainLog:
+    """llm.c's main.log by kind of line: step and value."""
+
+    train: tuple[tuple[int, float], ...]
+    lr: tuple[tuple[int, float], ...]
+    norm: tuple[tuple[int, float], ...]
+    validation: tuple[tuple[int, float], ...]
+    accuracy: tuple[tuple[int, float], ...]
+    skipped: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # file name without its ending: "loss"
+    caption: str
+    png: Mapping[str, bytes]  # by theme
+
+
+@dataclass(frozen=True)
+class Report:
+    files: tuple[str, ...]  # URLs, index.html first
+    pictures: tuple[Picture, ...]
+
+
+def parse_main_log(text: str) -> MainLog:
+    """Raises ValueError naming a line that is no line of main.log."""
+    found: dict[str, list[tuple[int, float]]] = {k: [] for k in ("trl", "lr", "norm", "tel", "eval", "skip")}
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = [word.partition(":") for word in line.split()]
+        if not words or words[0][0] != "s" or any(key not in found for key, _, _ in words[1:]):
+            raise ValueError(f"main.log line {number} is {line!r}: expected `s:<step>` and key:number words")
+        for key, _, value in words[1:]:
+            found[key].append((int(words[0][2]), float(value)))
+    return MainLog(*(tuple(found[key]) for key in ("trl", "lr", "norm", "tel", "eval", "skip")))
+
+
+def build(runs: ReportData | Sequence[ReportData], out: str) -> Report:
+    """Write OUT/index.html and OUT/<figure>-<theme>.png; several runs are laid over one another, the first leads."""
+    several = [runs] if isinstance(runs, ReportData) else list(runs)
+    if not several:
+        raise ValueError("a report needs at least one run")
+    logs = [parse_main_log(run.main_log) for run in several]
+    shown = pictures(several, logs)
+    files = [objects.join(out, "index.html")]
+    for picture in shown:
+        for theme, png in picture.png.items():
+            url = objects.join(out, f"{picture.name}-{theme}.png")
+            objects.publish_bytes(url, png)
+            files.append(url)
+    page = report_page.page(several, logs, shown, comparisons(several))
+    objects.publish_bytes(files[0], page.encode())
+    return Report(tuple(files), tuple(shown))
+
+
+def pictures(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> list[Picture]:
+    """The figures that the runs have data for."""
+    shown = []
+    if any(log.train for log in logs):
+        accuracies = [_curve(run, log.accuracy) for run, log in zip(runs, logs, strict=True) if log.accuracy]
+        wide = not accuracies
+        shown.append(_loss(runs, logs, wide))
+        if accuracies:
+            drawing = report_plots.accuracy(accuracies, accuracy_lines(runs[0]))
+            caption = "HellaSwag while training (completion protocol, normalised by tokens)"
+            shown.append(Picture("hellaswag", caption, report_plots.render(drawing)))
+        shown.append(_optimisation(runs, logs))
+    if any(run.metrics for run in runs):
+        shown.append(_throughput(runs))
+    bars = score_bars(runs[0])
+    if bars:
+        title = "Multiple-choice accuracy"
+        drawing = report_plots.scores(bars, title, 0.25 if all(_four_choices(b) for b in bars) else None)
+        shown.append(Picture("scores", "Scores with their standard errors", report_plots.render(drawing)))
+    return shown
+
+
+def _loss(runs: Sequence[ReportData], logs: Sequence[MainLog], wide: bool) -> Picture:
+    curves = [
+        Curve(run.name, _points(run, log.train), _points(run, log.validation), smooth=True)
+        for run, log in zip(runs, logs, strict=True)
+    ]
+    drawing = report_plots.loss(curves, loss_lines(runs[0]), wide)
+    return Picture("loss", "Training and validation loss against tokens", report_plots.render(drawing))
+
+
+def _optimisation(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> Picture:
+    pairs = list(zip(runs, logs, strict=True))
+    norms = [Curve(run.name, _points(run, log.norm), smooth=True) for run, log in pairs]
+    skipped = {step for step, _ in logs[0].skipped}
+    at = _points(runs[0], [(step, norm) for step, norm in logs[0].norm if step in skipped])
+    drawing = report_plots.optimisation([_curve(run, log.lr) for run, log in pairs], norms, at)
+    return Picture("optimisation", "Learning rate, gradient norm and skipped updates", report_plots.render(drawing))
+
+
+def _throughput(runs: Sequence[ReportData]) -> Picture:
+    speeds = [Curve(run.name, _metric(run, "tokens_per_second"), smooth=True) for run in runs]
+    uses = [Curve(run.name, _metric(run, "mfu"), smooth=True) for run in runs]
+    drawing = report_plots.throughput(speeds, uses)
+    return Picture("throughput", "Speed of training", report_plots.render(drawing))
+
+
+def _points(run: ReportData, values: Sequence[tuple[int, float]]) -> Points:
+    """Against tokens: what is logged at step s was measured on weights that had seen s batches."""
+    return [step * run.batch_tokens for step, _ in values], [value for _, value in values]
+
+
+def _curve(run: ReportData, values: Sequence[tuple[int, float]]) -> Curve:
+    return Curve(run.name, _points(run, values))
+
+
+def _metric(run: ReportData, name: str) -> Points:
+    return _points(run, [(int(m["step"]), float(m[name])) for m in run.metrics if m.get(name) is not None])
+
+
+def loss_lines(run: ReportData) -> list[Line]:
+    """Baselines whose loss was measured here, on a shard of the same name and size; published ones have others."""
+    ours = run.scores.get("validation_loss")
+    lines = []
+    for baseline in run.baselines:
+        page = baseline.scores.get("validation_loss")
+        if page and (ours is None or page["details"]["tokens"] == ours["details"]["tokens"]):
+            lines.append(Line(baseline.name, page["scores"]["loss"]["value"]))
+    return lines
+
+
+def accuracy_lines(run: ReportData) -> list[Line]:
+    """GPT-2 and GPT-3 of the same size, as in the discussion's second pane."""
+    lines = []
+    for family, score in (("gpt2", "plot_line"), ("gpt3", "zero_shot")):
+        model = reference.same_size(parameters(run.config["model"]), family)
+        if model:
+            lines.append(Line(reference.NAMES[model], reference.published("hellaswag", score)[model].value))
+    return lines
+
+
+def parameters(model: Mapping[str, int]) -> int:
+    """Of a GPT-2 of this shape, the head being tied to the token embeddings."""
+    layers, width = model["layers"], model["channels"]
+    vocab = model.get("vocab", 50257)
+    return (vocab + model["context"]) * width + layers * (12 * width**2 + 13 * width) + 2 * width
+
+
+def score_bars(run: ReportData) -> list[Bar]:
+    """Every accuracy of the run, with what others got in the same score."""
+    other = reference.same_size(parameters(run.config["model"]), "gpt2")
+    bars = []
+    for suite, page in run.scores.items():
+        for name, score in page["scores"].items():
+            if "acc" not in name:
+                continue
+            marks = [Line(c.against, c.reference) for c in _all_comparisons(run, suite, name, other)]
+            bars.append(Bar(f"{suite}: {name.replace('_', ' ')}", score["value"], score["stderr"], tuple(marks)))
+    return bars
+
+
+def _four_choices(bar: Bar) -> bool:
+    return bar.name.split(":")[0] in ("hellaswag", "completion_demo") or "completion_items" in bar.name.replace(" ", "_")
+
+
+def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) -> list[reference.Comparison]:
+    only = {suite: {**run.scores[suite], "scores": {name: run.scores[suite]["scores"][name]}}}
+    rows = reference.against_published(only, model) if model else []
+    for baseline in run.baselines:
+        rows += reference.against_run(only, baseline.scores, baseline.name)
+    return rows
+
+
+def comparisons(runs: Sequence[ReportData]) -> list[reference.Comparison]:
+    """The leading run against published numbers of its size, its baselines and the other runs."""
+    lead = runs[0]
+    model = reference.same_size(parameters(lead.config["model"]), "gpt2")
+    rows = reference.against_published(lead.scores, model) if model else []
+    for baseline in lead.baselines:
+        rows += reference.against_run(lead.scores, baseline.scores, baseline.name)
+    for run in runs[1:]:
+        rows += reference.against_run(lead.scores, run.scores, run.name)
+    return rows

@@ -1,0 +1,98 @@
+"""From what was this run made? Its ancestry as a picture: boxes from left to right, in SVG that follows the theme."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 196, 66, 46, 18, 6
+STAGES = ("documents", "token_shards", "eval_items", "trained_model", "hf_model")
+
+
+def picture(records: Sequence[Mapping[str, Any]]) -> str:
+    """Empty without records."""
+    if not records:
+        return ""
+    by_key = {r["key"]: r for r in records}
+    columns = _columns(by_key)
+    places = _places(columns)
+    width = len(columns) * (WIDTH + GAP_X) - GAP_X + 2 * MARGIN
+    height = max(len(c) for c in columns) * (HEIGHT + GAP_Y) - GAP_Y + 2 * MARGIN
+    arrows = [
+        _arrow(places[parent["key"]], places[key])
+        for key, record in by_key.items()
+        for parent in record.get("parents", [])
+        if parent["key"] in places
+    ]
+    boxes = [_box(by_key[key], *place) for key, place in places.items()]
+    return (
+        f"<div class='scroll'><svg class='lineage' viewBox='0 0 {width} {height}' width='{width}' height='{height}' "
+        f"role='img' aria-label='lineage'><defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' "
+        f"markerHeight='7' orient='auto'><path d='M0 0.5 L7.5 4 L0 7.5 z'/></marker></defs>"
+        f"{''.join(arrows)}{''.join(boxes)}</svg></div>\n"
+    )
+
+
+def _columns(by_key: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Each output one column to the right of its furthest parent."""
+    depth: dict[str, int] = {}
+
+    def of(key: str) -> int:
+        if key not in depth:
+            parents = [p["key"] for p in by_key[key].get("parents", []) if p["key"] in by_key]
+            depth[key] = 1 + max((of(p) for p in parents), default=-1)
+        return depth[key]
+
+    columns: list[list[str]] = [[] for _ in range(max(of(key) for key in by_key) + 1)]
+    for key in by_key:
+        columns[of(key)].append(key)
+    return columns
+
+
+def _places(columns: Sequence[Sequence[str]]) -> dict[str, tuple[float, float]]:
+    """Top left corners; a short column stands in the middle of the tallest."""
+    tallest = max(len(c) for c in columns)
+    return {
+        key: (
+            MARGIN + x * (WIDTH + GAP_X),
+            MARGIN + (y + (tallest - len(column)) / 2) * (HEIGHT + GAP_Y),
+        )
+        for x, column in enumerate(columns)
+        for y, key in enumerate(column)
+    }
+
+
+def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
+    x1, y1 = start[0] + WIDTH, start[1] + HEIGHT / 2
+    x2, y2 = end[0] - 3, end[1] + HEIGHT / 2
+    bend = GAP_X * 0.6
+    path = f"M{x1:.1f} {y1:.1f} C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+    return f"<path class='arrow' d='{path}' marker-end='url(#tip)'/>"
+
+
+def _box(record: Mapping[str, Any], x: float, y: float) -> str:
+    lines = [
+        ("name", record["asset"].replace("_", " ")),
+        ("where", _short(record["key"])),
+        ("what", _what(record)),
+    ]
+    text = "".join(
+        f"<text class='{kind}' x='{x + 12:.1f}' y='{y + 21 + 18 * n:.1f}'>{html.escape(line)}</text>"
+        for n, (kind, line) in enumerate(lines)
+    )
+    tip = f"{record['key']}\nfingerprint {record['fingerprint']}"
+    return (
+        f"<g><title>{html.escape(tip)}</title>"
+        f"<rect x='{x:.1f}' y='{y:.1f}' width='{WIDTH}' height='{HEIGHT}' rx='8'/>{text}</g>"
+    )
+
+
+def _short(key: str, most: int = 29) -> str:
+    return key if len(key) <= most else "…" + key[1 - most :]
+
+
+def _what(record: Mapping[str, Any]) -> str:
+    if record.get("tokens"):
+        return f"{record['tokens']:,} tokens"
+    if record.get("rows"):
+        return f"{record['rows']:,} rows"
+    return str(record["fingerprint"])[:12]

@@ -1,0 +1,251 @@
+"""How do a run's facts and figures become one HTML page that needs no other file and no network?"""
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evals import report_lineage
+from evals.reference import Comparison
+
+if TYPE_CHECKING:
+    from evals.report import MainLog, Picture, ReportData
+
+STYLE = Path(__file__).with_name("report.css")
+
+
+def page(
+    runs: "Sequence[ReportData]",
+    logs: "Sequence[MainLog]",
+    pictures: "Sequence[Picture]",
+    comparisons: Sequence[Comparison],
+) -> str:
+    lead = runs[0]
+    by_name = {picture.name: picture for picture in pictures}
+    title = " · ".join(run.name for run in runs)
+    body = [
+        _header(lead, title),
+        _tiles(lead, logs[0]),
+        _section("Training", _panes(by_name, ("loss", "hellaswag")) + _panes(by_name, ("optimisation",))),
+        _section("Scores", _panes(by_name, ("scores",)) + _scores_table(runs) + _comparison_table(comparisons)),
+        _section("Samples", _samples(lead.samples)),
+        _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(lead.records)),
+        _section("Lineage", report_lineage.picture(lead.records) + _records_table(lead.records)),
+        _section("Configuration", _configuration(runs) + _environment(lead.records)),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<style>\n{STYLE.read_text()}</style></head>\n<body><main>\n{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>\n{content}</section>\n" if content else ""
+
+
+def _header(run: "ReportData", title: str) -> str:
+    model = run.config["model"]
+    ended = max((str(r.get("ended") or "") for r in run.records), default="")[:16].replace("T", " ")
+    facts = [
+        f"{model['layers']} layers, {model['channels']} channels, {model['heads']} heads, context {model['context']}",
+        f"corpus {run.config.get('corpus', '')}",
+        f"finished {ended} UTC" if ended else "",
+        _commit(run.records),
+    ]
+    line = " · ".join(_text(fact) for fact in facts if fact)
+    return f"<header><p class='kind'>Training report</p><h1>{_text(title)}</h1><p class='facts'>{line}</p></header>\n"
+
+
+def _commit(records: Iterable[Mapping[str, Any]]) -> str:
+    commits = [r for r in records if r.get("commit")]
+    if not commits:
+        return ""
+    return f"commit {commits[-1]['commit'][:10]}{' with local changes' if commits[-1].get('dirty') else ''}"
+
+
+def _tiles(run: "ReportData", log: "MainLog") -> str:
+    from evals.report import parameters
+
+    tiles = [("Parameters", amount(parameters(run.config["model"])), "")]
+    steps = len({step for step, _ in log.train})
+    if steps:
+        tiles.append(("Tokens trained on", amount(steps * run.batch_tokens), f"{steps:,} steps of {run.batch_tokens:,}"))
+    if log.validation:
+        first, last = log.validation[0][1], log.validation[-1][1]
+        tiles.append(("Validation loss", f"{last:.3f}", f"from {first:.3f}"))
+    if loss := _score(run, "validation_loss", "bits_per_byte"):
+        tiles.append(("Bits per byte", f"{loss['value']:.3f}", plus_minus(loss["stderr"])))
+    for suite in ("hellaswag", "completion_demo"):
+        if score := _score(run, suite, "completion_acc_norm"):
+            name = "HellaSwag" if suite == "hellaswag" else "Completion items"
+            tiles.append((name, f"{score['value']:.1%}", f"{plus_minus(score['stderr'], True)}, chance 25%"))
+    speeds = [m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second")]
+    if speeds:
+        tiles.append(("Throughput", f"{amount(sorted(speeds)[len(speeds) // 2])}", "tokens per second, median"))
+    cells = "".join(
+        f"<div class='tile'><p>{_text(name)}</p><b>{_text(value)}</b><span>{_text(note)}</span></div>"
+        for name, value, note in tiles
+    )
+    return f"<div class='tiles'>{cells}</div>\n"
+
+
+def _score(run: "ReportData", suite: str, name: str) -> Mapping[str, Any] | None:
+    return run.scores.get(suite, {}).get("scores", {}).get(name)
+
+
+def _panes(pictures: "Mapping[str, Picture]", names: Sequence[str]) -> str:
+    shown = [_picture(pictures[name]) for name in names if name in pictures]
+    return f"<div class='panes n{len(shown)}'>{''.join(shown)}</div>\n" if shown else ""
+
+
+def _picture(picture: "Picture") -> str:
+    sources = {theme: "data:image/png;base64," + base64.b64encode(png).decode() for theme, png in picture.png.items()}
+    return (
+        f"<figure><picture><source media='(prefers-color-scheme: dark)' srcset='{sources['dark']}'>"
+        f"<img src='{sources['light']}' alt='{_text(picture.caption)}'></picture></figure>"
+    )
+
+
+def _scores_table(runs: "Sequence[ReportData]") -> str:
+    rows = []
+    for run in runs:
+        for suite, entry in run.scores.items():
+            for name, score in entry["scores"].items():
+                who = [_text(run.name)] if len(runs) > 1 else []
+                rows.append(
+                    [*who, _text(suite), _text(name.replace("_", " ")), value_and_error(name, score["value"], score["stderr"]),
+                     f"{score['n']:,}", _text(entry["protocol"]), f"{entry['truncated']:,}"]
+                )  # fmt: skip
+    head = ["run"] if len(runs) > 1 else []
+    return _table([*head, "suite", "score", "value ± standard error", "n", "protocol", "truncated"], rows)
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> str:
+    rows = [
+        [_text(c.suite), _text(c.score.replace("_", " ")), value_and_error(c.score, c.value, c.stderr), _text(c.against),
+         value_and_error(c.score, c.reference, c.reference_stderr),
+         "" if c.errors is None else f"{c.errors:+.1f}", f"<span class='{c.verdict.split()[0]}'>{c.verdict}</span>",
+         _text(c.source)]
+        for c in comparisons
+    ]  # fmt: skip
+    head = ["suite", "score", "this run", "against", "its value", "difference in standard errors", "verdict", "source"]
+    return ("<h3>Compared</h3>" + _table(head, rows)) if rows else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<div class='scroll'><table><thead><tr>{top}</tr></thead><tbody>\n{lines}</tbody></table></div>\n"
+
+
+def _samples(text: str) -> str:
+    """samples.txt holds blocks headed `=== step N ===`."""
+    blocks = re.split(r"(?m)^=== (.+?) ===$", text)
+    parts = [("", blocks[0])] if blocks[0].strip() else []
+    parts += list(zip(blocks[1::2], blocks[2::2], strict=True))
+    quotes = [
+        f"<figure class='sample'><figcaption>{_text(head)}</figcaption><pre>{_text(body.strip())}</pre></figure>"
+        for head, body in parts[::-1]
+        if body.strip()
+    ]
+    more = f"<details><summary>{len(quotes) - 4} earlier samples</summary>{''.join(quotes[4:])}</details>"
+    return "".join(quotes[:4]) + (more if len(quotes) > 4 else "")
+
+
+def _cost_table(records: Sequence[Mapping[str, Any]]) -> str:
+    rows, total = [], 0.0
+    for record in records:
+        cost = record.get("cost") or {}
+        if "seconds" not in cost:
+            continue
+        total += cost["seconds"]
+        rows.append([_text(record["key"]), duration(cost["seconds"]), _optional(cost, "gpu_hours", "{:.3g}"), _optional(cost, "dollars", "${:,.2f}")])
+    if rows:
+        sums = {k: sum((r.get("cost") or {}).get(k) or 0.0 for r in records) for k in ("gpu_hours", "dollars")}
+        rows.append(["<b>together</b>", f"<b>{duration(total)}</b>", _optional(sums, "gpu_hours", "{:.3g}"), _optional(sums, "dollars", "${:,.2f}")])
+    return _table(["output", "time", "GPU hours", "cost"], rows)
+
+
+def _optional(values: Mapping[str, Any], key: str, pattern: str) -> str:
+    return pattern.format(values[key]) if values.get(key) else "–"
+
+
+def _records_table(records: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [_text(r["key"]), _optional(r, "rows", "{:,}"), _optional(r, "tokens", "{:,}"),
+         size(sum(f["bytes"] for f in r.get("files", []))), f"<code>{_text(str(r['fingerprint'])[:12])}</code>"]
+        for r in records
+    ]  # fmt: skip
+    return _table(["output", "rows", "tokens", "size", "fingerprint"], rows)
+
+
+def _configuration(runs: "Sequence[ReportData]") -> str:
+    """Every key of the run; with several runs, a column each and the differing rows marked."""
+    flat = [dict(_flatten(run.config)) for run in runs]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    rows = []
+    for key in keys:
+        values = [_text(one.get(key, "–")) for one in flat]
+        cells = [f"<span class='differs'>{v}</span>" for v in values] if len(set(values)) > 1 else values
+        rows.append([_text(key), *cells])
+    table = _table(["key", *(run.name for run in runs)], rows)
+    return f"<details{' open' if len(runs) > 1 else ''}><summary>{len(keys)} values</summary>{table}</details>"
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _environment(records: Sequence[Mapping[str, Any]]) -> str:
+    for record in reversed(records):
+        if record.get("versions"):
+            facts = {**record.get("hardware", {}), **record["versions"]}
+            table = _table(["", ""], [[_text(k), _text(v)] for k, v in facts.items()])
+            return f"<details><summary>Hardware and library versions</summary>{table}</details>"
+    return ""
+
+
+def amount(value: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def plus_minus(stderr: float | None, percent: bool = False) -> str:
+    if stderr is None:
+        return ""
+    return f"± {stderr:.1%}" if percent else f"± {stderr:.3f}"
+
+
+def value_and_error(name: str, value: float, stderr: float | None) -> str:
+    digits = 2 if value >= 100 else 4
+    return f"{value:,.{digits}f}" + (f" ± {stderr:,.{digits}f}" if stderr is not None else "")

@@ -1,0 +1,343 @@
+"""How does a run look? Its curves and scores as figures, in a light and in a dark dress."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Points = tuple[Sequence[float], Sequence[float]]  # x, y
+DPI = 200
+
+
+@dataclass(frozen=True)
+class Theme:
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]  # told apart by colour-blind readers as well, in this order
+
+
+LIGHT = Theme(
+    "#ffffff", "#1c1e21", "#62666d", "#e7e8ea", ("#2a6bcc", "#d0601a", "#17805a", "#8a4fbf", "#b3124e", "#5b6b7a")
+)
+DARK = Theme(
+    "#17191d", "#e9e9e7", "#9b9fa6", "#2b2e34", ("#74a9ff", "#f49a5c", "#58c999", "#c19bf5", "#ff7fa6", "#a5b4c3")
+)
+THEMES = {"light": LIGHT, "dark": DARK}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's line in a figure."""
+
+    name: str
+    points: Points
+    dots: Points = ((), ())  # marked points that go with the line: validation losses
+    smooth: bool = False  # draw the raw line faint and its running mean strong
+
+
+@dataclass(frozen=True)
+class Line:
+    """A level to compare with: a model that was not trained here."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A score with its error, and what it is compared with."""
+
+    name: str
+    value: float
+    stderr: float | None
+    marks: tuple[Line, ...] = ()
+
+
+Drawing = Callable[[Theme], Figure]
+
+
+def render(drawing: Drawing) -> dict[str, bytes]:
+    """The figure as PNG in each theme."""
+    pictures = {}
+    for name, theme in THEMES.items():
+        buffer = io.BytesIO()
+        drawing(theme).savefig(buffer, format="png", dpi=DPI, facecolor=theme.paper)
+        pictures[name] = buffer.getvalue()
+    return pictures
+
+
+def loss(curves: Sequence[Curve], lines: Sequence[Line], wide: bool) -> Drawing:
+    """Training loss with validation points, against tokens; the lines are models evaluated on the same shard."""
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(theme, 10.4 if wide else 5.6, 4.0)
+        several = len(curves) > 1
+        for number, curve in enumerate(curves):
+            colour = theme.series[number % len(theme.series)]
+            name = curve.name if several else "training"
+            _plot_curve(axes, curve, colour, name)
+            dot = colour if several else theme.series[1]
+            if curve.dots[0]:
+                label = None if several else "validation"
+                axes.plot(*curve.dots, "-", color=dot, lw=0.9, alpha=0.55)
+                axes.plot(*curve.dots, "o", color=dot, ms=5, mec=theme.paper, mew=0.9, label=label, zorder=5)
+        _fit_loss(axes, curves, lines)
+        _levels(axes, lines, theme)
+        _tokens_axis(axes)
+        axes.set_ylabel("cross-entropy loss (nats per token)", color=theme.muted)
+        axes.set_title("Loss", loc="left", color=theme.ink, fontweight="bold")
+        if several:
+            axes.plot([], [], "o", color=theme.muted, ms=5, label="dots: validation")
+        _legend(axes, theme, "upper right")
+        return figure
+
+    return draw
+
+
+def accuracy(curves: Sequence[Curve], lines: Sequence[Line]) -> Drawing:
+    """HellaSwag accuracy during training against tokens, with the lines of models of the same size."""
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(theme, 5.6, 4.0)
+        for number, curve in enumerate(curves):
+            colour = theme.series[number % len(theme.series)]
+            axes.plot(*curve.points, "-o", color=colour, lw=1.7, ms=4, mec=theme.paper, mew=0.7, label=curve.name)
+        values = [v for c in curves for v in c.points[1]] + [line.value for line in lines] + [0.25]
+        axes.set_ylim(min(values) - 0.012, max(values) + 0.02)
+        _levels(axes, [*lines, Line("chance", 0.25)], theme)
+        _tokens_axis(axes)
+        axes.set_ylabel("accuracy", color=theme.muted)
+        axes.set_title("HellaSwag", loc="left", color=theme.ink, fontweight="bold")
+        if len(curves) > 1:
+            _legend(axes, theme, "upper left")
+        return figure
+
+    return draw
+
+
+def optimisation(rates: Sequence[Curve], norms: Sequence[Curve], skipped: Points) -> Drawing:
+    """Learning rate, and gradient norm before clipping, with the updates that were skipped."""
+
+    def draw(theme: Theme) -> Figure:
+        figure, (left, right) = _pair(theme)
+        for number, (rate, norm) in enumerate(zip(rates, norms, strict=True)):
+            colour = theme.series[number % len(theme.series)]
+            left.plot(*rate.points, color=colour, lw=1.8, label=rate.name)
+            _plot_curve(right, norm, colour, norm.name)
+        left.set_title("Learning rate", loc="left", color=theme.ink, fontweight="bold")
+        left.yaxis.set_major_formatter(FuncFormatter(_scientific))
+        left.set_ylim(bottom=0)
+        right.set_title("Gradient norm, before clipping", loc="left", color=theme.ink, fontweight="bold")
+        _log_if_wide(right, [v for c in norms for v in c.points[1]])
+        if skipped[0]:
+            right.plot(*skipped, "x", color=theme.series[4], ms=6, label="skipped update", zorder=6)
+        for axes in (left, right):
+            _tokens_axis(axes)
+        if len(rates) > 1:
+            _legend(left, theme, "upper right")
+        if skipped[0]:
+            _legend(right, theme, "upper right")
+        return figure
+
+    return draw
+
+
+def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
+    """Tokens a second and, where the hardware's peak is known, the share of it that was used."""
+
+    def draw(theme: Theme) -> Figure:
+        shown = [("Throughput", "tokens per second", speeds)]
+        if any(c.points[0] for c in uses):
+            shown.append(("Model FLOPs utilisation", "share of the GPU's peak", uses))
+        if len(shown) == 1:
+            figure, only = _figure(theme, 10.4, 3.2)
+            panes = [only]
+        else:
+            figure, panes = _pair(theme)
+        for axes, (title, unit, curves) in zip(panes, shown, strict=True):
+            for number, curve in enumerate(curves):
+                _plot_curve(axes, curve, theme.series[number % len(theme.series)], curve.name)
+            axes.set_title(title, loc="left", color=theme.ink, fontweight="bold")
+            axes.set_ylabel(unit, color=theme.muted)
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(FuncFormatter(_percent if "share" in unit else _count))
+            _tokens_axis(axes)
+        if len(speeds) > 1:
+            _legend(panes[0], theme, "lower right")
+        return figure
+
+    return draw
+
+
+def scores(bars: Sequence[Bar], title: str, chance: float | None) -> Drawing:
+    """Accuracies as points with error bars of one standard error, references as marks beside them."""
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(theme, 10.4, 1.3 + 0.42 * len(bars))
+        places = list(range(len(bars)))[::-1]
+        for place, bar in zip(places, bars, strict=True):
+            axes.errorbar(
+                bar.value, place, xerr=bar.stderr, fmt="o", ms=7, capsize=4, lw=1.8, color=theme.series[0], zorder=5
+            )
+            for number, mark in enumerate(bar.marks):
+                axes.plot(mark.value, place, "d", ms=7, color=theme.series[1 + number % 4], mec=theme.paper, zorder=4)
+        if chance is not None:
+            axes.axvline(chance, color=theme.muted, lw=1.1, ls=(0, (4, 3)))
+        axes.set_yticks(places, [b.name for b in bars])
+        axes.set_ylim(-0.6, len(bars) - 0.4)
+        low, high = _span(bars, chance)
+        axes.set_xlim(low, high)
+        axes.grid(False, axis="y")
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.set_title(title, loc="left", color=theme.ink, fontweight="bold")
+        _score_legend(axes, bars, chance, theme)
+        return figure
+
+    return draw
+
+
+def _score_legend(axes: Axes, bars: Sequence[Bar], chance: float | None, theme: Theme) -> None:
+    axes.plot([], [], "o", color=theme.series[0], label="this run, ± 1 standard error")
+    names = list(dict.fromkeys(mark.name for bar in bars for mark in bar.marks))
+    for number, name in enumerate(names):
+        axes.plot([], [], "d", color=theme.series[1 + number % 4], label=name)
+    if chance is not None:
+        axes.plot([], [], color=theme.muted, lw=1.1, ls=(0, (4, 3)), label=f"chance, {chance:.0%}")
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncol=4, frameon=False, labelcolor=theme.muted, fontsize=8.5
+    )
+
+
+def _span(bars: Sequence[Bar], chance: float | None) -> tuple[float, float]:
+    lows = [b.value - (b.stderr or 0) for b in bars] + [m.value for b in bars for m in b.marks]
+    highs = [b.value + (b.stderr or 0) for b in bars] + [m.value for b in bars for m in b.marks]
+    if chance is not None:
+        lows.append(chance)
+        highs.append(chance)
+    margin = 0.08 * (max(highs) - min(lows)) + 0.01
+    return max(0.0, min(lows) - margin), min(1.0, max(highs) + margin)
+
+
+def _figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    _dress(axes, theme)
+    return figure, axes
+
+
+def _pair(theme: Theme) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(10.4, 3.4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
+    panes = [figure.add_subplot(1, 2, n) for n in (1, 2)]
+    for axes in panes:
+        _dress(axes, theme)
+    return figure, panes
+
+
+def _dress(axes: Axes, theme: Theme) -> None:
+    axes.set_facecolor(theme.paper)
+    axes.grid(True, color=theme.grid, lw=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(theme.grid)
+    axes.tick_params(colors=theme.muted, labelsize=8.5, length=0)
+    axes.xaxis.label.set_size(9)
+    axes.yaxis.label.set_size(9)
+    axes.title.set_size(11)
+    axes._left_title.set_size(11)  # type: ignore[attr-defined]
+
+
+def _plot_curve(axes: Axes, curve: Curve, colour: str, name: str) -> None:
+    x, y = thin(curve.points)
+    if curve.smooth and len(y) >= 20:
+        axes.plot(x, y, color=colour, lw=0.7, alpha=0.3)
+        axes.plot(x, running_mean(y), color=colour, lw=1.8, label=name)
+    else:
+        axes.plot(x, y, color=colour, lw=1.6, label=name)
+
+
+def thin(points: Points, most: int = 4000) -> Points:
+    """At most so many points, evenly taken: more than a figure has pixels cost time and say nothing."""
+    stride = max(1, math.ceil(len(points[0]) / most))
+    return points[0][::stride], points[1][::stride]
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Mean over the last fiftieth of the run (at least 8 values), shorter at the start."""
+    data = np.asarray(values, dtype=float)
+    window = max(8, len(data) // 50)
+    sums = np.concatenate([[0.0], np.cumsum(data)])
+    ends = np.arange(1, len(data) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _fit_loss(axes: Axes, curves: Sequence[Curve], lines: Sequence[Line]) -> None:
+    """The first steps fall from about 11; on a long run they would squeeze all the rest into the lower edge."""
+    late = [v for c in curves for v in list(c.points[1])[len(c.points[1]) // 20 :]]
+    shown = late + [v for c in curves for v in list(c.dots[1])[1:]] + [line.value for line in lines]
+    if shown:
+        margin = 0.06 * (max(shown) - min(shown)) + 0.02
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+
+
+def _levels(axes: Axes, lines: Sequence[Line], theme: Theme) -> None:
+    """Dashed levels, named at the right edge; names of near ones move apart."""
+    low, high = axes.get_ylim()
+    last = -math.inf
+    for line in sorted(lines, key=lambda item: item.value):
+        axes.axhline(line.value, color=theme.muted, lw=1.1, ls=(0, (4, 3)), zorder=1)
+        at = max(line.value + 0.012 * (high - low), last + 0.055 * (high - low))
+        axes.text(
+            0.995, at, f"{line.name}  {line.value:.3g}" if line.value >= 1 else f"{line.name}  {line.value:.3f}",
+            transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color=theme.muted,
+            bbox={"facecolor": theme.paper, "edgecolor": "none", "pad": 0.6, "alpha": 0.8}, zorder=6,
+        )  # fmt: skip
+        last = at
+
+
+def _legend(axes: Axes, theme: Theme, where: str) -> None:
+    axes.legend(loc=where, frameon=False, labelcolor=theme.ink, fontsize=8.5)
+
+
+def _tokens_axis(axes: Axes) -> None:
+    axes.set_xlabel("tokens", color=axes.xaxis.label.get_color())
+    axes.xaxis.label.set_color(axes.xaxis.get_ticklabels()[0].get_color() if axes.xaxis.get_ticklabels() else "grey")
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlim(left=0)
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    positive = [v for v in values if v > 0]
+    if positive and max(positive) > 30 * float(np.median(positive)):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _count(value: float, _: int | None = None) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _percent(value: float, _: int | None = None) -> str:
+    return f"{value:.0%}"
+
+
+def _scientific(value: float, _: int | None = None) -> str:
+    if value == 0:
+        return "0"
+    power = math.floor(math.log10(abs(value)))
+    return f"{value / 10**power:.3g}e{power}"
