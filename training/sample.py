@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from storage import tokenizer
+from training.export import load_any
 from training.gpt2 import GPT2
 
 SAMPLES = "samples.txt"
@@ -30,15 +31,18 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """Continue `prompt` by `tokens` tokens, drawn on the CPU: the same seed gives the same text anywhere."""
+    """Continue `prompt` by `tokens` tokens, drawn on the CPU: the same seed gives the same text anywhere.
+
+    An empty prompt starts a document: with EOT, the last token of the vocabulary.
+    """
     generator = torch.Generator().manual_seed(seed)
-    text = list(prompt) or [tokenizer.EOT]
+    text = list(prompt) or [model.config.vocab - 1]
     device = model.wte.weight.device
     for _ in range(tokens):
         window = torch.tensor([text[-model.config.context :]], device=device)
         logits = model.logits(window)[0, -1].float().cpu()
         text.append(draw(logits, temperature, top_k, top_p, generator))
-    return text[len(prompt) :]
+    return text[-tokens:]
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
@@ -77,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args(argv)
-    from training.export import load_any  # it loads transformers, which takes seconds
-
     try:
         model = load_any(o.model)
     except ValueError as error:

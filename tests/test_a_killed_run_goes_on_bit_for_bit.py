@@ -1,0 +1,109 @@
+"""N steps equal k steps, an end of any kind, and N - k steps: the same main.log and the same bytes of weights."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from training.checkpoint import complete
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+CONFIG = tiny_run.config(steps=STEPS, val_every=6, checkpoint_every=7, warmup_steps=5, keep_checkpoints=3)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def wait_for(ready: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def start_and_end(run: str, shards: str, ranks: int, end: Callable[[subprocess.Popen[str]], None]) -> int:
+    """Start a run, call `end` when it is amid its steps -> exit status."""
+    log = Path(run, "main.log")
+    started = tiny_run.command(run, shards, ranks)
+    with subprocess.Popen(
+        started, cwd=tiny_run.ROOT, env=tiny_run.environment(), text=True, stderr=subprocess.PIPE
+    ) as process:
+        wait_for(lambda: process.poll() is not None or (log.exists() and "s:9 trl" in log.read_text()))
+        end(process)
+        _, errors = process.communicate(timeout=60)
+        assert "s:39 trl" not in log.read_text(), (
+            f"the run ended before it could be interrupted: {errors[-2000:]}"
+        )
+        return process.returncode
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def uninterrupted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, str, str]:
+    """(ranks, shards, run folder)"""
+    place = tmp_path_factory.mktemp("uninterrupted")
+    shards = tiny_run.tokens(place / "tokens")
+    run = tiny_run.folder(place / "run", CONFIG)
+    done = tiny_run.train(run, shards, request.param)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, shards, run
+
+
+def check_equal(run: str, shards: str, ranks: int, whole: str) -> None:
+    done = tiny_run.train(run, shards, ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed from" in Path(run, "train.log").read_text()
+    assert Path(run, "main.log").read_text() == Path(whole, "main.log").read_text()
+    assert tiny_run.final_files(run) == tiny_run.final_files(whole)
+    assert Path(run, "samples.txt").read_text() == Path(whole, "samples.txt").read_text()
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_with_75(
+    uninterrupted: tuple[int, str, str], tmp_path: Path
+) -> None:
+    ranks, shards, whole = uninterrupted
+    run = tiny_run.folder(tmp_path / "run", CONFIG)
+    assert start_and_end(run, shards, ranks, lambda process: process.terminate()) == 75
+    assert complete(run)[-1] >= 10  # the step that it was in, not the last multiple of 7
+    check_equal(run, shards, ranks, whole)
+
+
+def test_sigkill_of_the_ranks_loses_only_the_steps_since_the_checkpoint(
+    uninterrupted: tuple[int, str, str], tmp_path: Path
+) -> None:
+    ranks, shards, whole = uninterrupted
+    run = tiny_run.folder(tmp_path / "run", CONFIG)
+
+    def kill(process: subprocess.Popen[str]) -> None:
+        (agent,) = children(process.pid)
+        for rank in children(agent):
+            os.kill(rank, signal.SIGKILL)
+
+    assert start_and_end(run, shards, ranks, kill) not in (0, 75)
+    check_equal(run, shards, ranks, whole)
+
+
+def test_all_ranks_end_with_their_parent(uninterrupted: tuple[int, str, str], tmp_path: Path) -> None:
+    ranks, shards, whole = uninterrupted
+    run = tiny_run.folder(tmp_path / "run", CONFIG)
+    left: list[int] = []
+
+    def kill(process: subprocess.Popen[str]) -> None:
+        (agent,) = children(process.pid)
+        left.extend([agent, *children(agent)])
+        process.kill()
+
+    start_and_end(run, shards, ranks, kill)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
+    assert complete(run)[-1] >= 10  # the ranks saved where they were
+    check_equal(run, shards, ranks, whole)

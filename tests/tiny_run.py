@@ -1,0 +1,77 @@
+"""A run so small that tests can afford many: a 2-layer model over 256 tokens, and shards it can learn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.shards import shard_name, write_shard
+from training.config import ModelConfig, RunConfig, TrainConfig, to_dict
+
+ROOT = Path(__file__).parent.parent
+
+
+def config(**train: Any) -> RunConfig:
+    defaults: dict[str, Any] = {
+        "steps": 6,
+        "batch_tokens": 8 * 16,
+        "lr": 1e-2,
+        "warmup_steps": 2,
+        "dtype": "fp32",
+        "val_every": 2,
+        "val_batches": 1,
+        "val_sequences": 6,
+        "sample_tokens": 4,
+        "checkpoint_every": 1000,
+    }
+    return RunConfig(
+        recipe="tiny",
+        corpus="none",
+        model=ModelConfig(layers=2, channels=32, heads=2, context=16, vocab=256),
+        train=TrainConfig(**{**defaults, **train}),
+    )
+
+
+def tokens(folder: Path, shards: int = 3, size: int = 400) -> str:
+    """Shards of a random walk over the vocabulary: the next token lies near the last."""
+    folder.mkdir(exist_ok=True)
+    steps = np.random.default_rng(0).integers(-2, 3, size=(shards, size))
+    for index, walk in enumerate(steps.cumsum(axis=1) % 256):
+        split = "train" if index else "val"
+        write_shard(str(folder / shard_name("walk", split, index)), walk.astype(np.uint16))
+    return str(folder)
+
+
+def folder(path: Path, run: RunConfig) -> str:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(to_dict(run)))
+    return str(path)
+
+
+def command(run: str, shards: str, ranks: int = 1, *options: str) -> list[str]:
+    launch = [sys.executable, "-m", "training.launch", f"--gpus={ranks}"]
+    return [*launch, "training.train", run, f"--tokens={shards}", *options]
+
+
+def train(run: str, shards: str, ranks: int = 1, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(run, shards, ranks, *options), cwd=ROOT, capture_output=True, text=True, env=environment()
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def losses(run: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def final_files(run: str) -> dict[str, bytes]:
+    """The bytes of the newest checkpoint's tensors."""
+    newest = sorted(Path(run, "checkpoints").glob("step_*"))[-1]
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}

@@ -1,0 +1,167 @@
+"""How does a run become a model that others load? A stock Hugging Face folder, or an llm.c file, checked.
+
+    python -m training.export RUN_FOLDER --out FOLDER --tokens SHARD [--dtype float32|bfloat16]
+    python -m training.export RUN_FOLDER --out MODEL.bin
+
+The folder is loaded back with stock transformers and its logits on the shard's first tokens are compared with
+ours: `export_check.json` has the largest difference. Exit status 1 where it is above the tolerance.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from storage.shards import open_shard
+from storage.tokenizer import EOT, VOCABULARY
+from training.checkpoint import load_model, newest, read_state
+from training.config import ModelConfig, from_dict
+from training.gpt2 import GPT2
+from training.weights import from_huggingface, model_config, read_llmc, to_huggingface, write_llmc
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+CHECK = "export_check.json"
+TOLERANCE = (
+    1e-4  # largest absolute difference of fp32 logits; times the logits' size in tens where that is more
+)
+
+log = logging.getLogger("gpt2.export")
+
+
+def load_any(source: str) -> GPT2:
+    """The model of a run folder (its newest checkpoint), an llm.c .bin, or a Hugging Face folder or hub name.
+
+    The weights are fp32. Raises ValueError where there is no model.
+    """
+    if source.endswith(".bin"):
+        config, weights = read_llmc(source)
+        return _model(config, weights)
+    if Path(source, "checkpoints").is_dir():
+        return load_run(source)
+    return load_huggingface(source)
+
+
+def load_run(run: str) -> GPT2:
+    checkpoint = newest(run)
+    if checkpoint is None:
+        raise ValueError(f"{run} has no complete checkpoint yet: train it first")
+    model = _empty(from_dict(ModelConfig, read_state(checkpoint)["config"]["model"]))
+    load_model(checkpoint, model)
+    return model
+
+
+def load_huggingface(source: str) -> GPT2:
+    """Raises ValueError for a folder without a GPT-2."""
+    if Path(source).is_dir() and not Path(source, "config.json").exists():
+        raise ValueError(
+            f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder"
+        )
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    config = model_config(AutoConfig.from_pretrained(source))
+    theirs = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    return _model(config, from_huggingface(theirs.state_dict(), config))
+
+
+def _model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> GPT2:
+    model = _empty(config)
+    model.load_state_dict({name: w.float() for name, w in weights.items()})
+    return model
+
+
+def _empty(config: ModelConfig) -> GPT2:
+    with torch.device("meta"):
+        model = GPT2(config)
+    return model.to_empty(device="cpu")
+
+
+def write_folder(model: GPT2, out: str, dtype: torch.dtype) -> None:
+    """Weights, configuration and tokenizer as transformers expects them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    config = GPT2Config(
+        vocab_size=c.vocab, n_positions=c.context, n_embd=c.channels, n_layer=c.layers, n_head=c.heads,
+        bos_token_id=EOT, eos_token_id=EOT, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    weights = {n: w.to(dtype) for n, w in to_huggingface(model.state_dict(), c).items()}
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(config)
+    theirs.load_state_dict(weights, assign=True)
+    theirs.tie_weights()
+    theirs.config.dtype = dtype
+    theirs.save_pretrained(out)
+    _write_tokenizer(out, c.context)
+
+
+def _write_tokenizer(out: str, context: int) -> None:
+    """Today's tokenizer.json, and the two files that other programs look for."""
+    from transformers import GPT2Tokenizer
+
+    for source, name in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copyfile(VOCABULARY / source, Path(out, name))
+    tokenizer = GPT2Tokenizer(vocab=str(Path(out, "vocab.json")), merges=str(Path(out, "merges.txt")))
+    # transformers 5 takes other arguments than these silently, for an empty vocabulary
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
+    tokenizer.model_max_length = context
+    tokenizer.save_pretrained(out)
+
+
+@torch.no_grad()
+def check(model: GPT2, out: str, shard: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare stock transformers' logits of the exported folder with ours, both computed in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.from_numpy(np.array(open_shard(shard)[: model.config.context], dtype=np.int64))[None]
+    ours = model.to(dtype).float().logits(tokens)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(tokens).logits
+    largest = float(ours.abs().max())
+    return {
+        "max_difference": float((ours - theirs).abs().max()),
+        "tolerance": TOLERANCE * max(1.0, largest / 10),
+        "largest_logit": largest,
+        "tokens": tokens.numel(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="training.export", description="Export a run's newest checkpoint.")
+    parser.add_argument("run", help="a run folder; also a Hugging Face folder or an llm.c .bin, to convert")
+    parser.add_argument("--out", required=True, help="folder to write, or a name ending in .bin for llm.c")
+    parser.add_argument("--tokens", help="token shard whose logits are compared; needed for a folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    o = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        model = load_any(o.run)
+    except ValueError as error:
+        log.error("%s", error)
+        return 2
+    if o.out.endswith(".bin"):
+        weights = {name: w.to(DTYPES[o.dtype]) for name, w in model.state_dict().items()}
+        write_llmc(o.out, weights, model.config)
+        return 0
+    if o.tokens is None:
+        parser.error("--tokens SHARD is needed: the exported model's logits are checked on it")
+    return export_folder(model, o.out, o.tokens, DTYPES[o.dtype])
+
+
+def export_folder(model: GPT2, out: str, shard: str, dtype: torch.dtype) -> int:
+    write_folder(model, out, dtype)
+    result = check(model, out, shard, dtype)
+    Path(out, CHECK).write_text(json.dumps(result, indent=2) + "\n")
+    log.info("exported %s: logits differ by at most %.2g", out, result["max_difference"])
+    return 0 if result["max_difference"] <= result["tolerance"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""How do weights come in and go out? Our names to and from Hugging Face's GPT-2 and llm.c's `.bin` files.
+
+Hugging Face stores linear weights as (in, out) and the embedding without padding rows. llm.c's files hold
+a header of 256 int32 (magic, version, context, vocabulary, layers, heads, channels, padded vocabulary), then the
+tensors in a fixed order, each kind for all layers, (out, in) like ours: fp32 in version 3, bf16 in version 5.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.config import ModelConfig
+
+Weights = dict[str, Tensor]
+
+LLMC_MAGIC = 20240326
+LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
+HEADER_INTS = 256
+
+_PARTS = (  # of a block: our names are Hugging Face's
+    ("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight")
+    + ("attn.c_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias")
+    + ("mlp.c_proj.weight", "mlp.c_proj.bias")
+)  # fmt: skip
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape by name, in llm.c's order: embeddings, each part of all blocks, the last norm."""
+    C = config.channels
+    wide = {
+        "attn.c_attn": (3 * C, C),
+        "attn.c_proj": (C, C),
+        "mlp.c_fc": (4 * C, C),
+        "mlp.c_proj": (C, 4 * C),
+    }
+    found: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.padded_vocab, C),
+        "wpe.weight": (config.context, C),
+    }
+    for part in _PARTS:
+        module, kind = part.rsplit(".", 1)
+        shape = wide.get(module, (C,))
+        for layer in range(config.layers):
+            found[f"blocks.{layer}.{part}"] = shape if kind == "weight" else shape[:1]
+    return found | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+
+
+def to_huggingface(weights: Weights, config: ModelConfig) -> Weights:
+    """Our weights under the names and in the layout of transformers' GPT2LMHeadModel, head included."""
+    renamed = {_huggingface_name(n): w.t().contiguous() if _is_linear(n) else w for n, w in weights.items()}
+    embedding = weights["wte.weight"][: config.vocab].clone()
+    return renamed | {"transformer.wte.weight": embedding, "lm_head.weight": embedding}
+
+
+def from_huggingface(found: Weights, config: ModelConfig) -> Weights:
+    """The inverse; padding rows of the embedding are zero. Takes names with and without `transformer.`."""
+    weights = {}
+    for name, shape in shapes(config).items():
+        theirs = _huggingface_name(name)
+        tensor = found[theirs if theirs in found else theirs.removeprefix("transformer.")]
+        weights[name] = tensor.t().contiguous() if _is_linear(name) else tensor
+        if name == "wte.weight":
+            weights[name] = torch.cat([tensor, tensor.new_zeros(shape[0] - len(tensor), shape[1])])
+    return weights
+
+
+def _huggingface_name(name: str) -> str:
+    return "transformer." + name.replace("blocks.", "h.")
+
+
+def _is_linear(name: str) -> bool:
+    return ".c_" in name and name.endswith(".weight")
+
+
+def model_config(huggingface: Any) -> ModelConfig:
+    """The sizes in a transformers GPT2Config. Raises ValueError for an architecture that is not GPT-2's."""
+    found = huggingface.to_dict()
+    expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    expected |= {"scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    for key, value in expected.items():
+        if found.get(key, value) != value:
+            raise ValueError(
+                f"{key}={found[key]!r} in the model's config.json: only GPT-2's {value!r} is supported"
+            )
+    return ModelConfig(
+        layers=found["n_layer"],
+        channels=found["n_embd"],
+        heads=found["n_head"],
+        context=found["n_positions"],
+        vocab=found["vocab_size"],
+    )
+
+
+def read_llmc(path: str) -> tuple[ModelConfig, Weights]:
+    """The model in an llm.c file, in its own dtype. Raises ValueError for any other file."""
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS or header[0] != LLMC_MAGIC:
+        raise ValueError(f"{path} is no llm.c model: its magic is {header[:1].tolist()}, not {LLMC_MAGIC}")
+    version, context, vocab, layers, heads, channels, padded = (int(n) for n in header[1:8])
+    if version not in LLMC_DTYPES:
+        raise ValueError(f"{path} has version {version}: only 3 (fp32) and 5 (bf16) are read; export it anew")
+    config = ModelConfig(layers=layers, channels=channels, heads=heads, context=context, vocab=vocab)
+    if config.padded_vocab != padded:
+        raise ValueError(
+            f"{path} pads {vocab} tokens to {padded}, not to {config.padded_vocab}: export it anew"
+        )
+    return config, dict(_read_tensors(path, config, LLMC_DTYPES[version]))
+
+
+def _read_tensors(path: str, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    size = 4 if dtype == torch.float32 else 2
+    values = np.memmap(path, dtype="<i4" if size == 4 else "<i2", mode="r", offset=HEADER_INTS * 4)
+    needed = sum(int(np.prod(shape)) for shape in shapes(config).values())
+    if len(values) != needed:
+        raise ValueError(f"{path} is broken: {len(values):,} values, where its header asks for {needed:,}")
+    at = 0
+    for name, shape in shapes(config).items():
+        count = int(np.prod(shape))
+        yield name, torch.from_numpy(np.array(values[at : at + count])).view(dtype).view(shape)
+        at += count
+
+
+def write_llmc(path: str, weights: Weights, config: ModelConfig) -> None:
+    """Write version 5 for bf16 weights, version 3 for fp32."""
+    dtype = weights["wte.weight"].dtype
+    version = next(number for number, kind in LLMC_DTYPES.items() if kind == dtype)
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    sizes = (config.context, config.vocab, config.layers, config.heads, config.channels, config.padded_vocab)
+    header[:8] = [LLMC_MAGIC, version, *sizes]
+    bits = torch.int32 if version == 3 else torch.int16
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    with partial.open("wb") as file:
+        file.write(header.tobytes())
+        for name in shapes(config):
+            file.write(memoryview(weights[name].detach().cpu().contiguous().view(bits).numpy()))
+    partial.replace(path)
