@@ -89,7 +89,7 @@ def _tiles(run: "ReportData", log: "MainLog") -> str:
             tiles.append((name, f"{score['value']:.1%}", f"{plus_minus(score['stderr'], True)}, chance 25%"))
     speeds = [m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second")]
     if speeds:
-        tiles.append(("Throughput", f"{amount(sorted(speeds)[len(speeds) // 2])}", "tokens per second, median"))
+        tiles.append(("Throughput", f"{amount(sorted(speeds)[len(speeds) // 2])}", "tokens/s, median"))
     cells = "".join(
         f"<div class='tile'><p>{_text(name)}</p><b>{_text(value)}</b><span>{_text(note)}</span></div>"
         for name, value, note in tiles
@@ -248,4 +248,5 @@ def plus_minus(stderr: float | None, percent: bool = False) -> str:
 
 def value_and_error(name: str, value: float, stderr: float | None) -> str:
     digits = 2 if value >= 100 else 4
-    return f"{value:,.{digits}f}" + (f" ± {stderr:,.{digits}f}" if stderr is not None else "")
+    text = f"{value:,.{digits}f}" + (f" ± {stderr:,.{digits}f}" if stderr is not None else "")
+    return text.replace(" ", "\u00a0")

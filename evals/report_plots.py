@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
 DPI = 200
@@ -89,10 +89,10 @@ def loss(curves: Sequence[Curve], lines: Sequence[Line], wide: bool) -> Drawing:
                 axes.plot(*curve.dots, "-", color=dot, lw=0.9, alpha=0.55)
                 axes.plot(*curve.dots, "o", color=dot, ms=5, mec=theme.paper, mew=0.9, label=label, zorder=5)
         _fit_loss(axes, curves, lines)
-        _levels(axes, lines, theme)
+        _levels(axes, lines, theme, theme.series[max(2, len(curves)) :])
         _tokens_axis(axes)
-        axes.set_ylabel("cross-entropy loss (nats per token)", color=theme.muted)
-        axes.set_title("Loss", loc="left", color=theme.ink, fontweight="bold")
+        axes.set_ylabel("cross-entropy loss (nats per token)")
+        _title(axes, "Loss", theme)
         if several:
             axes.plot([], [], "o", color=theme.muted, ms=5, label="dots: validation")
         _legend(axes, theme, "upper right")
@@ -110,13 +110,13 @@ def accuracy(curves: Sequence[Curve], lines: Sequence[Line]) -> Drawing:
             colour = theme.series[number % len(theme.series)]
             axes.plot(*curve.points, "-o", color=colour, lw=1.7, ms=4, mec=theme.paper, mew=0.7, label=curve.name)
         values = [v for c in curves for v in c.points[1]] + [line.value for line in lines] + [0.25]
-        axes.set_ylim(min(values) - 0.012, max(values) + 0.02)
-        _levels(axes, [*lines, Line("chance", 0.25)], theme)
+        axes.set_ylim(min(values) - 0.3 * (max(values) - min(values)), max(values) + 0.012)
+        _levels(axes, [*lines, Line("chance", 0.25)], theme, [*theme.series[2 : 2 + len(lines)], theme.muted])
         _tokens_axis(axes)
-        axes.set_ylabel("accuracy", color=theme.muted)
-        axes.set_title("HellaSwag", loc="left", color=theme.ink, fontweight="bold")
-        if len(curves) > 1:
-            _legend(axes, theme, "upper left")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel("accuracy")
+        _title(axes, "HellaSwag", theme)
+        _legend(axes, theme, "lower right")
         return figure
 
     return draw
@@ -131,10 +131,10 @@ def optimisation(rates: Sequence[Curve], norms: Sequence[Curve], skipped: Points
             colour = theme.series[number % len(theme.series)]
             left.plot(*rate.points, color=colour, lw=1.8, label=rate.name)
             _plot_curve(right, norm, colour, norm.name)
-        left.set_title("Learning rate", loc="left", color=theme.ink, fontweight="bold")
+        _title(left, "Learning rate", theme)
         left.yaxis.set_major_formatter(FuncFormatter(_scientific))
         left.set_ylim(bottom=0)
-        right.set_title("Gradient norm, before clipping", loc="left", color=theme.ink, fontweight="bold")
+        _title(right, "Gradient norm, before clipping", theme)
         _log_if_wide(right, [v for c in norms for v in c.points[1]])
         if skipped[0]:
             right.plot(*skipped, "x", color=theme.series[4], ms=6, label="skipped update", zorder=6)
@@ -164,10 +164,10 @@ def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
         for axes, (title, unit, curves) in zip(panes, shown, strict=True):
             for number, curve in enumerate(curves):
                 _plot_curve(axes, curve, theme.series[number % len(theme.series)], curve.name)
-            axes.set_title(title, loc="left", color=theme.ink, fontweight="bold")
-            axes.set_ylabel(unit, color=theme.muted)
+            _title(axes, title, theme)
+            axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(FuncFormatter(_percent if "share" in unit else _count))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0) if "share" in unit else FuncFormatter(_count))
             _tokens_axis(axes)
         if len(speeds) > 1:
             _legend(panes[0], theme, "lower right")
@@ -195,8 +195,8 @@ def scores(bars: Sequence[Bar], title: str, chance: float | None) -> Drawing:
         low, high = _span(bars, chance)
         axes.set_xlim(low, high)
         axes.grid(False, axis="y")
-        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.set_title(title, loc="left", color=theme.ink, fontweight="bold")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        _title(axes, title, theme)
         _score_legend(axes, bars, chance, theme)
         return figure
 
@@ -250,10 +250,9 @@ def _dress(axes: Axes, theme: Theme) -> None:
     for side in ("left", "bottom"):
         axes.spines[side].set_color(theme.grid)
     axes.tick_params(colors=theme.muted, labelsize=8.5, length=0)
-    axes.xaxis.label.set_size(9)
-    axes.yaxis.label.set_size(9)
-    axes.title.set_size(11)
-    axes._left_title.set_size(11)  # type: ignore[attr-defined]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_size(9)
+        axis.label.set_color(theme.muted)
 
 
 def _plot_curve(axes: Axes, curve: Curve, colour: str, name: str) -> None:
@@ -272,46 +271,48 @@ def thin(points: Points, most: int = 4000) -> Points:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-    """Mean over the last fiftieth of the run (at least 8 values), shorter at the start."""
+    """Centred mean over a fiftieth of the run (at least 9 values); the window shrinks towards both ends."""
     data = np.asarray(values, dtype=float)
-    window = max(8, len(data) // 50)
+    count = len(data)
     sums = np.concatenate([[0.0], np.cumsum(data)])
-    ends = np.arange(1, len(data) + 1)
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    at = np.arange(count)
+    half = np.minimum(np.minimum(at, count - 1 - at), max(4, count // 100))
+    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
 
 
 def _fit_loss(axes: Axes, curves: Sequence[Curve], lines: Sequence[Line]) -> None:
-    """The first steps fall from about 11; on a long run they would squeeze all the rest into the lower edge."""
-    late = [v for c in curves for v in list(c.points[1])[len(c.points[1]) // 20 :]]
-    shown = late + [v for c in curves for v in list(c.dots[1])[1:]] + [line.value for line in lines]
+    """A long run's first steps, which fall from about 11, would squeeze all the rest into the lower edge."""
+    shown = [line.value for line in lines]
+    for curve in curves:
+        count = len(curve.points[1])
+        start = count // 15 if count > 500 else 0
+        since = curve.points[0][start] if count else 0
+        shown += list(curve.points[1])[start:]
+        shown += [y for x, y in zip(*curve.dots, strict=True) if x >= since]
     if shown:
-        margin = 0.06 * (max(shown) - min(shown)) + 0.02
+        margin = 0.05 * (max(shown) - min(shown)) + 0.02
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
-def _levels(axes: Axes, lines: Sequence[Line], theme: Theme) -> None:
-    """Dashed levels, named at the right edge; names of near ones move apart."""
-    low, high = axes.get_ylim()
-    last = -math.inf
-    for line in sorted(lines, key=lambda item: item.value):
-        axes.axhline(line.value, color=theme.muted, lw=1.1, ls=(0, (4, 3)), zorder=1)
-        at = max(line.value + 0.012 * (high - low), last + 0.055 * (high - low))
-        axes.text(
-            0.995, at, f"{line.name}  {line.value:.3g}" if line.value >= 1 else f"{line.name}  {line.value:.3f}",
-            transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color=theme.muted,
-            bbox={"facecolor": theme.paper, "edgecolor": "none", "pad": 0.6, "alpha": 0.8}, zorder=6,
-        )  # fmt: skip
-        last = at
+def _levels(axes: Axes, lines: Sequence[Line], theme: Theme, colours: Sequence[str]) -> None:
+    """Dashed levels, named with their value in the legend."""
+    for line, colour in zip(lines, colours, strict=False):
+        name = f"{line.name}: {line.value:.2f}" if line.value >= 1 else f"{line.name}: {line.value:.1%}"
+        axes.axhline(line.value, color=colour, lw=1.4, ls=(0, (5, 3)), zorder=1, label=name)
+
+
+def _title(axes: Axes, text: str, theme: Theme) -> None:
+    axes.set_title(text, loc="left", color=theme.ink, fontweight="bold", fontsize=11)
 
 
 def _legend(axes: Axes, theme: Theme, where: str) -> None:
-    axes.legend(loc=where, frameon=False, labelcolor=theme.ink, fontsize=8.5)
+    axes.legend(
+        loc=where, labelcolor=theme.ink, fontsize=8.5, facecolor=theme.paper, edgecolor="none", framealpha=0.85
+    )
 
 
 def _tokens_axis(axes: Axes) -> None:
-    axes.set_xlabel("tokens", color=axes.xaxis.label.get_color())
-    axes.xaxis.label.set_color(axes.xaxis.get_ticklabels()[0].get_color() if axes.xaxis.get_ticklabels() else "grey")
+    axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlim(left=0)
@@ -330,10 +331,6 @@ def _count(value: float, _: int | None = None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
-
-
-def _percent(value: float, _: int | None = None) -> str:
-    return f"{value:.0%}"
 
 
 def _scientific(value: float, _: int | None = None) -> str:
