@@ -1,0 +1,99 @@
+"""Do the Triton kernels compute what plain PyTorch does? On the CPU through Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+pytest.importorskip("triton")
+
+from training import kernels_embedding, kernels_gelu, kernels_loss, kernels_norm, kernels_reduce  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale + shift).to(DEVICE, dtype)
+
+
+def assert_near(value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    error = ((value.float() - expected.float()).norm() / expected.float().norm()).item()
+    assert error < TOLERANCE[dtype], error
+
+
+@DTYPES
+def test_layernorm_forward(dtype: torch.dtype) -> None:
+    x = draw(7, 48, dtype=dtype, shift=0.5)
+    weight, bias = draw(48, dtype=dtype, seed=1, shift=1.0), draw(48, dtype=dtype, seed=2)
+    for value, expected in zip(
+        kernels_norm.forward(x, weight, bias), kernels_norm.reference_forward(x, weight, bias), strict=True
+    ):
+        assert_near(value, expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("with_stream", [True, False])
+def test_layernorm_backward_with_all_its_sums(dtype: torch.dtype, with_stream: bool) -> None:
+    x, weight, bias = draw(9, 48, dtype=dtype), draw(48, dtype=dtype, seed=1), draw(48, dtype=dtype, seed=2)
+    results = []
+    for function in (kernels_norm.backward, kernels_norm.reference_backward):
+        dy = draw(9, 48, dtype=dtype, seed=3)
+        stream = draw(9, 48, dtype=dtype, seed=4) if with_stream else None
+        grads = tuple(draw(48, dtype=dtype, seed=5 + i) for i in range(3))
+        _, mean, rstd = kernels_norm.forward(x, weight, bias)
+        out = function(dy, x, weight, bias, mean, rstd, stream, grads)
+        assert stream is None or out is stream
+        results.append((out, dy, *grads))
+    for value, expected in zip(*results, strict=True):
+        assert_near(value, expected, dtype)
+
+
+@DTYPES
+def test_gelu_forward_and_backward(dtype: torch.dtype) -> None:
+    h = draw(40, 300, dtype=dtype, scale=2.0)
+    assert_near(kernels_gelu.forward(h), kernels_gelu.reference_forward(h), dtype)
+    results = []
+    for function in (kernels_gelu.backward, kernels_gelu.reference_backward):
+        bias_grad = draw(300, dtype=dtype, seed=1)
+        results.append((function(draw(40, 300, dtype=dtype, seed=2), h, bias_grad), bias_grad))
+    for value, expected in zip(*results, strict=True):
+        assert_near(value, expected, dtype)
+
+
+@DTYPES
+def test_column_sums_are_added(dtype: torch.dtype) -> None:
+    x, out, expected = draw(200, 130, dtype=dtype), *(draw(130, dtype=dtype, seed=1) for _ in range(2))
+    kernels_reduce.add_column_sums(x, out)
+    kernels_reduce.reference_add_column_sums(x, expected)
+    assert_near(out, expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_cross_entropy_and_its_gradient(dtype: torch.dtype, scale: float | None) -> None:
+    targets = torch.tensor([0, 5, 4999, 17], device=DEVICE)
+    value, expected = (draw(4, 5120, dtype=dtype, scale=3.0) for _ in range(2))
+    losses = kernels_loss.cross_entropy(value, targets, 5000, scale)
+    assert_near(losses, kernels_loss.reference_cross_entropy(expected, targets, 5000, scale), torch.float32)
+    assert_near(value, expected, dtype)
+    assert scale is None or not value[:, 5000:].any()
+
+
+@DTYPES
+def test_embedding_and_its_gradients_with_repeated_tokens(dtype: torch.dtype) -> None:
+    tokens = torch.tensor([[3, 3, 0, 19] * 8, [3, 1, 2, 19] * 8], device=DEVICE)
+    wte, wpe = draw(20, 40, dtype=dtype), draw(32, 40, dtype=dtype, seed=1)
+    x = kernels_embedding.embed(tokens, wte, wpe)
+    assert_near(x, kernels_embedding.reference_embed(tokens, wte, wpe), dtype)
+    results = []
+    for function in (kernels_embedding.add_gradients, kernels_embedding.reference_add_gradients):
+        grads = draw(20, 40, dtype=dtype, seed=3), draw(32, 40, dtype=dtype, seed=4)
+        function(draw(64, 40, dtype=dtype, seed=2), tokens, *grads)
+        results.append(grads)
+    for value, expected in zip(*results, strict=True):
+        assert_near(value, expected, dtype)

@@ -1,0 +1,71 @@
+"""How are columns summed, the same bits each time? Partial sums in fixed places, then one pass over these.
+
+Bias and LayerNorm gradients are sums over all tokens. Atomic adds would make their order, so their last bits,
+depend on timing; here each program owns a fixed share of the rows and writes its partial sum to its own row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS = 64  # a program of `add_sums`
+
+
+@triton.jit
+def _add(place, change, mask):
+    total = tl.load(place, mask, 0.0).to(tl.float32) + change
+    tl.store(place, total.to(place.dtype.element_ty), mask)
+
+
+@triton.jit
+def _add_sums(partial, out_0, out_1, out_2, programs, columns, vectors, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    vector = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        place = partial + (row[:, None] * vectors + vector) * columns + column[None, :]
+        total += tl.sum(tl.load(place, (row < programs)[:, None] & inside[None, :], 0.0), 0)
+    if vector == 0:
+        _add(out_0 + column, total, inside)
+    elif vector == 1:
+        _add(out_1 + column, total, inside)
+    else:
+        _add(out_2 + column, total, inside)
+
+
+def add_sums(partial: Tensor, *outs: Tensor) -> None:
+    """outs[v] += partial[:, v].sum(0), for partial (P, V, C) fp32 and V up to 3 vectors (C,)."""
+    programs, vectors, columns = partial.shape
+    assert vectors == len(outs) <= 3
+    padded = (*outs, outs[0], outs[0])[:3]
+    grid = (triton.cdiv(columns, COLUMNS), vectors)
+    _add_sums[grid](partial, *padded, programs, columns, vectors, ROWS=64, COLUMNS=COLUMNS, num_warps=4)
+
+
+@triton.jit
+def _sum_columns(x, partial, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    share, shares = tl.program_id(1), tl.num_programs(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(share * ROWS, rows, shares * ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(x + row[:, None] * columns + column[None, :], mask, 0.0).to(tl.float32), 0)
+    tl.store(partial + share * columns + column, total, inside)
+
+
+def add_column_sums(x: Tensor, out: Tensor) -> None:
+    """out += x.sum(0), for x (N, C): a bias gradient."""
+    rows, columns = x.shape
+    shares = max(1, min(64, rows // 64))
+    partial = torch.empty(shares, 1, columns, dtype=torch.float32, device=x.device)
+    _sum_columns[(triton.cdiv(columns, 256), shares)](x, partial, rows, columns, ROWS=16, COLUMNS=256, num_warps=4)
+    add_sums(partial, out)
+
+
+def reference_add_column_sums(x: Tensor, out: Tensor) -> None:
+    out.copy_(out.float() + x.float().sum(0))
