@@ -1,4 +1,4 @@
-"""N steps equal k steps, an end of any kind, and N - k steps: the same main.log and the same bytes of weights."""
+"""N steps equal k steps, an end of any kind, and N - k steps: the same main.log and the same weights."""
 
 import os
 import signal

@@ -1,8 +1,8 @@
 """How do weights come in and go out? Our names to and from Hugging Face's GPT-2 and llm.c's `.bin` files.
 
-Hugging Face stores linear weights as (in, out) and the embedding without padding rows. llm.c's files hold
-a header of 256 int32 (magic, version, context, vocabulary, layers, heads, channels, padded vocabulary), then the
-tensors in a fixed order, each kind for all layers, (out, in) like ours: fp32 in version 3, bf16 in version 5.
+Hugging Face stores linear weights as (in, out), and the embedding without padding rows. llm.c's files hold
+a header of 256 int32 (magic, version, context, vocabulary, layers, heads, channels, padded vocabulary), then
+the tensors in a fixed order, each kind for all layers, (out, in) like ours: fp32 in version 3, bf16 in 5.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _PARTS = (  # of a block: our names are Hugging Face's
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape by name, in llm.c's order: embeddings, each part of all blocks, the last norm."""
+    """Every parameter's shape by name, in llm.c's order: embeddings, each part of all blocks, ln_f."""
     C = config.channels
     wide = {
         "attn.c_attn": (3 * C, C),
@@ -136,5 +136,5 @@ def write_llmc(path: str, weights: Weights, config: ModelConfig) -> None:
     with partial.open("wb") as file:
         file.write(header.tobytes())
         for name in shapes(config):
-            file.write(memoryview(weights[name].detach().cpu().contiguous().view(bits).numpy()))
+            weights[name].detach().cpu().contiguous().view(bits).numpy().tofile(file)
     partial.replace(path)
