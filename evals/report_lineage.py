@@ -4,8 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 196, 66, 46, 18, 6
-STAGES = ("documents", "token_shards", "eval_items", "trained_model", "hf_model")
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN, LANE = 196, 66, 50, 18, 6, 12
 
 
 def picture(records: Sequence[Mapping[str, Any]]) -> str:
@@ -15,15 +14,14 @@ def picture(records: Sequence[Mapping[str, Any]]) -> str:
     by_key = {r["key"]: r for r in records}
     columns = _columns(by_key)
     places = _places(columns)
-    width = len(columns) * (WIDTH + GAP_X) - GAP_X + 2 * MARGIN
-    height = max(len(c) for c in columns) * (HEIGHT + GAP_Y) - GAP_Y + 2 * MARGIN
-    arrows = [
-        _arrow(places[parent["key"]], places[key])
-        for key, record in by_key.items()
-        for parent in record.get("parents", [])
-        if parent["key"] in places
-    ]
+    tall = max(len(c) for c in columns) * (HEIGHT + GAP_Y) - GAP_Y + MARGIN
+    edges = [(p["key"], key) for key, r in by_key.items() for p in r.get("parents", []) if p["key"] in by_key]
+    far = [edge for edge in edges if places[edge[1]][0] - places[edge[0]][0] > WIDTH + GAP_X]
+    lanes = {parent: tall + LANE * (n + 1) for n, parent in enumerate(dict.fromkeys(p for p, _ in far))}
+    arrows = [_arrow(places[p], places[c], lanes[p] if (p, c) in far else None) for p, c in edges]
     boxes = [_box(by_key[key], *place) for key, place in places.items()]
+    width = len(columns) * (WIDTH + GAP_X) - GAP_X + 2 * MARGIN
+    height = tall + LANE * len(lanes) + MARGIN
     return (
         f"<div class='scroll'><svg class='lineage' viewBox='0 0 {width} {height}' width='{width}' height='{height}' "
         f"role='img' aria-label='lineage'><defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' "
@@ -61,11 +59,19 @@ def _places(columns: Sequence[Sequence[str]]) -> dict[str, tuple[float, float]]:
     }
 
 
-def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
+def _arrow(start: tuple[float, float], end: tuple[float, float], lane: float | None) -> str:
+    """A curve to the next column; one that skips columns runs along a lane below all boxes."""
     x1, y1 = start[0] + WIDTH, start[1] + HEIGHT / 2
     x2, y2 = end[0] - 3, end[1] + HEIGHT / 2
     bend = GAP_X * 0.6
-    path = f"M{x1:.1f} {y1:.1f} C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+    if lane is None:
+        path = f"M{x1:.1f} {y1:.1f} C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+    else:
+        down, up = x1 + GAP_X - 8, x2 - GAP_X + 8
+        path = (
+            f"M{x1:.1f} {y1:.1f} C{x1 + bend:.1f} {y1:.1f} {x1 + 8:.1f} {lane:.1f} {down:.1f} {lane:.1f} "
+            f"L{up:.1f} {lane:.1f} C{x2 - 8:.1f} {lane:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+        )
     return f"<path class='arrow' d='{path}' marker-end='url(#tip)'/>"
 
 
@@ -86,7 +92,7 @@ def _box(record: Mapping[str, Any], x: float, y: float) -> str:
     )
 
 
-def _short(key: str, most: int = 29) -> str:
+def _short(key: str, most: int = 25) -> str:
     return key if len(key) <= most else "…" + key[1 - most :]
 
 

@@ -257,7 +257,7 @@ def _dress(axes: Axes, theme: Theme) -> None:
 
 def _plot_curve(axes: Axes, curve: Curve, colour: str, name: str) -> None:
     x, y = thin(curve.points)
-    if curve.smooth and len(y) >= 20:
+    if curve.smooth and len(y) >= 60:
         axes.plot(x, y, color=colour, lw=0.7, alpha=0.3)
         axes.plot(x, running_mean(y), color=colour, lw=1.8, label=name)
     else:
@@ -271,12 +271,12 @@ def thin(points: Points, most: int = 4000) -> Points:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-    """Centred mean over a fiftieth of the run (at least 9 values); the window shrinks towards both ends."""
+    """Centred mean over a fiftieth of the run (at least 5 values); the window shrinks towards both ends."""
     data = np.asarray(values, dtype=float)
     count = len(data)
     sums = np.concatenate([[0.0], np.cumsum(data)])
     at = np.arange(count)
-    half = np.minimum(np.minimum(at, count - 1 - at), max(4, count // 100))
+    half = np.minimum(np.minimum(at, count - 1 - at), max(2, count // 100))
     return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
 
 
