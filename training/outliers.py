@@ -16,13 +16,14 @@ class OutlierWindow:
     def score(self, value: float) -> float:
         """Take `value` in and return its z-score within the window.
 
-        nan before the window is full (no score yet); inf for a value that is not finite, which stays out of
-        the window: it would make every later score nan.
+        nan until the window was full before it (no score yet); inf for a value that is not finite, which
+        stays out of the window: it would make every later score nan.
         """
         if not math.isfinite(value):
             return math.inf
+        was_full = len(self.values) == self.size
         self.values = [*self.values, value][-self.size :]
-        if len(self.values) < self.size:
+        if not was_full:
             return math.nan
         mean = math.fsum(self.values) / self.size
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in self.values) / self.size)
