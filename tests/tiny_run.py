@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from storage.shards import shard_name, write_shard
 from training.config import ModelConfig, RunConfig, TrainConfig, to_dict
+from training.distributed import Group, World
+from training.gpt2 import GPT2
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,3 +78,15 @@ def final_files(run: str) -> dict[str, bytes]:
     """The bytes of the newest checkpoint's tensors."""
     newest = sorted(Path(run, "checkpoints").glob("step_*"))[-1]
     return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+def alone() -> World:
+    """The world of one process, without connecting anything."""
+    one = Group(rank=0, size=1, handle=None)
+    return World(0, 1, 0, 1, torch.device("cpu"), everyone=one, shard=one, replicas=one)
+
+
+def model(seed: int = 0) -> GPT2:
+    made = GPT2(config().model)
+    made.init_weights(seed)
+    return made

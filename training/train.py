@@ -225,24 +225,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())
     stop = Stop()
-    world = distributed.join()
-    _log_to(options.run, world)
     try:
-        trainer = prepare(options, world, stop)
+        trainer = prepare(options, stop)
     except ValueError as error:
         log.error("%s", error)
         report_status(2)
         return 2
     status = trainer.loop()
     trainer.checkpoints.wait()
-    world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
+    trainer.world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
     report_status(status)
     distributed.leave()
     return status
 
 
-def prepare(options: argparse.Namespace, world: World, stop: Stop) -> Trainer:
+def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
     config = from_dict(RunConfig, objects.read_json(objects.join(options.run, "config.json")))
+    world = distributed.join(config.machine.shard_ranks)
+    _log_to(options.run, world)
     if options.mirror and world.is_first:
         fetch_newest(options.mirror, options.run)
     world.barrier()

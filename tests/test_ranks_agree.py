@@ -1,0 +1,71 @@
+"""1, 2 and 4 ranks train alike: the same batches, losses equal within rounding, state sharded among them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from safetensors import safe_open
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_run.tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def losses(path: Path, shards: str, ranks: int, shard_ranks: int = 0, **train: Any) -> list[float]:
+    config = tiny_run.config(steps=STEPS, warmup_steps=10, val_every=0, **train)
+    config = replace(config, machine=replace(config.machine, shard_ranks=shard_ranks))
+    run = tiny_run.folder(path / f"{ranks}-{shard_ranks}", config)
+    done = tiny_run.train(run, shards, ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = tiny_run.losses(run)
+    assert len(found) == STEPS and found[-1] < found[0] - 0.5
+    return found
+
+
+def largest_gap(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_two_ranks_and_one_give_the_same_losses(shards: str, tmp_path: Path) -> None:
+    assert largest_gap(losses(tmp_path, shards, 1), losses(tmp_path, shards, 2)) < 1e-5
+
+
+@pytest.mark.slow
+def test_four_ranks_do_too_also_as_two_groups_of_two(shards: str, tmp_path: Path) -> None:
+    one = losses(tmp_path, shards, 1)
+    assert largest_gap(one, losses(tmp_path, shards, 4)) < 1e-5
+    assert largest_gap(one, losses(tmp_path, shards, 4, shard_ranks=2)) < 1e-5
+    assert largest_gap(one, losses(tmp_path, shards, 4, shard_ranks=1)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_in_bf16_the_losses_agree_to_its_precision(shards: str, tmp_path: Path, master_weights: bool) -> None:
+    settings = {"dtype": "bf16", "master_weights": master_weights, "lr": 1e-3}
+    one = losses(tmp_path, shards, 1, **settings)
+    for ranks in (2, 4):
+        assert largest_gap(one, losses(tmp_path, shards, ranks, **settings)) < 2e-3
+
+
+@pytest.mark.slow
+def test_each_of_four_ranks_keeps_a_quarter_of_the_optimizer_s_state(shards: str, tmp_path: Path) -> None:
+    def elements(ranks: int, shard_ranks: int) -> list[int]:
+        losses(tmp_path, shards, ranks, shard_ranks)
+        files = sorted(tmp_path.glob(f"{ranks}-{shard_ranks}/checkpoints/step_*/optimizer_*.safetensors"))
+        return [sum(_sizes(file)) for file in files]
+
+    (whole,) = elements(1, 0)
+    quarters = elements(4, 0)
+    assert len(quarters) == 4 and sum(quarters) == whole
+    assert max(quarters) <= whole / 4 + 3 * 2 * 3  # three buckets, two tensors, padding
+    assert len(elements(4, 2)) == 2
+
+
+def _sizes(path: Path) -> list[int]:
+    with safe_open(path, framework="pt") as file:
+        return [file.get_slice(name).get_shape()[0] for name in file.keys()]  # noqa: SIM118
