@@ -53,13 +53,14 @@ class LoadedModel:
 def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel:
     """Load a model folder, or a hub name where there is a network.
 
-    Raises ValueError for an unknown dtype or device, or a folder that is no model.
+    Raises ValueError for an unknown dtype or device.
     """
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    _check_folder(name)
+    transformers_logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
     module = module.to(pick_device(device)).eval().requires_grad_(False)
     encode, decode, eot = _tokenizer(name)
@@ -76,15 +77,6 @@ def pick_device(device: str) -> torch.device:
             raise ValueError(f"device {device!r}: no GPU is visible; use --device cpu")
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _check_folder(name: str) -> None:
-    """A path is a model folder; what looks like owner/name or a bare name may be on the hub."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise ValueError(f"{name} holds no config.json: give a Hugging Face model folder (a run's `export`)")
-    if not folder.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise ValueError(f"{name} does not exist: give a Hugging Face model folder or a hub name")
 
 
 def _tokenizer(name: str) -> tuple[Callable[[Sequence[str]], list[list[int]]], Callable[[Sequence[int]], str], int]:

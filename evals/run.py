@@ -54,7 +54,7 @@ def main(
 
 
 def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: str, dtype: str) -> None:
-    check(suite, inputs)
+    check(model, suite, inputs)
     # here, not above: the check of the arguments answers at once, torch and transformers take seconds
     from evals import results
     from evals.model import load
@@ -71,8 +71,13 @@ def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: st
     events.emit("eval_progress", suite=suite, done=page["items"], total=page["items"])
 
 
-def check(suite: str, inputs: Inputs) -> None:
-    """Refuse before anything is loaded."""
+def check(model: str, suite: str, inputs: Inputs) -> None:
+    """Refuse before anything is loaded. A path is a model folder; owner/name or a bare name may be on the hub."""
+    folder = Path(model)
+    if not folder.exists() and (model.startswith((".", "/")) or model.count("/") > 1):
+        raise ValueError(f"{model} does not exist: give a Hugging Face model folder or a hub name")
+    if folder.exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{model} holds no config.json: give a Hugging Face model folder (a run's `export`)")
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r} is unknown: use one of {', '.join(SUITES)}")
     if suite == "validation_loss" and not inputs.shard:

@@ -1,0 +1,53 @@
+"""Better, worse or equal: by the difference in standard errors, in the direction that each score has."""
+
+import pytest
+
+from evals import reference
+from evals.results import mean_score
+
+
+@pytest.mark.parametrize(
+    "score, ours, theirs, verdict",
+    [
+        ("completion_acc_norm", 0.30, 0.29, "better"),
+        ("completion_acc_norm", 0.30, 0.298, "equal"),
+        ("harness_acc", 0.27, 0.29, "worse"),
+        ("loss", 3.20, 3.29, "better"),
+        ("wikitext/word_perplexity", 30.0, 20.0, "worse"),
+    ],
+)
+def test_verdicts(score: str, ours: float, theirs: float, verdict: str) -> None:
+    error = 0.003
+    row = reference.compare("x", score, {"value": ours, "stderr": error}, {"value": theirs, "stderr": error}, "b", "s")
+    assert row.verdict == verdict
+    assert row.errors == pytest.approx((ours - theirs) / (error * 2**0.5))
+
+
+def test_without_any_error_there_is_no_verdict() -> None:
+    row = reference.compare("core", "core", {"value": 0.3, "stderr": None}, {"value": 0.2, "stderr": None}, "b", "s")
+    assert (row.errors, row.verdict) == (None, "error unknown")
+
+
+def test_published_hellaswag_errors_follow_from_its_items() -> None:
+    """REFERENCE: about .005 at this size; the closed form is that of 10,042 zeros and ones."""
+    published = reference.published("hellaswag", "harness_acc_norm")["gpt2-xl"]
+    ones = round(published.value * 10_042)
+    assert published.stderr == pytest.approx(mean_score([1.0] * ones + [0.0] * (10_042 - ones)).stderr, rel=1e-3)
+
+
+def test_every_published_number_names_its_source() -> None:
+    assert all(p.source for p in reference.PUBLISHED)
+    assert reference.published("core", "core")["gpt2-xl"].value == 0.256525
+    assert len(reference.PUBLISHED) == 8 + 4 + 4 + 4 + 4 + 1
+
+
+def test_a_run_stands_beside_models_of_its_size() -> None:
+    assert reference.same_size(124_439_808, "gpt2") == "gpt2"
+    assert reference.same_size(1_557_611_200, "gpt3") == "gpt3-1.3b"
+    assert reference.same_size(3_300_000, "gpt2") is None
+
+
+def test_a_run_is_compared_with_what_was_published_for_the_model() -> None:
+    scores = {"hellaswag": {"scores": {"completion_acc_norm": {"value": 0.2990, "stderr": 0.0046}}}}
+    (row,) = reference.against_published(scores, "gpt2")
+    assert (row.reference, row.verdict, row.source) == (0.2955, "equal", "llm.c, dev/data/hellaswag.py")

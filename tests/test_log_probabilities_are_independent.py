@@ -1,0 +1,136 @@
+"""A continuation's log-probability is transformers' own, whatever batch, order, padding or prefix it is run with."""
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny_gpt2
+import torch
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from evals.model import LoadedModel, load
+from evals.scoring import Request, Scored, Scorer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(tiny_gpt2.save(tmp_path_factory.mktemp("model")), "cpu")
+
+
+def requests(seed: int = 1, groups: int = 5) -> list[Request]:
+    """Groups that share a context, of many lengths; continuations of one token among them."""
+    draw = random.Random(seed)
+    made = []
+    for group in range(groups):
+        context = tuple(draw.randrange(50257) for _ in range(draw.randrange(1, 40)))
+        for _ in range(draw.randrange(1, 5)):
+            continuation = tuple(draw.randrange(50257) for _ in range(draw.choice([1, 2, 9, 20])))
+            made.append(Request(f"group {group}", context, continuation))
+    return made
+
+
+def expected(module: torch.nn.Module, request: Request, context: int = 10_000) -> tuple[float, bool]:
+    tokens = (request.context + request.continuation)[-context - 1 :]
+    with torch.no_grad():
+        logits = module(torch.tensor([tokens[:-1]])).logits[0, -len(request.continuation) :].double()
+    wanted = torch.tensor(request.continuation)
+    logprobs = logits.log_softmax(-1)[torch.arange(len(wanted)), wanted]
+    return logprobs.sum().item(), bool((logits.argmax(-1) == wanted).all())
+
+
+def values(scored: list[Scored]) -> list[float]:
+    return [s.logprob for s in scored]
+
+
+def test_equal_to_the_logits_of_transformers(model: LoadedModel) -> None:
+    reference = GPT2LMHeadModel.from_pretrained(model.name).eval()
+    asked = requests()
+    scored = Scorer(model).score(asked)
+    for request, score in zip(asked, scored, strict=True):
+        logprob, greedy = expected(reference, request)
+        assert score.logprob == pytest.approx(logprob, abs=1e-5)
+        assert score.greedy == greedy
+        assert score.tokens == len(request.continuation)
+
+
+def test_a_continuation_of_the_likeliest_tokens_is_greedy(model: LoadedModel) -> None:
+    reference = GPT2LMHeadModel.from_pretrained(model.name).eval()
+    context = [50256, 11, 12]
+    made = reference.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
+    asked = [Request("likeliest", tuple(context), tuple(made)), Request("other", tuple(context), (made[0], 7))]
+    assert [s.greedy for s in Scorer(model).score(asked)] == [True, False]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])
+@pytest.mark.parametrize("share", [True, False])
+def test_batch_size_padding_and_shared_prefixes_change_nothing(
+    model: LoadedModel, batch_tokens: int, share: bool
+) -> None:
+    asked = requests()
+    alone = [Scorer(model, share_prefixes=False).score([request])[0].logprob for request in asked]
+    assert values(Scorer(model, batch_tokens, share).score(asked)) == pytest.approx(alone, abs=1e-5)
+
+
+def test_order_changes_nothing(model: LoadedModel) -> None:
+    asked = requests()
+    shuffled = random.Random(5).sample(range(len(asked)), len(asked))
+    first, again = Scorer(model).score(asked), Scorer(model).score([asked[i] for i in shuffled])
+    assert values(again) == pytest.approx([first[i].logprob for i in shuffled], abs=1e-5)
+
+
+def test_too_long_a_context_loses_tokens_on_the_left_and_is_counted(model: LoadedModel) -> None:
+    """As lm-eval: the input's last `context` tokens remain."""
+    reference = GPT2LMHeadModel.from_pretrained(model.name).eval()
+    long = Request("long", tuple(range(1, 150)), (5, 6, 7))
+    fits = Request("fits", tuple(range(1, 127)), (5, 6, 7))  # 126 + 2 inputs: exactly the context of 128
+    scored = Scorer(model).score([long, fits])
+    assert [s.truncated for s in scored] == [True, False]
+    for request, score in zip([long, fits], scored, strict=True):
+        assert score.logprob == pytest.approx(expected(reference, request, 128)[0], abs=1e-5)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests()
+    whole = values(Scorer(model).score(asked))
+    scorer = Scorer(model)
+    forward, sizes = scorer._forward, []
+
+    def small_memory(rows):  # type: ignore[no-untyped-def]
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("no room for more than two rows")
+        return forward(rows)
+
+    monkeypatch.setattr(scorer, "_forward", small_memory)
+    assert values(scorer.score(asked)) == pytest.approx(whole, abs=1e-5)
+    assert max(sizes) > 2
+
+
+def test_one_row_that_does_not_fit_is_an_error(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(model)
+
+    def no_memory(rows):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(scorer, "_forward", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.score(requests())
+
+
+def test_other_architectures_score_as_their_own_logits_say(tmp_path: Path) -> None:
+    """Rotary positions and an untied head: the positions in a shared row must reach the attention."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.1, bos_token_id=50256, eos_token_id=50256,
+    )  # fmt: skip
+    tiny_gpt2.save(tmp_path)  # its tokenizer stays
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    llama = load(str(tmp_path), "cpu")
+    scorer = Scorer(llama)
+    assert scorer.share_prefixes
+    reference = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    asked = requests(2)
+    assert values(scorer.score(asked)) == pytest.approx([expected(reference, r)[0] for r in asked], abs=1e-5)

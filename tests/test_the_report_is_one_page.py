@@ -1,0 +1,123 @@
+"""The report: one file that needs no other, in both themes, with what the run has and nothing that it has not."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from evals.report import Baseline, ReportData, accuracy_lines, build, loss_lines, parse_main_log
+
+LOG = """s:0 tel:10.9
+s:0 trl:10.95 lr:1e-4 norm:3.1
+s:1 trl:9.1 lr:2e-4 norm:2.2
+s:1 skip:6.4
+s:2 tel:8.8
+s:2 eval:0.251
+"""
+CONFIG = {
+    "recipe": "demo", "corpus": "embedded",
+    "model": {"layers": 12, "channels": 768, "heads": 12, "context": 1024, "vocab": 50257},
+    "train": {"steps": 2, "batch_tokens": 2048, "lr": 2e-4},
+}  # fmt: skip
+
+
+def score(value: float, stderr: float | None = 0.01) -> dict[str, Any]:
+    return {"value": value, "stderr": stderr, "n": 100}
+
+
+def page(scores: dict[str, Any], suite: str, tokens: int = 25_000) -> dict[str, Any]:
+    return {"suite": suite, "protocol": "p", "scores": scores, "truncated": 0, "details": {"tokens": tokens}}
+
+
+def record(key: str, *parents: str) -> dict[str, Any]:
+    return {
+        "asset": key.split("/")[0], "key": key, "fingerprint": key.encode().hex(), "rows": 3, "tokens": None,
+        "parents": [{"key": p, "fingerprint": ""} for p in parents], "files": [{"path": "a", "bytes": 1500}],
+        "cost": {"seconds": 12.0}, "commit": "0123456789ab", "dirty": True, "ended": "2026-01-02T03:04:05",
+        "versions": {"torch": "2.13.0"}, "hardware": {"cpu": "x"},
+    }  # fmt: skip
+
+
+def run(name: str = "demo", **given: Any) -> ReportData:
+    scores = {
+        "hellaswag": page({"completion_acc_norm": score(0.29)}, "hellaswag"),
+        "validation_loss": page({"loss": score(3.3)}, "validation_loss"),
+    }
+    facts: dict[str, Any] = {
+        "config": CONFIG, "main_log": LOG, "metrics": [{"step": 0, "tokens_per_second": 1900.0, "mfu": None}],
+        "scores": scores, "samples": "=== step 2 ===\nA <b>unicorn</b> & more\n",
+        "records": [record("corpora/c"), record("tokens/c", "corpora/c"), record("runs/demo", "tokens/c")],
+    }  # fmt: skip
+    return ReportData(name, **{**facts, **given})
+
+
+def test_main_log_is_read_as_llm_c_writes_it() -> None:
+    log = parse_main_log(LOG)
+    assert log.train == ((0, 10.95), (1, 9.1))
+    assert log.lr == ((0, 1e-4), (1, 2e-4))
+    assert log.norm == ((0, 3.1), (1, 2.2))
+    assert log.validation == ((0, 10.9), (2, 8.8))
+    assert log.accuracy == ((2, 0.251),)
+    assert log.skipped == ((1, 6.4),)
+
+
+@pytest.mark.parametrize("line", ["step 3 loss 2.1", "s:3 foo:2", "trl:3.0"])
+def test_another_line_in_main_log_is_named(line: str) -> None:
+    with pytest.raises(ValueError, match="main.log line 7 is"):
+        parse_main_log(LOG + line + "\n")
+
+
+def test_the_page_needs_no_other_file_and_has_both_themes(tmp_path: Path) -> None:
+    report = build(run(), str(tmp_path))
+    text = (tmp_path / "index.html").read_text()
+    links = re.findall(r"(?:src|href|srcset)=['\"]([^'\"]{1,30})|url\(([^)]{1,30})", text)
+    assert all((a or b).startswith(("data:image/png;base64,", "#")) for a, b in links)
+    assert "http://" not in text and "https://" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert [p.name for p in report.pictures] == ["loss", "hellaswag", "optimisation", "throughput", "scores"]
+    for picture in report.pictures:
+        light, dark = (imread(io.BytesIO(picture.png[theme])) for theme in ("light", "dark"))
+        assert light.shape == dark.shape
+        assert light[0, 0, :3].mean() > 0.9 and dark[0, 0, :3].mean() < 0.2
+        assert (tmp_path / f"{picture.name}-dark.png").read_bytes() == picture.png["dark"]
+
+
+def test_the_page_says_what_the_run_is(tmp_path: Path) -> None:
+    build(run(), str(tmp_path))
+    text = (tmp_path / "index.html").read_text()
+    assert "A &lt;b&gt;unicorn&lt;/b&gt; &amp; more" in text
+    for fact in ("124M", "8.800", "from 10.900", "29.0%", "commit 0123456789 with local changes", "36.0 s"):
+        assert fact in text, fact
+    for key in ("corpora/c", "tokens/c", "runs/demo"):
+        assert key in text
+    assert "llm.c, dev/data/hellaswag.py" in text  # the published number stands beside the score, with its source
+
+
+def test_a_run_without_scores_or_records_still_has_a_page(tmp_path: Path) -> None:
+    report = build(run(scores={}, records=(), samples="", metrics=()), str(tmp_path))
+    assert [p.name for p in report.pictures] == ["loss", "hellaswag", "optimisation"]
+    assert "<h2>Samples</h2>" not in (tmp_path / "index.html").read_text()
+
+
+def test_several_runs_share_the_figures_and_differing_settings_are_marked(tmp_path: Path) -> None:
+    other = run("second", config={**CONFIG, "train": {**CONFIG["train"], "lr": 1e-3}})
+    build([run("first"), other], str(tmp_path))
+    text = (tmp_path / "index.html").read_text()
+    assert "<h1>first · second</h1>" in text
+    assert "<span class='differs'>0.001</span>" in text
+    assert text.count("<span class='differs'>") == 2
+
+
+def test_loss_lines_are_only_those_measured_on_as_many_tokens() -> None:
+    same = Baseline("GPT-2", {"validation_loss": page({"loss": score(3.4)}, "validation_loss")})
+    other = Baseline("GPT-2 elsewhere", {"validation_loss": page({"loss": score(3.1)}, "validation_loss", 7)})
+    assert [line.name for line in loss_lines(run(baselines=[same, other]))] == ["GPT-2"]
+
+
+def test_hellaswag_lines_are_those_of_models_of_the_same_size() -> None:
+    assert [(line.name, line.value) for line in accuracy_lines(run())] == [("GPT-2 124M", 0.294463), ("GPT-3 125M", 0.337)]
+    small = run(config={**CONFIG, "model": {**CONFIG["model"], "layers": 2, "channels": 64}})
+    assert accuracy_lines(small) == []

@@ -1,0 +1,77 @@
+"""Loss and bits per byte on a token shard, against the loss that transformers itself computes."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gpt2
+import torch
+from transformers import GPT2LMHeadModel
+
+from evals import validation_loss
+from evals.model import LoadedModel, load
+from evals.scoring import Scorer
+from storage import shards, tokenizer
+
+TEXT = "The naïve reader asks: what is a shard? It holds tokens — nothing else. "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(tiny_gpt2.save(tmp_path_factory.mktemp("model"), context=32), "cpu")
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> str:
+    document = np.concatenate([[tokenizer.EOT], tokenizer.encode(TEXT * 3)]).astype(np.uint16)
+    shards.write_shard(str(tmp_path / "x_val_000000.bin"), np.tile(document, 4))
+    return str(tmp_path / "x_val_000000.bin")
+
+
+def test_loss_equals_that_of_transformers(model: LoadedModel, shard: str) -> None:
+    tokens = np.asarray(shards.open_shard(shard)).astype(np.int64)
+    reference = GPT2LMHeadModel.from_pretrained(model.name).eval()
+    losses, bits, sizes = [], [], []
+    for start in range(0, len(tokens) - 32, 32):
+        window = torch.tensor(tokens[start : start + 33])[None]
+        with torch.no_grad():
+            logits = reference(window[:, :-1]).logits
+        losses.append(torch.nn.functional.cross_entropy(logits[0], window[0, 1:]).item())
+        bits.append(losses[-1] * 32 / math.log(2))
+        text = [tokenizer.encoding().decode_single_token_bytes(t) for t in window[0, 1:].tolist() if t != 50256]
+        sizes.append(len(b"".join(text)))
+    result = validation_loss.evaluate(model, Scorer(model), shard)
+    assert result.items == len(losses)
+    assert result.scores["loss"].value == pytest.approx(np.mean(losses), abs=1e-5)
+    assert result.scores["loss"].stderr == pytest.approx(np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-3)
+    assert result.scores["perplexity"].value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert result.scores["bits_per_byte"].value == pytest.approx(sum(bits) / sum(sizes), rel=1e-6)
+
+
+def test_bytes_of_all_tokens_are_the_bytes_of_the_text(shard: str) -> None:
+    tokens = np.asarray(shards.open_shard(shard))
+    assert validation_loss.token_bytes()[tokens].sum() == len((TEXT * 12).encode())
+
+
+def test_error_of_bits_per_byte_is_that_of_resampled_windows() -> None:
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(90, 140, 200)
+    rows = [{"logprob": -float(s * draw.normal(0.7, 0.05)), "bytes": int(s), "tokens": 32} for s in sizes]
+    again = [
+        validation_loss.bits_per_byte([rows[i] for i in draw.integers(0, 200, 200)]).value for _ in range(500)
+    ]
+    assert validation_loss.bits_per_byte(rows).stderr == pytest.approx(np.std(again), rel=0.15)
+
+
+def test_limit_is_in_tokens_and_a_short_shard_is_one_window(model: LoadedModel, shard: str, tmp_path: Path) -> None:
+    assert len(validation_loss.windows(shard, 32, limit=96)) == 3
+    short = str(tmp_path / "short_val_000000.bin")
+    shards.write_shard(short, np.arange(10, dtype=np.uint16))
+    assert [len(w.continuation) for w in validation_loss.windows(short, 32)] == [9]
+
+
+def test_a_shard_of_one_token_is_refused(tmp_path: Path) -> None:
+    shards.write_shard(str(tmp_path / "x_val_000000.bin"), np.array([5], dtype=np.uint16))
+    with pytest.raises(ValueError, match="at least 2"):
+        validation_loss.windows(str(tmp_path / "x_val_000000.bin"), 32)

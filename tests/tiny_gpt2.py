@@ -1,0 +1,46 @@
+"""A GPT-2 of transformers, small and random, saved as a model folder with GPT-2's real tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+from storage import tokenizer
+
+
+def save(folder: Path, seed: int = 0, context: int = 128) -> str:
+    """Weights three times as wide as GPT-2's at birth, so that its choices are far apart."""
+    torch.manual_seed(seed)
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=context, initializer_range=0.06)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    files = {"vocab": str(tokenizer.VOCABULARY / "encoder.json"), "merges": str(tokenizer.VOCABULARY / "vocab.bpe")}
+    GPT2Tokenizer(**files).save_pretrained(folder)
+    return str(folder)
+
+
+# HellaSwag's raw schema: WikiHow's markup, and a ctx_b that begins in lower case or is empty
+ITEMS: list[dict[str, Any]] = [
+    {
+        "ind": 3, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+        "ctx": "A man is sitting on a roof. he", "label": "3",
+        "endings": ["is using wrap.", "is ripping level tiles off.", "holds a rubik's cube.", "pulls up roofing."],
+    },
+    {
+        "ind": 9, "activity_label": "Health", "label": "1", "ctx_b": "",
+        "ctx_a": "[header] How to rest [title] Lie down. [step] Find a  quiet room.",
+        "ctx": "[header] How to rest [title] Lie down. [step] Find a  quiet room.",
+        "endings": ["[substeps] Sleep.", "[title] Close the door. [step] Then close your eyes.", "Run.", "Shout “now”!"],
+    },
+    {
+        "ind": 24, "activity_label": "Chess", "ctx_a": "Two people sit at a table.", "ctx_b": "the younger one",
+        "ctx": "Two people sit at a table. the younger one", "label": "0",
+        "endings": ["moves a pawn forward.", "eats the bishop whole and smiles for a very long time.", "flies.", "sings."],
+    },
+]  # fmt: skip
+
+
+def write_items(file: Path, items: list[dict[str, Any]] | None = None) -> str:
+    file.write_text("".join(json.dumps(item) + "\n" for item in (ITEMS if items is None else items)))
+    return str(file)
