@@ -181,7 +181,12 @@ def read_groups(url: str, groups: Sequence[int] | None) -> Iterator[pa.RecordBat
         yield from parquet.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
 
 
-def texts(batch: pa.RecordBatch) -> list[str]:
-    """The text of each document: missing ones empty, bytes that are no UTF-8 (lone surrogates) as U+FFFD."""
+def text_bytes(batch: pa.RecordBatch) -> list[bytes]:
+    """The bytes of each document's text; a missing one is empty."""
     column = batch.column(batch.schema.get_field_index(TEXT)).cast(pa.large_binary())
-    return [(value or b"").decode("utf-8", "replace") for value in column.to_pylist()]
+    return [value or b"" for value in column.to_pylist()]
+
+
+def texts(batch: pa.RecordBatch) -> list[str]:
+    """The text of each document, bytes that are no UTF-8 (lone surrogates) as U+FFFD."""
+    return [value.decode("utf-8", "replace") for value in text_bytes(batch)]

@@ -7,7 +7,6 @@ comes from characters in a document, only from the code that puts EOT before eac
 
 import hashlib
 import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -73,11 +72,3 @@ def encode(text: str) -> Tokens:
 def decode(tokens: Tokens) -> str:
     """The text of `tokens`; bytes that are no UTF-8 (a character cut by the ends) become U+FFFD."""
     return encoding().decode(tokens.tolist())
-
-
-def encode_documents(texts: Sequence[str]) -> tuple[Tokens, NDArray[np.int64]]:
-    """Documents as one stream, EOT before each, and the length of each with its EOT."""
-    encoded = [encode(text) for text in texts]
-    eot = np.array([EOT], dtype=np.uint16)
-    stream = np.concatenate([eot[:0], *(part for tokens in encoded for part in (eot, tokens))])
-    return stream, np.array([1 + len(tokens) for tokens in encoded], dtype=np.int64)

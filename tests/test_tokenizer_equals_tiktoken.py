@@ -71,12 +71,6 @@ def test_text_never_becomes_the_special_token():
     assert tokenizer.EOT not in tokenizer.encode("x<|endoftext|>y")
 
 
-def test_documents_are_one_stream_with_eot_before_each():
-    stream, lengths = tokenizer.encode_documents(["Hello world", "", "again"])
-    assert stream.tolist() == [50256, 15496, 995, 50256, 50256, *tokenizer.encode("again")]
-    assert lengths.tolist() == [3, 1, 1 + len(tokenizer.encode("again"))]
-
-
 def test_vocabulary_has_the_digests_that_tiktoken_pins(monkeypatch):
     pinned = {}
 

@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import objects, shards, sources, tokenizer
+from storage import objects, shards, sources
+from storage.batch_tokenizer import Mismatch, batch_tokenizer, encode_by_reference
 from storage.records import File
 from training.workers import Engine
 
@@ -36,6 +37,7 @@ FULL_SHARD = 100_000_000  # tokens, as in llm.c
 PIECE_TEXT = 64 * 2**20  # bytes of text a piece: a few seconds of work, lost when a worker dies
 SHARDS_OF_SMALL = 20  # a small corpus gives one validation shard and about this many for training
 SMALLEST_SHARD = 2048  # tokens: the longest context, so that a validation shard holds a sequence
+BATCH_TEXT = 4 * 2**20  # bytes of text encoded at once
 PLAN = "plan.json"  # what a folder of shards is being made from
 COPY_TOKENS = 2**22  # tokens copied at once when a shard is cut
 
@@ -48,6 +50,7 @@ INDEX_SCHEMA = pa.schema(
 )
 
 Progress = Callable[[int, int, int], None]
+Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -281,22 +284,48 @@ def read_encoded(work: str, piece: Piece) -> Encoded | None:
 
 def encode_piece(work: str, piece: Piece) -> tuple[Piece, Encoded]:
     """Encode one piece into `work`: its tokens, its documents, and last the count that makes it complete."""
+    try:
+        return piece, _encode_piece(work, piece, batch_tokenizer().encode)
+    except Mismatch as mismatch:
+        log.warning(
+            "the fast tokenizer is wrong on %s (%s): tiktoken encodes this piece", piece.url, mismatch
+        )
+        return piece, _encode_piece(work, piece, encode_by_reference)
+
+
+def _encode_piece(work: str, piece: Piece, encode: Encode) -> Encoded:
     partial = _piece_path(work, piece, f"{os.getpid()}.partial")
     Path(partial).parent.mkdir(parents=True, exist_ok=True)
     lengths, described = [], []
     with open(partial, "wb") as f:
-        for batch in sources.read_groups(piece.url, piece.groups):
-            tokens, counts = tokenizer.encode_documents(sources.texts(batch))
+        for texts, descriptions in _batches(piece):
+            tokens, counts = encode(texts)
             tokens.tofile(f)
             lengths.append(counts)
-            described.append(batch.drop_columns([sources.TEXT]))
+            described += descriptions
     index = _piece_index(piece, np.concatenate([np.zeros(0, np.int64), *lengths]), described)
     pq.write_table(index, f"{partial}.index", compression="zstd")
     os.replace(f"{partial}.index", _piece_path(work, piece, "parquet"))
     os.replace(partial, _piece_path(work, piece, "bin"))
     encoded = Encoded(sum(int(counts.sum()) for counts in lengths), len(index))
     objects.publish_json(_piece_path(work, piece, "json"), asdict(encoded))
-    return piece, encoded
+    return encoded
+
+
+def _batches(piece: Piece) -> Iterator[tuple[list[bytes], list[pa.RecordBatch]]]:
+    """The documents of a piece in batches of about BATCH_TEXT: (texts, their other columns)."""
+    texts: list[bytes] = []
+    descriptions: list[pa.RecordBatch] = []
+    size = 0
+    for batch in sources.read_groups(piece.url, piece.groups):
+        read = sources.text_bytes(batch)
+        texts += read
+        descriptions.append(batch.drop_columns([sources.TEXT]))
+        size += sum(map(len, read))
+        if size >= BATCH_TEXT:
+            yield texts, descriptions
+            texts, descriptions, size = [], [], 0
+    yield texts, descriptions
 
 
 def _piece_index(piece: Piece, lengths: np.ndarray, described: list[pa.RecordBatch]) -> pa.Table:
