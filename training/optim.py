@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from training.config import TrainConfig
-from training.distributed import Group, World, finish
+from training.distributed import World, finish
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDING_STRIDE = 1_000_003  # a prime: (step, bucket) pairs get different rounding seeds
@@ -37,7 +38,7 @@ class Bucket:
     gradient: Tensor  # this rank's part of the summed gradients
     state: dict[str, Tensor]  # this rank's part, fp32: exp_avg, exp_avg_sq, and master behind bf16 weights
     missing: int = 0  # parameters whose gradient is still to come in this micro-step
-    pending: list[object] = field(default_factory=list)
+    pending: list[dist.Work | None] = field(default_factory=list)
 
     @property
     def part(self) -> Tensor:
@@ -126,7 +127,7 @@ class ShardedAdamW:
             for rows, decayed in bucket.segments():
                 self._adamw(bucket, weights, gradient, rows, step, lr, decayed)
             if weights.data_ptr() != bucket.part.data_ptr():
-                self._round(bucket.part, weights, step * ROUNDING_STRIDE + index)
+                self._round(bucket, weights, step * ROUNDING_STRIDE + index)
             bucket.pending = [self.world.shard.all_gather(bucket.weights, bucket.part)]
         for bucket in self.buckets:
             _wait(bucket)
@@ -151,7 +152,7 @@ class ShardedAdamW:
             [bucket.state["exp_avg"][rows]],
             [bucket.state["exp_avg_sq"][rows]],
             [],
-            [torch.tensor(float(step), device=weights.device)],  # raised by one before its use
+            [torch.full((), float(step), device=weights.device)],  # raised by one before its use
             fused=True,
             amsgrad=False,
             beta1=self.config.beta1,
@@ -162,14 +163,18 @@ class ShardedAdamW:
             maximize=False,
         )
 
-    def _round(self, part: Tensor, precise: Tensor, seed: int) -> None:
-        """Masters round to the nearest bf16. Without them that would lose most updates: round at random."""
+    def _round(self, bucket: Bucket, precise: Tensor, seed: int) -> None:
+        """Masters round to the nearest bf16. Without them that would lose most updates: round at random.
+
+        The noise is drawn for the whole bucket, so that it does not depend on how many ranks share it.
+        """
         if self.masters:
-            part.copy_(precise)
-        else:
-            generator = torch.Generator(part.device)
-            generator.manual_seed(seed * self.world.shard.size + self.world.shard.rank)
-            part.copy_(round_stochastically(precise, generator))
+            bucket.part.copy_(precise)
+            return
+        generator = torch.Generator(precise.device)
+        generator.manual_seed(seed)
+        noise = rounding_noise(bucket.size, generator)[bucket.start : bucket.stop]
+        bucket.part[: len(noise)].copy_(round_stochastically(precise[: len(noise)], noise))
 
     def load_state(self, bucket: str, key: str, values: Tensor) -> None:
         """Take this rank's part of a state tensor, unpadded."""
@@ -177,13 +182,17 @@ class ShardedAdamW:
         found.state[key][: len(values)].copy_(values)
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 -> bf16, up or down with the probability that makes the mean right (unbiased)."""
-    noise = torch.randint(
-        0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator
-    )
-    bits = values.view(torch.int32) + noise  # carries into the upper half in `fraction` of the cases
-    return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
+def rounding_noise(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2**16, (count,), dtype=torch.int32, device=generator.device, generator=generator)
+
+
+def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
+    """fp32 -> bf16, up or down with the probability that makes the mean right (unbiased).
+
+    noise: int32 in [0, 2^16). It carries into the half that bf16 keeps the more
+    often, the larger the half that is cut off.
+    """
+    return ((values.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 def _groups(model: nn.Module) -> Iterable[tuple[str, list[tuple[str, nn.Parameter]]]]:
@@ -211,8 +220,5 @@ def _point_into(bucket: Bucket) -> None:
 
 def _wait(bucket: Bucket) -> None:
     for work in bucket.pending:
-        finish(work)  # type: ignore[arg-type]
+        finish(work)
     bucket.pending = []
-
-
-__all__ = ["Bucket", "Group", "ShardedAdamW", "round_stochastically"]
