@@ -1,9 +1,8 @@
-"""What can a demo be asked that it has not read? Completion items in HellaSwag's format, from held-out documents.
+"""What can a demo be asked that it has not read? Items in HellaSwag's format, from held-out documents.
 
-A context of a few sentences, the sentence that really follows, and three that follow elsewhere: drawn from other
-documents of the same set, near the right one in length, so that neither topic words of the ending's own page alone
-nor length gives the answer away for free. Easier than HellaSwag, whose wrong endings were made to fool models: a
-score here is compared with nothing published.
+A context of a few sentences, the sentence that really follows, and three that follow elsewhere: drawn from
+other documents of the same set, near the right one in length, so that length gives nothing away. Easier than
+HellaSwag, whose wrong endings were made to fool models: a score here is compared with nothing published.
 """
 
 import random
@@ -45,8 +44,8 @@ def make_items(texts: Iterable[tuple[str, str]], count: int, seed: int) -> list[
     documents = {p.document for p in passages}
     if len(documents) < 4:
         raise ValueError(
-            f"completion items need usable passages in at least 4 held-out documents, found {len(documents)}: "
-            "use a larger validation shard"
+            f"completion items need usable passages in at least 4 held-out documents, "
+            f"found {len(documents)}: use a larger validation shard"
         )
     chosen = draw.sample(passages, min(count, len(passages)))
     by_length = sorted(passages, key=lambda p: (len(p.ending), p.ending, p.document))

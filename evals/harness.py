@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 class HarnessModel(TemplateLM):
-    """lm-eval's view of a model: it tokenizes pairs as its own `hf` model does, our scorer gives the numbers."""
+    """lm-eval's view of a model: it tokenizes as its own `hf` model, our scorer gives the numbers."""
 
     def __init__(self, model: LoadedModel, scorer: Scorer, progress: Progress | None = None):
         super().__init__()
@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
         return [(s.logprob, s.greedy) for s in scored]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Each text whole: windows of the context's length, each token predicted once, the first after the EOT."""
+        """Each text whole: windows of the context's length, each token once, the first after EOT."""
         asked, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -81,7 +81,9 @@ class HarnessModel(TemplateLM):
     def _generate(self, request: Instance) -> str:
         context, options = request.args
         if options.get("do_sample") or options.get("temperature", 0.0) > 0.0:
-            raise ValueError(f"{request.task_name} wants sampled text ({options}): only greedy generation is scored")
+            raise ValueError(
+                f"{request.task_name} wants sampled text ({options}): only greedy generation is scored"
+            )
         until = options.get("until", [])
         until = [until] if isinstance(until, str) else until
         return _greedy(self, context, until, options.get("max_gen_toks", 256))
@@ -110,8 +112,10 @@ def _greedy(harness: HarnessModel, context: str, until: Sequence[str], most: int
     return harness.model.decode(made)
 
 
-def _rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(context, continuation) pieces that predict each token once, as lm-eval's rolling windows with one token."""
+def _rolling(
+    tokens: Sequence[int], start: int, context: int
+) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(context, continuation) pieces that predict each token once, as lm-eval's rolling windows do."""
     line = (start, *tokens)
     for at in range(0, len(tokens), context):
         end = min(at + context, len(tokens))
@@ -133,7 +137,9 @@ def evaluate(
     manager = TaskManager(include_path=task_path, include_defaults=True)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
-        raise ValueError(f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}: see `lm-eval ls tasks`")
+        raise ValueError(
+            f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}: see `lm-eval ls tasks`"
+        )
     return _run(model, scorer, list(tasks), manager, limit, shots, progress, suite)
 
 
@@ -165,7 +171,8 @@ def _task(name: str, items: Path, scratch: Path) -> dict[str, Any]:
         "doc_to_target": "{{label}}",
         "doc_to_choice": "choices",
         "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("acc", "acc_norm")
         ],
         "metadata": {"version": 1.0},
     }
@@ -204,12 +211,19 @@ def _run(
     }
     items = sum(counts.values())
     return EvalResult(
-        suite, "harness", model.describe(), scores, items, harness.truncated, _per_item(out["samples"]), details
+        suite,
+        "harness",
+        model.describe(),
+        scores,
+        items,
+        harness.truncated,
+        _per_item(out["samples"]),
+        details,
     )
 
 
 def _scores(results: dict[str, dict[str, Any]], counts: dict[str, int]) -> dict[str, Score]:
-    """task/metric; lm-eval's keys are `acc,none` and `acc_stderr,none`, the word after the comma being a filter."""
+    """task/metric; lm-eval's keys are `acc,none` and `acc_stderr,none`, with a filter after the comma."""
     scores = {}
     for task, values in results.items():
         for key, value in values.items():

@@ -62,12 +62,12 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     transformers_logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
-    module = module.to(pick_device(device)).eval().requires_grad_(False)
+    torch.nn.Module.to(module, pick_device(device)).eval().requires_grad_(False)
     encode, decode, eot = _tokenizer(name)
     config = module.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 1024)
+    context: int = config.max_position_embeddings  # GPT-2 maps its n_positions to it
     return LoadedModel(
-        name, module, encode, decode, eot, int(context), encode(["Hello world"]) == [HELLO] and eot == 50256
+        name, module, encode, decode, eot, context, encode(["Hello world"]) == [HELLO] and eot == 50256
     )
 
 
@@ -79,8 +79,10 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _tokenizer(name: str) -> tuple[Callable[[Sequence[str]], list[list[int]]], Callable[[Sequence[int]], str], int]:
-    """tokenizer.json read by the tokenizers library alone takes 0.1 s; AutoTokenizer, the general way, 2 s."""
+def _tokenizer(
+    name: str,
+) -> tuple[Callable[[Sequence[str]], list[list[int]]], Callable[[Sequence[int]], str], int]:
+    """tokenizer.json read by the tokenizers library takes 0.1 s; AutoTokenizer, the general way, 2 s."""
     file = Path(name) / "tokenizer.json"
     if file.exists() and (eot := _eot_of(Path(name))) is not None:
         from tokenizers import Tokenizer
@@ -100,8 +102,8 @@ def _tokenizer(name: str) -> tuple[Callable[[Sequence[str]], list[list[int]]], C
     if start is None:
         raise ValueError(f"the tokenizer of {name} names no bos or eos token: no document could be started")
     return (
-        lambda texts: slow(list(texts), add_special_tokens=False)["input_ids"],
-        lambda ids: slow.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        lambda texts: [list(ids) for ids in slow(list(texts), add_special_tokens=False)["input_ids"]],
+        lambda ids: str(slow.decode(list(ids), clean_up_tokenization_spaces=False)),
         int(start),
     )
 

@@ -13,6 +13,7 @@ LLMC_HELLASWAG = "llm.c, dev/data/hellaswag.py"
 LLMC_PLOTS = "llm.c, dev/vislog.ipynb"
 GPT3_PAPER = "GPT-3 paper (Brown et al. 2020), zero-shot"
 NANOCHAT = "nanochat"
+UNNAMED_SHARD = "on a shard that the source does not name"
 
 # model -> parameters, and the names by which the hub or we know it
 SIZES = {
@@ -20,8 +21,9 @@ SIZES = {
     "gpt3-125m": 125_000_000, "gpt3-350m": 350_000_000, "gpt3-760m": 760_000_000, "gpt3-1.3b": 1_300_000_000,
 }  # fmt: skip
 NAMES = {
-    "gpt2": "GPT-2 124M", "gpt2-medium": "GPT-2 355M", "gpt2-large": "GPT-2 774M", "gpt2-xl": "GPT-2 1558M",
-    "gpt3-125m": "GPT-3 125M", "gpt3-350m": "GPT-3 350M", "gpt3-760m": "GPT-3 760M", "gpt3-1.3b": "GPT-3 1.3B",
+    "gpt2": "GPT-2 124M", "gpt2-medium": "GPT-2 355M", "gpt2-large": "GPT-2 774M",
+    "gpt2-xl": "GPT-2 1558M", "gpt3-125m": "GPT-3 125M", "gpt3-350m": "GPT-3 350M",
+    "gpt3-760m": "GPT-3 760M", "gpt3-1.3b": "GPT-3 1.3B",
 }  # fmt: skip
 
 
@@ -58,14 +60,16 @@ PUBLISHED: tuple[Published, ...] = (
     *_hellaswag("harness_acc_norm", {"gpt2": 0.3114, "gpt2-xl": 0.5089}, LLMC_HELLASWAG),
     *_hellaswag("plot_line", _of_gpt2(0.294463, 0.375224, 0.431986, 0.488946), LLMC_PLOTS),
     *_hellaswag(
-        "zero_shot", {"gpt3-125m": 0.337, "gpt3-350m": 0.436, "gpt3-760m": 0.510, "gpt3-1.3b": 0.547}, GPT3_PAPER
+        "zero_shot",
+        {"gpt3-125m": 0.337, "gpt3-350m": 0.436, "gpt3-760m": 0.510, "gpt3-1.3b": 0.547},
+        GPT3_PAPER,
     ),
     *(
         Published(model, "core", "core", value, NANOCHAT)
         for model, value in _of_gpt2(0.1139, 0.1849, 0.2146, 0.256525).items()
     ),
     *(
-        Published(model, "validation_loss", "plot_line", value, LLMC_PLOTS, note="on a shard that the source does not name")
+        Published(model, "validation_loss", "plot_line", value, LLMC_PLOTS, note=UNNAMED_SHARD)
         for model, value in _of_gpt2(3.424958, 3.083089, 3.000580, 2.831273).items()
     ),
     Published(
@@ -122,8 +126,8 @@ def compare(
     error = math.sqrt(math.fsum(e * e for e in known))
     errors = difference / error if error > 0 else None
     return Comparison(
-        suite, score, ours["value"], ours.get("stderr"), against, theirs["value"], theirs.get("stderr"), source,
-        difference, errors, _verdict(score, errors),
+        suite, score, ours["value"], ours.get("stderr"), against, theirs["value"], theirs.get("stderr"),
+        source, difference, errors, _verdict(score, errors),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What came of a run, on one page? A self-contained index.html in light and dark, and its figures as PNG files."""
+"""What came of a run, on one page? A self-contained index.html in light and dark, figures as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ def parse_main_log(text: str) -> MainLog:
 
 
 def build(runs: ReportData | Sequence[ReportData], out: str) -> Report:
-    """Write OUT/index.html and OUT/<figure>-<theme>.png; several runs are laid over one another, the first leads."""
+    """Write OUT/index.html and OUT/<figure>-<theme>.png; several runs are overlaid, the first leads."""
     several = [runs] if isinstance(runs, ReportData) else list(runs)
     if not several:
         raise ValueError("a report needs at least one run")
@@ -127,7 +127,9 @@ def _optimisation(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> Pictur
     skipped = {step for step, _ in logs[0].skipped}
     at = _points(runs[0], [(step, norm) for step, norm in logs[0].norm if step in skipped])
     drawing = report_plots.optimisation([_curve(run, log.lr) for run, log in pairs], norms, at)
-    return Picture("optimisation", "Learning rate, gradient norm and skipped updates", report_plots.render(drawing))
+    return Picture(
+        "optimisation", "Learning rate, gradient norm and skipped updates", report_plots.render(drawing)
+    )
 
 
 def _throughput(runs: Sequence[ReportData]) -> Picture:
@@ -151,7 +153,7 @@ def _metric(run: ReportData, name: str) -> Points:
 
 
 def loss_lines(run: ReportData) -> list[Line]:
-    """Baselines whose loss was measured here, on a shard of the same name and size; published ones have others."""
+    """Baselines whose loss was measured here on as many tokens; published losses are of other shards."""
     ours = run.scores.get("validation_loss")
     lines = []
     for baseline in run.baselines:
@@ -187,12 +189,17 @@ def score_bars(run: ReportData) -> list[Bar]:
             if "acc" not in name:
                 continue
             marks = [Line(c.against, c.reference) for c in _all_comparisons(run, suite, name, other)]
-            bars.append(Bar(f"{suite}: {name.replace('_', ' ')}", score["value"], score["stderr"], tuple(marks)))
+            bars.append(
+                Bar(f"{suite}: {name.replace('_', ' ')}", score["value"], score["stderr"], tuple(marks))
+            )
     return bars
 
 
 def _four_choices(bar: Bar) -> bool:
-    return bar.name.split(":")[0] in ("hellaswag", "completion_demo") or "completion_items" in bar.name.replace(" ", "_")
+    return bar.name.split(":")[0] in (
+        "hellaswag",
+        "completion_demo",
+    ) or "completion_items" in bar.name.replace(" ", "_")
 
 
 def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) -> list[reference.Comparison]:

@@ -1,4 +1,4 @@
-"""From what was this run made? Its ancestry as a picture: boxes from left to right, in SVG that follows the theme."""
+"""From what was this run made? Its ancestry as a picture: boxes from left to right, in themed SVG."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,10 @@ def picture(records: Sequence[Mapping[str, Any]]) -> str:
     width = len(columns) * (WIDTH + GAP_X) - GAP_X + 2 * MARGIN
     height = tall + LANE * len(lanes) + MARGIN
     return (
-        f"<div class='scroll'><svg class='lineage' viewBox='0 0 {width} {height}' width='{width}' height='{height}' "
-        f"role='img' aria-label='lineage'><defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' "
-        f"markerHeight='7' orient='auto'><path d='M0 0.5 L7.5 4 L0 7.5 z'/></marker></defs>"
+        f"<div class='scroll'><svg class='lineage' viewBox='0 0 {width} {height}' "
+        f"width='{width}' height='{height}' role='img' aria-label='lineage'>"
+        f"<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' "
+        f"orient='auto'><path d='M0 0.5 L7.5 4 L0 7.5 z'/></marker></defs>"
         f"{''.join(arrows)}{''.join(boxes)}</svg></div>\n"
     )
 

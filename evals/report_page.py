@@ -29,7 +29,9 @@ def page(
         _header(lead, title),
         _tiles(lead, logs[0]),
         _section("Training", _panes(by_name, ("loss", "hellaswag")) + _panes(by_name, ("optimisation",))),
-        _section("Scores", _panes(by_name, ("scores",)) + _scores_table(runs) + _comparison_table(comparisons)),
+        _section(
+            "Scores", _panes(by_name, ("scores",)) + _scores_table(runs) + _comparison_table(comparisons)
+        ),
         _section("Samples", _samples(lead.samples)),
         _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(lead.records)),
         _section("Lineage", report_lineage.picture(lead.records) + _records_table(lead.records)),
@@ -55,13 +57,17 @@ def _header(run: "ReportData", title: str) -> str:
     model = run.config["model"]
     ended = max((str(r.get("ended") or "") for r in run.records), default="")[:16].replace("T", " ")
     facts = [
-        f"{model['layers']} layers, {model['channels']} channels, {model['heads']} heads, context {model['context']}",
+        f"{model['layers']} layers, {model['channels']} channels, {model['heads']} heads",
+        f"context {model['context']}",
         f"corpus {run.config.get('corpus', '')}",
         f"finished {ended} UTC" if ended else "",
         _commit(run.records),
     ]
     line = " · ".join(_text(fact) for fact in facts if fact)
-    return f"<header><p class='kind'>Training report</p><h1>{_text(title)}</h1><p class='facts'>{line}</p></header>\n"
+    return (
+        f"<header><p class='kind'>Training report</p><h1>{_text(title)}</h1>"
+        f"<p class='facts'>{line}</p></header>\n"
+    )
 
 
 def _commit(records: Iterable[Mapping[str, Any]]) -> str:
@@ -77,7 +83,13 @@ def _tiles(run: "ReportData", log: "MainLog") -> str:
     tiles = [("Parameters", amount(parameters(run.config["model"])), "")]
     steps = len({step for step, _ in log.train})
     if steps:
-        tiles.append(("Tokens trained on", amount(steps * run.batch_tokens), f"{steps:,} steps of {run.batch_tokens:,}"))
+        tiles.append(
+            (
+                "Tokens trained on",
+                amount(steps * run.batch_tokens),
+                f"{steps:,} steps of {run.batch_tokens:,}",
+            )
+        )
     if log.validation:
         first, last = log.validation[0][1], log.validation[-1][1]
         tiles.append(("Validation loss", f"{last:.3f}", f"from {first:.3f}"))
@@ -107,7 +119,9 @@ def _panes(pictures: "Mapping[str, Picture]", names: Sequence[str]) -> str:
 
 
 def _picture(picture: "Picture") -> str:
-    sources = {theme: "data:image/png;base64," + base64.b64encode(png).decode() for theme, png in picture.png.items()}
+    sources = {
+        theme: "data:image/png;base64," + base64.b64encode(png).decode() for theme, png in picture.png.items()
+    }
     return (
         f"<figure><picture><source media='(prefers-color-scheme: dark)' srcset='{sources['dark']}'>"
         f"<img src='{sources['light']}' alt='{_text(picture.caption)}'></picture></figure>"
@@ -121,7 +135,8 @@ def _scores_table(runs: "Sequence[ReportData]") -> str:
             for name, score in entry["scores"].items():
                 who = [_text(run.name)] if len(runs) > 1 else []
                 rows.append(
-                    [*who, _text(suite), _text(name.replace("_", " ")), value_and_error(name, score["value"], score["stderr"]),
+                    [*who, _text(suite), _text(name.replace("_", " ")),
+                     value_and_error(name, score["value"], score["stderr"]),
                      f"{score['n']:,}", _text(entry["protocol"]), f"{entry['truncated']:,}"]
                 )  # fmt: skip
     head = ["run"] if len(runs) > 1 else []
@@ -130,13 +145,24 @@ def _scores_table(runs: "Sequence[ReportData]") -> str:
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> str:
     rows = [
-        [_text(c.suite), _text(c.score.replace("_", " ")), value_and_error(c.score, c.value, c.stderr), _text(c.against),
+        [_text(c.suite), _text(c.score.replace("_", " ")), value_and_error(c.score, c.value, c.stderr),
+         _text(c.against),
          value_and_error(c.score, c.reference, c.reference_stderr),
-         "" if c.errors is None else f"{c.errors:+.1f}", f"<span class='{c.verdict.split()[0]}'>{c.verdict}</span>",
+         "" if c.errors is None else f"{c.errors:+.1f}",
+         f"<span class='{c.verdict.split()[0]}'>{c.verdict}</span>",
          _text(c.source)]
         for c in comparisons
     ]  # fmt: skip
-    head = ["suite", "score", "this run", "against", "its value", "difference in standard errors", "verdict", "source"]
+    head = [
+        "suite",
+        "score",
+        "this run",
+        "against",
+        "its value",
+        "difference in standard errors",
+        "verdict",
+        "source",
+    ]
     return ("<h3>Compared</h3>" + _table(head, rows)) if rows else ""
 
 
@@ -154,7 +180,8 @@ def _samples(text: str) -> str:
     parts = [("", blocks[0])] if blocks[0].strip() else []
     parts += list(zip(blocks[1::2], blocks[2::2], strict=True))
     quotes = [
-        f"<figure class='sample'><figcaption>{_text(head)}</figcaption><pre>{_text(body.strip())}</pre></figure>"
+        f"<figure class='sample'><figcaption>{_text(head)}</figcaption>"
+        f"<pre>{_text(body.strip())}</pre></figure>"
         for head, body in parts[::-1]
         if body.strip()
     ]
@@ -169,10 +196,26 @@ def _cost_table(records: Sequence[Mapping[str, Any]]) -> str:
         if "seconds" not in cost:
             continue
         total += cost["seconds"]
-        rows.append([_text(record["key"]), duration(cost["seconds"]), _optional(cost, "gpu_hours", "{:.3g}"), _optional(cost, "dollars", "${:,.2f}")])
+        rows.append(
+            [
+                _text(record["key"]),
+                duration(cost["seconds"]),
+                _optional(cost, "gpu_hours", "{:.3g}"),
+                _optional(cost, "dollars", "${:,.2f}"),
+            ]
+        )
     if rows:
-        sums = {k: sum((r.get("cost") or {}).get(k) or 0.0 for r in records) for k in ("gpu_hours", "dollars")}
-        rows.append(["<b>together</b>", f"<b>{duration(total)}</b>", _optional(sums, "gpu_hours", "{:.3g}"), _optional(sums, "dollars", "${:,.2f}")])
+        sums = {
+            k: sum((r.get("cost") or {}).get(k) or 0.0 for r in records) for k in ("gpu_hours", "dollars")
+        }
+        rows.append(
+            [
+                "<b>together</b>",
+                f"<b>{duration(total)}</b>",
+                _optional(sums, "gpu_hours", "{:.3g}"),
+                _optional(sums, "dollars", "${:,.2f}"),
+            ]
+        )
     return _table(["output", "time", "GPU hours", "cost"], rows)
 
 
@@ -183,7 +226,8 @@ def _optional(values: Mapping[str, Any], key: str, pattern: str) -> str:
 def _records_table(records: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [_text(r["key"]), _optional(r, "rows", "{:,}"), _optional(r, "tokens", "{:,}"),
-         size(sum(f["bytes"] for f in r.get("files", []))), f"<code>{_text(str(r['fingerprint'])[:12])}</code>"]
+         size(sum(f["bytes"] for f in r.get("files", []))),
+         f"<code>{_text(str(r['fingerprint'])[:12])}</code>"]
         for r in records
     ]  # fmt: skip
     return _table(["output", "rows", "tokens", "size", "fingerprint"], rows)
@@ -199,7 +243,9 @@ def _configuration(runs: "Sequence[ReportData]") -> str:
         cells = [f"<span class='differs'>{v}</span>" for v in values] if len(set(values)) > 1 else values
         rows.append([_text(key), *cells])
     table = _table(["key", *(run.name for run in runs)], rows)
-    return f"<details{' open' if len(runs) > 1 else ''}><summary>{len(keys)} values</summary>{table}</details>"
+    return (
+        f"<details{' open' if len(runs) > 1 else ''}><summary>{len(keys)} values</summary>{table}</details>"
+    )
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

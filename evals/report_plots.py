@@ -24,10 +24,18 @@ class Theme:
 
 
 LIGHT = Theme(
-    "#ffffff", "#1c1e21", "#62666d", "#e7e8ea", ("#2a6bcc", "#d0601a", "#17805a", "#8a4fbf", "#b3124e", "#5b6b7a")
+    "#ffffff",
+    "#1c1e21",
+    "#62666d",
+    "#e7e8ea",
+    ("#2a6bcc", "#d0601a", "#17805a", "#8a4fbf", "#b3124e", "#5b6b7a"),
 )
 DARK = Theme(
-    "#17191d", "#e9e9e7", "#9b9fa6", "#2b2e34", ("#74a9ff", "#f49a5c", "#58c999", "#c19bf5", "#ff7fa6", "#a5b4c3")
+    "#17191d",
+    "#e9e9e7",
+    "#9b9fa6",
+    "#2b2e34",
+    ("#74a9ff", "#f49a5c", "#58c999", "#c19bf5", "#ff7fa6", "#a5b4c3"),
 )
 THEMES = {"light": LIGHT, "dark": DARK}
 
@@ -74,7 +82,7 @@ def render(drawing: Drawing) -> dict[str, bytes]:
 
 
 def loss(curves: Sequence[Curve], lines: Sequence[Line], wide: bool) -> Drawing:
-    """Training loss with validation points, against tokens; the lines are models evaluated on the same shard."""
+    """Training loss with validation points, against tokens; the lines are models evaluated on that shard."""
 
     def draw(theme: Theme) -> Figure:
         figure, axes = _figure(theme, 10.4 if wide else 5.6, 4.0)
@@ -108,7 +116,9 @@ def accuracy(curves: Sequence[Curve], lines: Sequence[Line]) -> Drawing:
         figure, axes = _figure(theme, 5.6, 4.0)
         for number, curve in enumerate(curves):
             colour = theme.series[number % len(theme.series)]
-            axes.plot(*curve.points, "-o", color=colour, lw=1.7, ms=4, mec=theme.paper, mew=0.7, label=curve.name)
+            axes.plot(
+                *curve.points, "-o", color=colour, lw=1.7, ms=4, mec=theme.paper, mew=0.7, label=curve.name
+            )
         values = [v for c in curves for v in c.points[1]] + [line.value for line in lines] + [0.25]
         axes.set_ylim(min(values) - 0.3 * (max(values) - min(values)), max(values) + 0.012)
         _levels(axes, [*lines, Line("chance", 0.25)], theme, [*theme.series[2 : 2 + len(lines)], theme.muted])
@@ -167,7 +177,9 @@ def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
             _title(axes, title, theme)
             axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0) if "share" in unit else FuncFormatter(_count))
+            axes.yaxis.set_major_formatter(
+                PercentFormatter(1.0) if "share" in unit else FuncFormatter(_count)
+            )
             _tokens_axis(axes)
         if len(speeds) > 1:
             _legend(panes[0], theme, "lower right")
@@ -184,10 +196,26 @@ def scores(bars: Sequence[Bar], title: str, chance: float | None) -> Drawing:
         places = list(range(len(bars)))[::-1]
         for place, bar in zip(places, bars, strict=True):
             axes.errorbar(
-                bar.value, place, xerr=bar.stderr, fmt="o", ms=7, capsize=4, lw=1.8, color=theme.series[0], zorder=5
+                bar.value,
+                place,
+                xerr=bar.stderr,
+                fmt="o",
+                ms=7,
+                capsize=4,
+                lw=1.8,
+                color=theme.series[0],
+                zorder=5,
             )
             for number, mark in enumerate(bar.marks):
-                axes.plot(mark.value, place, "d", ms=7, color=theme.series[1 + number % 4], mec=theme.paper, zorder=4)
+                axes.plot(
+                    mark.value,
+                    place,
+                    "d",
+                    ms=7,
+                    color=theme.series[1 + number % 4],
+                    mec=theme.paper,
+                    zorder=4,
+                )
         if chance is not None:
             axes.axvline(chance, color=theme.muted, lw=1.1, ls=(0, (4, 3)))
         axes.set_yticks(places, [b.name for b in bars])
@@ -211,7 +239,12 @@ def _score_legend(axes: Axes, bars: Sequence[Bar], chance: float | None, theme: 
     if chance is not None:
         axes.plot([], [], color=theme.muted, lw=1.1, ls=(0, (4, 3)), label=f"chance, {chance:.0%}")
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncol=4, frameon=False, labelcolor=theme.muted, fontsize=8.5
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncol=4,
+        frameon=False,
+        labelcolor=theme.muted,
+        fontsize=8.5,
     )
 
 
@@ -251,8 +284,7 @@ def _dress(axes: Axes, theme: Theme) -> None:
         axes.spines[side].set_color(theme.grid)
     axes.tick_params(colors=theme.muted, labelsize=8.5, length=0)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_size(9)
-        axis.label.set_color(theme.muted)
+        axis.label.set(fontsize=9, color=theme.muted)
 
 
 def _plot_curve(axes: Axes, curve: Curve, colour: str, name: str) -> None:
@@ -306,8 +338,13 @@ def _title(axes: Axes, text: str, theme: Theme) -> None:
 
 
 def _legend(axes: Axes, theme: Theme, where: str) -> None:
-    axes.legend(
-        loc=where, labelcolor=theme.ink, fontsize=8.5, facecolor=theme.paper, edgecolor="none", framealpha=0.85
+    axes.legend(  # type: ignore[call-overload]
+        loc=where,
+        labelcolor=theme.ink,
+        fontsize=8.5,
+        facecolor=theme.paper,
+        edgecolor="none",
+        framealpha=0.85,
     )
 
 

@@ -34,7 +34,7 @@ class EvalResult:
 
 
 def mean_score(values: Sequence[float]) -> Score:
-    """Mean with its standard error, sample deviation / sqrt(n), as lm-eval's. Raises ValueError without values."""
+    """Mean and its standard error, sample deviation / sqrt(n), as lm-eval's. Raises ValueError if empty."""
     n = len(values)
     if n == 0:
         raise ValueError("no items to average: the eval's items are empty")
@@ -46,7 +46,7 @@ def mean_score(values: Sequence[float]) -> Score:
 
 
 def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
-    """Write OUT.json and, beside it, the per-item parquet, which comes first: the JSON says that all is there."""
+    """Write OUT.json and, before it and beside it, the per-item parquet: the JSON says that all is there."""
     if not out.endswith(".json"):
         raise ValueError(f"--out {out!r} must end in .json: the per-item parquet is named after it")
     check_finite(result)

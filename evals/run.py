@@ -1,4 +1,4 @@
-"""How is one eval run on one model? `python -m evals.run MODEL_FOLDER --suite NAME --out scores/NAME.json`."""
+"""How is one eval run on one model? `python -m evals.run MODEL --suite NAME --out scores/NAME.json`."""
 
 import importlib.util
 import logging
@@ -29,12 +29,16 @@ class Inputs:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub name where there is a network.")],
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face model folder, or a hub name where there is a network.")
+    ],
     suite: Annotated[str, typer.Option(help="One of: " + ", ".join(SUITES))],
     out: Annotated[str, typer.Option(help="The score's JSON file (a path or an s3:// URL).")],
     items: Annotated[str, typer.Option(help="Items in HellaSwag's format: jsonl or jsonl.gz.")] = "",
     shard: Annotated[str, typer.Option(help="A token shard, for validation_loss.")] = "",
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated, for eleuther without --items.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="lm-eval tasks, comma-separated, for eleuther without --items.")
+    ] = "",
     task_path: Annotated[str, typer.Option(help="A folder of lm-eval task files of your own.")] = "",
     limit: Annotated[int, typer.Option(help="Only the first items (validation_loss: tokens); 0: all.")] = 0,
     batch: Annotated[int, typer.Option(help="Tokens in a batch; 0: by device. Never changes a score.")] = 0,
@@ -62,7 +66,9 @@ def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: st
 
     started = time.monotonic()
     loaded = load(model, device, dtype)
-    events.emit("note", message=f"{suite}: {model} on {loaded.device}, loaded in {time.monotonic() - started:.1f} s")
+    events.emit(
+        "note", message=f"{suite}: {model} on {loaded.device}, loaded in {time.monotonic() - started:.1f} s"
+    )
     result = _evaluate(loaded, Scorer(loaded, batch), suite, inputs, _progress(suite))
     page = results.publish(result, out, time.monotonic() - started)
     for name, score in result.scores.items():
@@ -72,7 +78,7 @@ def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: st
 
 
 def check(model: str, suite: str, inputs: Inputs) -> None:
-    """Refuse before anything is loaded. A path is a model folder; owner/name or a bare name may be on the hub."""
+    """Refuse before anything is loaded. A path is a model folder; owner/name may be on the hub."""
     folder = Path(model)
     if not folder.exists() and (model.startswith((".", "/")) or model.count("/") > 1):
         raise ValueError(f"{model} does not exist: give a Hugging Face model folder or a hub name")

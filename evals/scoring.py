@@ -1,9 +1,9 @@
 """What log-probability does a model give to a continuation after a context, and how is that made fast?
 
 Three things make it fast, and none of them changes a result beyond float rounding:
-requests that share a context (the four endings of one item) become one row, in which each continuation sees the
-context and itself only; rows are sorted by length, so that little is padding; and the vocabulary-wide head, the
-largest part of a small model, runs on the positions that predict a continuation and on no other.
+requests that share a context (the four endings of one item) become one row, in which each continuation sees
+the context and itself only; rows are sorted by length, so that little is padding; and the head, the largest
+part of a small model, runs on the positions that predict a continuation and on no other.
 """
 
 import logging
@@ -54,17 +54,21 @@ class Row:
 
 
 class Scorer:
-    """Scores requests with one model. `batch_tokens` bounds a batch, padding included; it halves when memory ends."""
+    """Scores requests with one model. `batch_tokens` bounds a padded batch and halves when memory ends."""
 
     def __init__(self, model: LoadedModel, batch_tokens: int = 0, share_prefixes: bool = True):
         self.model = model
         on_gpu = model.device.type == "cuda"
         self.batch_tokens = batch_tokens or (65_536 if on_gpu else 4_096)
-        self.head_rows = 4_096 if on_gpu else 256  # positions a chunk of logits: 51 MB on a CPU, 0.8 GB on a GPU
+        self.head_rows = (
+            4_096 if on_gpu else 256
+        )  # positions a chunk of logits: 51 MB on a CPU, 0.8 GB on a GPU
         self.head = _linear_head(model)
         self.share_prefixes = share_prefixes and _honours_masks(self)
 
-    def score(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Scored]:
+    def score(
+        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
+    ) -> list[Scored]:
         """Scores in the order of the requests. Raises ValueError naming a request that can't be scored."""
         for request in requests:
             _check(request, self.model.context)
@@ -109,7 +113,9 @@ class Scorer:
         logprobs, greedy = self._token_logprobs(picked, targets, logits is None)
         return _sum_by_branch(rows, logprobs, greedy)
 
-    def _run(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The last hidden states (B, T, C), and logits (B, T, V) where the head is more than a matrix."""
         attention = {} if mask is None else {"attention_mask": mask, "position_ids": positions}
         if self.head is None:
@@ -164,7 +170,7 @@ def _rows(requests: Sequence[Request], context: int, share: bool) -> list[Row]:
 
 
 def _bounded(prefix: tuple[int, ...], branches: list[Branch], limit: int) -> Iterator[tuple[Branch, ...]]:
-    """Branches in parts whose row stays under `limit` tokens: attention over a row costs its length squared."""
+    """Branches in parts whose row stays under `limit` tokens: attention costs the length squared."""
     part: list[Branch] = []
     length = len(prefix)
     for branch in branches:
@@ -189,7 +195,7 @@ def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 
 def _pack(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and segments, each (B, T). Segment 0 is the context, 1 to n the branches, n + 1 padding."""
+    """Tokens, positions and segments, each (B, T). Segment 0: context, 1 to n: branches, n + 1: padding."""
     width = max(row.length for row in rows)
     tokens, positions, segments = [], [], []
     for row in rows:
@@ -257,8 +263,11 @@ def _linear_head(model: LoadedModel) -> torch.nn.Module | None:
 
 
 def _honours_masks(scorer: Scorer) -> bool:
-    """Whether two branches in one row score as they do alone; an architecture may ignore a mask of its own."""
-    requests = [Request("probe", (scorer.model.eot, 5, 6), (7, 8, 9)), Request("probe", (scorer.model.eot, 5, 6), (1, 2))]
+    """Whether two branches in one row score as they do alone; an architecture may ignore a mask."""
+    requests = [
+        Request("probe", (scorer.model.eot, 5, 6), (7, 8, 9)),
+        Request("probe", (scorer.model.eot, 5, 6), (1, 2)),
+    ]
     shared = scorer._score_batch(_rows(requests, scorer.model.context, True))
     alone = scorer._score_batch(_rows(requests, scorer.model.context, False))
     tolerance = 1e-4 if scorer.model.module.dtype == torch.float32 else 0.1

@@ -1,4 +1,4 @@
-"""What can't be scored is an error that names it; bad input ends with status 2 and one line; no score is ever 0.0 for it."""
+"""What can't be scored is an error that names it; bad input ends with status 2 and one line; never a 0.0."""
 
 import json
 import subprocess
@@ -60,7 +60,9 @@ def test_a_continuation_longer_than_the_context_is_an_error(folder: str) -> None
     ],
 )
 def test_an_item_that_is_not_whole_is_named(change: dict, message: str, tmp_path: Path) -> None:
-    file = tiny_gpt2.write_items(tmp_path / "bad.jsonl", [tiny_gpt2.ITEMS[0], {**tiny_gpt2.ITEMS[1], **change}])
+    file = tiny_gpt2.write_items(
+        tmp_path / "bad.jsonl", [tiny_gpt2.ITEMS[0], {**tiny_gpt2.ITEMS[1], **change}]
+    )
     with pytest.raises(ValueError, match=f"bad.jsonl line 2: .*{message}"):
         hellaswag.read_items(file)
 
@@ -87,7 +89,9 @@ def test_a_score_that_is_no_number_is_not_written(tmp_path: Path) -> None:
         ("eleuther", nothing(items="x", tasks=("piqa",)), "either --tasks"),
     ],
 )
-def test_missing_inputs_are_refused_before_anything_is_loaded(suite: str, inputs: run.Inputs, message: str) -> None:
+def test_missing_inputs_are_refused_before_anything_is_loaded(
+    suite: str, inputs: run.Inputs, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         run.check("gpt2", suite, inputs)
 
@@ -115,5 +119,8 @@ def test_the_command_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
     items = tiny_gpt2.write_items(tmp_path / "items.jsonl")
     done = command(str(tmp_path), "--suite", "hellaswag", "--items", items, "--out", str(tmp_path / "x.json"))
     assert done.returncode == 2
-    assert done.stderr.strip() == f"{tmp_path} holds no config.json: give a Hugging Face model folder (a run's `export`)"
+    assert (
+        done.stderr.strip()
+        == f"{tmp_path} holds no config.json: give a Hugging Face model folder (a run's `export`)"
+    )
     assert not (tmp_path / "x.json").exists()

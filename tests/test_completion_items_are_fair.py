@@ -1,4 +1,4 @@
-"""Items made from held-out documents: HellaSwag's format, wrong endings from other documents, always the same."""
+"""Items made from held-out documents: HellaSwag's format, wrong endings from elsewhere, always the same."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TEXTS = [
         f"The {place} was quiet in the early morning. People of the {place} slept until noon. "
         f"The people who lived near the {place} {'often ' * n}walked there with their dogs. "
         f"A stranger came to the {place} one day and asked for water.\n\n"
-        f"Nobody in the {place} knew his name. He stayed for a year. Then he left the {place} as he had come.",
+        f"Nobody in the {place} knew his name. He stayed for a year. Then he left the {place} for good.",
     )
     for n, place in enumerate(PLACES)
 ]
@@ -51,6 +51,8 @@ def test_too_few_documents_are_refused() -> None:
 def test_held_out_documents_are_the_whole_ones_of_a_shard(tmp_path: Path) -> None:
     path = str(tmp_path / "x_val_000000.bin")
     texts = ["tail of a cut document", "one document", "another document", "head of a cut one"]
-    parts = [tokenizer.encode(texts[0])] + [np.concatenate([[tokenizer.EOT], tokenizer.encode(t)]) for t in texts[1:]]
+    parts = [tokenizer.encode(texts[0])] + [
+        np.concatenate([[tokenizer.EOT], tokenizer.encode(t)]) for t in texts[1:]
+    ]
     shards.write_shard(path, np.concatenate(parts).astype(np.uint16))
     assert [text for _, text in completion_items.held_out_documents(path)] == texts[1:3]

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def lm_eval_says(folder: str, items: list[hellaswag.Item], tmp_path: Path) -> dict[str, Any]:
-    """lm-eval's hellaswag with its own model class; float64 only in the softmax, where its fp32 sum would round."""
+    """lm-eval's hellaswag, its own model class; float64 in the softmax only, where its sum would round."""
     file = tmp_path / "items.jsonl"
     file.write_text("".join(json.dumps(harness._raw(item)) + "\n" for item in items))
     task = harness._task("items", file, tmp_path)
@@ -54,7 +54,9 @@ def agree(result: EvalResult, theirs: dict[str, Any]) -> None:
     scores = theirs["results"]["items"]
     for name in ("acc", "acc_norm"):
         assert result.scores[f"harness_{name}"].value == scores[f"{name},none"]
-        assert result.scores[f"harness_{name}"].stderr == pytest.approx(scores[f"{name}_stderr,none"], rel=1e-9)
+        assert result.scores[f"harness_{name}"].stderr == pytest.approx(
+            scores[f"{name}_stderr,none"], rel=1e-9
+        )
 
 
 def test_raw_items_score_as_in_lm_eval(folder: str, tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_lm_eval_over_our_scorer_gives_lm_evals_numbers(folder: str, tmp_path: P
 
 
 def test_completion_protocol_scores_raw_text_as_llm_c(folder: str, tmp_path: Path) -> None:
-    """llm.c encodes the raw context and " ending" apart, sums the ending's losses, and averages over its tokens."""
+    """llm.c encodes the raw context and " ending" apart, sums the ending's losses, averages over tokens."""
     from transformers import GPT2LMHeadModel
 
     from storage import tokenizer

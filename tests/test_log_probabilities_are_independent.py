@@ -1,4 +1,4 @@
-"""A continuation's log-probability is transformers' own, whatever batch, order, padding or prefix it is run with."""
+"""A continuation's log-probability is transformers' own, whatever its batch, order, padding or prefix."""
 
 import random
 from pathlib import Path
@@ -57,7 +57,10 @@ def test_a_continuation_of_the_likeliest_tokens_is_greedy(model: LoadedModel) ->
     reference = GPT2LMHeadModel.from_pretrained(model.name).eval()
     context = [50256, 11, 12]
     made = reference.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
-    asked = [Request("likeliest", tuple(context), tuple(made)), Request("other", tuple(context), (made[0], 7))]
+    asked = [
+        Request("likeliest", tuple(context), tuple(made)),
+        Request("other", tuple(context), (made[0], 7)),
+    ]
     assert [s.greedy for s in Scorer(model).score(asked)] == [True, False]
 
 

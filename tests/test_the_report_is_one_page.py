@@ -1,4 +1,4 @@
-"""The report: one file that needs no other, in both themes, with what the run has and nothing that it has not."""
+"""The report: one file that needs no other, in both themes, with what the run has and nothing else."""
 
 import io
 import re
@@ -93,7 +93,9 @@ def test_the_page_says_what_the_run_is(tmp_path: Path) -> None:
         assert fact in text, fact
     for key in ("corpora/c", "tokens/c", "runs/demo"):
         assert key in text
-    assert "llm.c, dev/data/hellaswag.py" in text  # the published number stands beside the score, with its source
+    assert (
+        "llm.c, dev/data/hellaswag.py" in text
+    )  # the published number stands beside the score, with its source
 
 
 def test_a_run_without_scores_or_records_still_has_a_page(tmp_path: Path) -> None:
@@ -118,6 +120,9 @@ def test_loss_lines_are_only_those_measured_on_as_many_tokens() -> None:
 
 
 def test_hellaswag_lines_are_those_of_models_of_the_same_size() -> None:
-    assert [(line.name, line.value) for line in accuracy_lines(run())] == [("GPT-2 124M", 0.294463), ("GPT-3 125M", 0.337)]
+    assert [(line.name, line.value) for line in accuracy_lines(run())] == [
+        ("GPT-2 124M", 0.294463),
+        ("GPT-3 125M", 0.337),
+    ]
     small = run(config={**CONFIG, "model": {**CONFIG["model"], "layers": 2, "channels": 64}})
     assert accuracy_lines(small) == []

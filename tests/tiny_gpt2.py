@@ -15,7 +15,10 @@ def save(folder: Path, seed: int = 0, context: int = 128) -> str:
     torch.manual_seed(seed)
     config = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=context, initializer_range=0.06)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    files = {"vocab": str(tokenizer.VOCABULARY / "encoder.json"), "merges": str(tokenizer.VOCABULARY / "vocab.bpe")}
+    files = {
+        "vocab": str(tokenizer.VOCABULARY / "encoder.json"),
+        "merges": str(tokenizer.VOCABULARY / "vocab.bpe"),
+    }
     GPT2Tokenizer(**files).save_pretrained(folder)
     return str(folder)
 
@@ -23,20 +26,22 @@ def save(folder: Path, seed: int = 0, context: int = 128) -> str:
 # HellaSwag's raw schema: WikiHow's markup, and a ctx_b that begins in lower case or is empty
 ITEMS: list[dict[str, Any]] = [
     {
-        "ind": 3, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+        "ind": 3, "activity_label": "Roof shingle removal",
+        "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
         "ctx": "A man is sitting on a roof. he", "label": "3",
-        "endings": ["is using wrap.", "is ripping level tiles off.", "holds a rubik's cube.", "pulls up roofing."],
+        "endings": ["is using wrap.", "is ripping tiles off.", "holds a rubik's cube.", "pulls up roofing."],
     },
     {
         "ind": 9, "activity_label": "Health", "label": "1", "ctx_b": "",
         "ctx_a": "[header] How to rest [title] Lie down. [step] Find a  quiet room.",
         "ctx": "[header] How to rest [title] Lie down. [step] Find a  quiet room.",
-        "endings": ["[substeps] Sleep.", "[title] Close the door. [step] Then close your eyes.", "Run.", "Shout “now”!"],
+        "endings": ["[substeps] Sleep.", "[title] Shut doors. [step] Then eyes.", "Run.", "Shout “now”!"],
     },
     {
-        "ind": 24, "activity_label": "Chess", "ctx_a": "Two people sit at a table.", "ctx_b": "the younger one",
+        "ind": 24, "activity_label": "Chess",
+        "ctx_a": "Two people sit at a table.", "ctx_b": "the younger one",
         "ctx": "Two people sit at a table. the younger one", "label": "0",
-        "endings": ["moves a pawn forward.", "eats the bishop whole and smiles for a very long time.", "flies.", "sings."],
+        "endings": ["moves a pawn forward.", "eats the bishop and smiles for very long.", "flies.", "sings."],
     },
 ]  # fmt: skip
 
