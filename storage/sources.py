@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import embedded, objects
+from storage import embedded, hub, objects, shards
 from storage.records import File, describe_file
 
 TEXT = "text"
@@ -31,24 +31,38 @@ Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
-    """One corpus. `fetch` makes its files available and lists them in corpus order."""
+    """One corpus. `fetch` makes its files available and lists them in corpus order.
 
+    `kind` says what these are: documents (parquet) or tokens (shards). Downloads in progress go to the local
+    folder `scratch`, by default beside the files. `details` tell where it came from but do not define it.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def details(self) -> dict[str, Any]: ...
     @property
     def name(self) -> str: ...
     @property
     def identity(self) -> dict[str, Any]: ...
     @property
     def text_column(self) -> str: ...
-    def fetch(self, out: str, progress: Progress) -> list[File]: ...
+    def fetch(self, out: str, progress: Progress, scratch: str = "") -> list[File]: ...
 
 
 def resolve(corpus: str) -> Source:
-    """The source that `corpus` names: "embedded", a folder of parquet files, or an s3:// URL of one.
+    """The source that `corpus` names.
 
+    "embedded"; a folder of parquet files, local or s3://; on the hub "fineweb-edu-10B", "-100B", "-350B",
+    "fineweb-edu:CC-MAIN-2024-10" (one crawl), "fineweb-edu-100B-tokens" (already tokenized), or
+    "hf://datasets/OWNER/NAME/FOLDER" of parquet files. These take a revision ("fineweb-edu-10B@1a2b3c") and a
+    number of files ("fineweb-edu-10B:2", the first two).
     Raises ValueError where there is no such thing, naming the value and the fix.
     """
     if corpus == "embedded":
         return Embedded()
+    if place := hub_place(corpus):
+        return Hub.at(place)
     if not objects.is_local(corpus) or os.path.isdir(corpus):
         return Folder.at(corpus)
     raise ValueError(f"no corpus {corpus!r}: {_suggestion(corpus)}")
@@ -58,21 +72,24 @@ def _suggestion(corpus: str) -> str:
     if os.path.sep in corpus:
         return "there is no such folder; name a folder of parquet files, an s3:// URL, or embedded"
     folders = [entry.name for entry in os.scandir(".") if entry.is_dir()]
-    close = difflib.get_close_matches(corpus, ["embedded", *folders], n=3, cutoff=0.5)
+    known = ["embedded", *HUB_FOLDERS, "fineweb-edu:CC-MAIN-2024-10"]
+    close = difflib.get_close_matches(corpus, [*known, *folders], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}A corpus is embedded, a folder of parquet files, or an s3:// URL"
+    return f"{hint}A corpus is {', '.join(known)}, a folder of parquet files, or an s3:// URL"
 
 
 class Embedded:
     """The English that every Python carries; its version is the corpus's revision."""
 
+    kind = "documents"
     text_column = TEXT
 
     def __init__(self) -> None:
+        self.details: dict[str, Any] = {}
         self.name = f"embedded-{embedded.revision()}"
         self.identity = {"kind": "embedded", "revision": embedded.revision(), "edition": embedded.EDITION}
 
-    def fetch(self, out: str, progress: Progress) -> list[File]:
+    def fetch(self, out: str, progress: Progress, scratch: str = "") -> list[File]:
         url = objects.join(out, "000_00000.parquet")
         with tempfile.TemporaryDirectory() as scratch:
             local = os.path.join(scratch, "documents.parquet")
@@ -90,7 +107,9 @@ class Folder:
     url: str
     name: str
     identity: dict[str, Any]
+    details: dict[str, Any]
     text_column: str = TEXT
+    kind: str = "documents"
 
     @classmethod
     def at(cls, url: str) -> "Folder":
@@ -104,11 +123,10 @@ class Folder:
             {"path": stat.path, "bytes": stat.bytes, "footer_sha256": footer}
             for stat, footer in zip(found, footers, strict=True)
         ]
-        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-        name = f"{safe_name(objects.name_of(url))}-{digest[:8]}"
-        return cls(url, name, {"kind": "parquet", "files": files})
+        name = f"{safe_name(objects.name_of(url))}-{_digest(files)}"
+        return cls(url, name, {"kind": "parquet", "files": files}, {"url": url})
 
-    def fetch(self, out: str, progress: Progress) -> list[File]:
+    def fetch(self, out: str, progress: Progress, scratch: str = "") -> list[File]:
         total = sum(f["bytes"] for f in self.identity["files"])
         done, files = 0, []
         for entry in self.identity["files"]:
@@ -116,6 +134,111 @@ class Folder:
             done += entry["bytes"]
             progress(done, total)
         return files
+
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+HUB_FOLDERS = {  # name → (dataset, folder, what its files end in)
+    "fineweb-edu-10B": (FINEWEB_EDU, "sample/10BT", ".parquet"),
+    "fineweb-edu-100B": (FINEWEB_EDU, "sample/100BT", ".parquet"),
+    "fineweb-edu-350B": (FINEWEB_EDU, "sample/350BT", ".parquet"),
+    "fineweb-edu-100B-tokens": ("karpathy/fineweb-edu-100B-gpt2-token-shards", "", ".bin"),
+}
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """What a corpus's name says of a place on the hub."""
+
+    label: str
+    repo: str
+    folder: str
+    suffix: str
+    revision: str
+    files: int  # the first so many; 0: all
+
+
+def hub_place(corpus: str) -> HubPlace | None:
+    """The place on the hub that `corpus` names, or None where it names none."""
+    match = re.fullmatch(r"(?P<base>.+?)(@(?P<revision>[\w.-]+))?(:(?P<files>\d+))?", corpus)
+    if match is None:
+        return None
+    base, revision, files = match["base"], match["revision"] or "main", int(match["files"] or 0)
+    if base in HUB_FOLDERS:
+        return HubPlace(base, *HUB_FOLDERS[base], revision, files)
+    if crawl := re.fullmatch(r"fineweb-edu:(CC-MAIN-[\w-]+)", base):
+        return HubPlace(
+            f"fineweb-edu-{crawl[1]}", FINEWEB_EDU, f"data/{crawl[1]}", ".parquet", revision, files
+        )
+    if place := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/?(.*)", base):
+        return HubPlace(safe_name(base.split("/", 3)[3]), place[1], place[2], ".parquet", revision, files)
+    return None
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Files of a dataset on the hub: the same content is the same corpus, whatever commit it was found at."""
+
+    place: HubPlace
+    commit: str
+    entries: tuple[hub.Entry, ...]
+    name: str
+    identity: dict[str, Any]
+    text_column: str = TEXT
+
+    @classmethod
+    def at(cls, place: HubPlace) -> "Hub":
+        commit = hub.commit_of(place.repo, place.revision)
+        found = [e for e in hub.list_tree(place.repo, commit, place.folder) if e.path.endswith(place.suffix)]
+        if not found:
+            raise ValueError(f"{place.repo} has no {place.suffix} file in {place.folder or 'its root'}")
+        found.sort(key=lambda e: ("_val_" not in e.path, e.path))  # a shard for validation comes first
+        chosen = tuple(found[: place.files or None])
+        files = [{"path": e.path, "bytes": e.bytes, "sha256": e.sha256 or commit} for e in chosen]
+        identity = {"kind": "hub", "repo": place.repo, "files": files}
+        return cls(place, commit, chosen, f"{place.label}-{_digest(files)}", identity)
+
+    @property
+    def kind(self) -> str:
+        return "tokens" if self.place.suffix == ".bin" else "documents"
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"url": f"{hub.endpoint()}/datasets/{self.place.repo}", "revision": self.commit}
+
+    def fetch(self, out: str, progress: Progress, scratch: str = "") -> list[File]:
+        there = {s.path: s.bytes for s in objects.list_files(out)}
+        missing = [e for e in self.entries if there.get(objects.name_of(e.path)) != e.bytes]
+        total = sum(e.bytes for e in self.entries)
+        here = total - sum(e.bytes for e in missing)
+        folder = out if objects.is_local(out) else scratch or tempfile.mkdtemp(prefix="gpt2-download-")
+
+        def keep(entry: hub.Entry, local: str) -> None:
+            check_fetched(local)
+            if folder != out:
+                objects.publish_file(local, objects.join(out, objects.name_of(entry.path)))
+                os.unlink(local)
+
+        hub.fetch(self.place.repo, self.commit, missing, folder, lambda n: progress(here + n, total), keep)
+        return [self._describe(out, entry) for entry in self.entries]
+
+    def _describe(self, out: str, entry: hub.Entry) -> File:
+        name = objects.name_of(entry.path)
+        if not entry.sha256:
+            return describe_file(out, name)
+        stat = objects.stat(objects.join(out, name))
+        return File(name, stat.bytes, stat.modified, entry.sha256)
+
+
+def check_fetched(local: str) -> None:
+    """Raises ValueError where a fetched file is no parquet with text, or no whole token shard."""
+    if local.endswith(".bin"):
+        shards.read_header(local)
+    else:
+        _check_file(local)
+
+
+def _digest(files: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def safe_name(text: str) -> str:

@@ -1,0 +1,259 @@
+"""How do the files of a dataset on the hub get here whole, whatever the connection does?
+
+The file list comes from the hub's tree at one commit, with the size and sha256 of each file. A file is
+fetched over HTTP into `<name>.part`, resumed there with a Range request by whichever process comes next,
+checked, and only then renamed. (`hf_hub_download` starts from nothing in a new process.)
+"""
+
+import hashlib
+import http.client
+import json
+import logging
+import os
+import random
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+ENDPOINT = "https://huggingface.co"
+ATTEMPTS = 8  # of a download in a row that bring no byte; then it fails
+LIST_ATTEMPTS = 4  # of a question to the hub: on a machine without a network it fails within seconds
+LONGEST_WAIT = 300.0  # seconds between attempts; the hub counts its rate limits over 5 minutes
+TIMEOUT = 60.0  # seconds without a byte
+CHUNK = 2**20
+PARALLEL = 4  # files at once: more brings nothing on one connection, and counts against the rate limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a dataset at one commit."""
+
+    path: str
+    bytes: int
+    sha256: str  # empty for small files, which are kept in git and have none
+
+
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
+
+
+def commit_of(repo: str, revision: str = "main") -> str:
+    """The commit that a branch or tag names now. Raises ValueError where there is no such dataset."""
+    url = f"{endpoint()}/api/datasets/{repo}/revision/{urllib.parse.quote(revision, safe='')}"
+    with _opened(url, f"dataset {repo} at {revision}") as response:
+        return str(json.load(response)["sha"])
+
+
+def list_tree(repo: str, commit: str, folder: str = "") -> list[Entry]:
+    """The files directly in a folder of a dataset, in the order of their names."""
+    place = f"/{urllib.parse.quote(folder, safe='')}" if folder else ""
+    url: str | None = f"{endpoint()}/api/datasets/{repo}/tree/{commit}{place}?recursive=false&expand=false"
+    found: list[dict[str, Any]] = []
+    while url:
+        with _opened(url, f"folder {folder or '/'} of dataset {repo}") as response:
+            found += json.load(response)
+            url = _next_page(response.headers.get("Link", ""))
+    files = [e for e in found if e["type"] == "file"]
+    return sorted((_entry(e) for e in files), key=lambda e: e.path)
+
+
+def _entry(listed: dict[str, Any]) -> Entry:
+    lfs = listed.get("lfs") or {}
+    return Entry(listed["path"], lfs.get("size", listed["size"]), lfs.get("oid", "").removeprefix("sha256:"))
+
+
+def _next_page(link: str) -> str | None:
+    for part in link.split(","):
+        url, _, relation = part.partition(";")
+        if 'rel="next"' in relation:
+            return url.strip(" <>")
+    return None
+
+
+def fetch(
+    repo: str,
+    commit: str,
+    entries: Sequence[Entry],
+    folder: str,
+    progress: Callable[[int], None],
+    done: Callable[[Entry, str], None] = lambda entry, local: None,
+) -> list[str]:
+    """Fetch files into a local folder, several at once; their paths there, in order.
+
+    `progress` gets the bytes that are here, over all files; `done` gets each file once it is whole.
+    Raises ValueError where a file can't be had whole.
+    """
+    counter = _Counter(progress)
+
+    def one(entry: Entry) -> str:
+        local = os.path.join(folder, os.path.basename(entry.path))
+        url = f"{endpoint()}/datasets/{repo}/resolve/{commit}/{urllib.parse.quote(entry.path)}"
+        fetch_file(url, local, entry, counter.of(entry.path))
+        done(entry, local)
+        return local
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        futures = [pool.submit(one, entry) for entry in entries]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Counter:
+    """Bytes of several files, told as one sum."""
+
+    def __init__(self, progress: Callable[[int], None]):
+        self.progress, self.lock = progress, Lock()
+        self.bytes: dict[str, int] = {}
+
+    def of(self, name: str) -> Callable[[int], None]:
+        def count(here: int) -> None:
+            with self.lock:
+                self.bytes[name] = here
+                self.progress(sum(self.bytes.values()))
+
+        return count
+
+
+def fetch_file(url: str, local: str, entry: Entry, progress: Callable[[int], None]) -> None:
+    """Make `local` the whole, checked file; what an earlier process has begun is gone on with."""
+    if os.path.exists(local) and os.path.getsize(local) == entry.bytes:
+        progress(entry.bytes)
+        return
+    part = Path(f"{local}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    for again in (True, False):
+        _fetch_part(url, part, entry, progress)
+        found = _sha256(part)
+        if not entry.sha256 or found == entry.sha256:
+            os.replace(part, local)
+            return
+        part.unlink()
+        log.warning(
+            "%s came with wrong bytes (sha256 %s): fetching it %s", url, found, "anew" if again else "failed"
+        )
+    raise ValueError(f"{url} twice came with sha256 {found}, not {entry.sha256}: is a proxy changing it?")
+
+
+def _fetch_part(url: str, part: Path, entry: Entry, progress: Callable[[int], None]) -> None:
+    """Append to `part` until it has all bytes, over as many connections as it takes."""
+    failures = 0
+    while (here := _size(part)) < entry.bytes:
+        reason, wait = _receive(url, part, here, progress)
+        failures = 0 if _size(part) > here else failures + 1
+        if _size(part) < entry.bytes:
+            _pause(url, failures, ATTEMPTS, reason, wait)
+    if here > entry.bytes:
+        part.unlink()
+        raise ValueError(f"{url} is longer than the {entry.bytes:,} bytes in the hub's list: run this again")
+    part.touch()
+    progress(entry.bytes)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _receive(
+    url: str, part: Path, here: int, progress: Callable[[int], None]
+) -> tuple[Exception | str, float | None]:
+    """Append what one connection brings; (why it ended, seconds to wait that the hub asked for)."""
+    try:
+        _append(url, part, here, progress)
+    except urllib.error.HTTPError as error:
+        if not _is_passing(error.code) and error.code != 416:
+            raise ValueError(f"{url} can't be fetched: {_explain(error)}") from error
+        if error.code == 416:  # the part does not fit this file
+            part.unlink()
+        return error, _asked_wait(error)
+    except (OSError, http.client.HTTPException) as error:
+        return error, None
+    return "the connection was cut", None
+
+
+def _append(url: str, part: Path, here: int, progress: Callable[[int], None]) -> None:
+    headers = {"Range": f"bytes={here}-"} if here else {}
+    with urllib.request.urlopen(_request(url, headers), timeout=TIMEOUT) as response:
+        resumed = response.status == 206
+        here = here if resumed else 0
+        with open(part, "ab" if resumed else "wb") as f:
+            while chunk := response.read(CHUNK):
+                f.write(chunk)
+                here += len(chunk)
+                progress(here)
+
+
+def _is_passing(status: int) -> bool:
+    return status in (408, 425, 429) or status >= 500
+
+
+def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    request = urllib.request.Request(url, headers=headers | {"User-Agent": "gpt2-pipeline"})
+    if token := os.environ.get("HF_TOKEN"):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # for the hub, not for its CDN
+    return request
+
+
+@contextmanager
+def _opened(url: str, what: str) -> Iterator[http.client.HTTPResponse]:
+    """An answer of the hub's interface, asked for again while the hub is busy or out of reach."""
+    response = None
+    failures = 0
+    while response is None:
+        try:
+            response = urllib.request.urlopen(_request(url, {}), timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            if not _is_passing(error.code):
+                raise ValueError(f"{what} is not to be had from {endpoint()}: {_explain(error)}") from error
+            failures += 1
+            _pause(url, failures, LIST_ATTEMPTS, error, _asked_wait(error))
+        except OSError as error:
+            failures += 1
+            _pause(url, failures, LIST_ATTEMPTS, error, None)
+    with response:
+        yield response
+
+
+def _explain(error: urllib.error.HTTPError) -> str:
+    hint = {
+        401: "set HF_TOKEN to a token that may read it",
+        403: "accept its terms on the hub and set HF_TOKEN to a token that may read it",
+        404: "check its name",
+    }.get(error.code, "see the hub's status page")
+    return f"HTTP {error.code} ({error.reason}); {hint}"
+
+
+def _asked_wait(error: urllib.error.HTTPError) -> float | None:
+    """Seconds that the hub asks to wait: Retry-After, or t= in its RateLimit header."""
+    fields = f"t={error.headers.get('Retry-After', '')};{error.headers.get('RateLimit', '')}"
+    asked = re.search(r"\bt=\s*(\d+)", fields)
+    return float(asked[1]) if asked else None
+
+
+def _pause(url: str, failures: int, most: int, reason: Exception | str, asked: float | None) -> None:
+    """Wait before the next attempt, or raise ValueError after too many that brought nothing."""
+    if failures >= most:
+        raise ValueError(
+            f"{url} can't be had after {failures} attempts ({reason}): check the network, or use a corpus that "
+            "is already here; what has been fetched is kept"
+        )
+    wait = min(LONGEST_WAIT, asked if asked is not None else 2.0**failures * random.uniform(0.25, 0.5))
+    log.warning("%s: %s; trying again in %.1f s", url, reason, wait)
+    time.sleep(wait)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

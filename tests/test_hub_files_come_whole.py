@@ -1,0 +1,215 @@
+"""The real client against a hub on loopback: cut connections, busy answers, wrong bytes, a moved revision."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from local_hub import LocalHub
+
+from storage import hub, objects, shards, sources
+
+REPO = "HuggingFaceFW/fineweb-edu"
+
+
+def parquet(texts: list[str], column: str = "text") -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.table({column: texts, "id": list(map(str, range(len(texts))))}), sink, compression="none"
+    )
+    return sink.getvalue()
+
+
+FILES = {
+    f"sample/10BT/{i:03d}_00000.parquet": parquet([f"file {i} document {d} " * 20 for d in range(200)])
+    for i in range(3)
+}
+
+
+CRAWL = {"data/CC-MAIN-2024-10/000.parquet": FILES["sample/10BT/000_00000.parquet"]}
+
+
+@pytest.fixture
+def local(monkeypatch):
+    with LocalHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+        server.publish(REPO, "c0ffee", {**FILES, **CRAWL, "README.md": b"read me"})
+        yield server
+
+
+def fetch(corpus: str, out: Path | str, progress=lambda *_: None, scratch: str = "") -> list:
+    return sources.resolve(corpus).fetch(str(out), progress, scratch)
+
+
+def ranges(server: LocalHub) -> list[str]:
+    return [r for _, path, r in server.requests if "/resolve/" in path]
+
+
+def test_the_files_of_a_sample_come_with_their_digests(local, tmp_path):
+    seen = []
+    files = fetch("fineweb-edu-10B", tmp_path, lambda *state: seen.append(state))
+    assert [f.path for f in files] == ["000_00000.parquet", "001_00000.parquet", "002_00000.parquet"]
+    for file, data in zip(files, FILES.values(), strict=True):
+        assert (tmp_path / file.path).read_bytes() == data
+        assert file.sha256 == hashlib.sha256(data).hexdigest()
+    total = sum(map(len, FILES.values()))
+    assert seen[-1] == (total, total)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f.path for f in files]
+
+
+def test_a_crawl_a_dataset_and_the_first_files_have_names(local, tmp_path):
+    assert sources.resolve("fineweb-edu:CC-MAIN-2024-10").name.startswith("fineweb-edu-CC-MAIN-2024-10-")
+    assert len(sources.resolve("fineweb-edu-10B:2").identity["files"]) == 2
+    source = sources.resolve(f"hf://datasets/{REPO}/sample/10BT:1")
+    assert source.identity["files"] == sources.resolve("fineweb-edu-10B:1").identity["files"]
+    assert sources.resolve("fineweb-edu-10B@c0ffee").identity == sources.resolve("fineweb-edu-10B").identity
+
+
+def test_a_tree_of_several_pages_is_read_to_its_end(local):
+    local.page = 2
+    assert [e.path for e in hub.list_tree(REPO, "c0ffee", "sample/10BT")] == sorted(FILES)
+
+
+def test_cut_connections_are_resumed_where_they_broke(local, tmp_path):
+    local.cut_after = 40_000
+    fetch("fineweb-edu-10B:1", tmp_path)
+    data = FILES["sample/10BT/000_00000.parquet"]
+    assert (tmp_path / "000_00000.parquet").read_bytes() == data
+    assert ranges(local) == ["", *[f"bytes={n}-" for n in range(40_000, len(data), 40_000)]]
+
+
+def test_a_server_without_ranges_still_gives_whole_files(local, tmp_path):
+    (tmp_path / "000_00000.parquet.part").write_bytes(b"half of it")
+    local.ignore_range = True
+    fetch("fineweb-edu-10B:1", tmp_path)
+    assert (tmp_path / "000_00000.parquet").read_bytes() == FILES["sample/10BT/000_00000.parquet"]
+
+
+def test_a_part_longer_than_its_file_is_thrown_away(local, tmp_path):
+    (tmp_path / "000_00000.parquet.part").write_bytes(b"x" * 1_000_000)
+    with pytest.raises(ValueError, match="longer than"):
+        fetch("fineweb-edu-10B:1", tmp_path)
+    fetch("fineweb-edu-10B:1", tmp_path)
+    assert (tmp_path / "000_00000.parquet").read_bytes() == FILES["sample/10BT/000_00000.parquet"]
+
+
+def test_busy_answers_are_waited_out_as_long_as_they_ask(local, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    local.busy, local.retry_after = 3, "7"
+    fetch("fineweb-edu-10B:1", tmp_path)
+    assert waits == [7.0] * 3
+
+
+def test_wrong_bytes_are_fetched_again_and_never_kept(local, tmp_path):
+    local.wrong_bytes = 1
+    fetch("fineweb-edu-10B:1", tmp_path / "once")
+    assert (tmp_path / "once" / "000_00000.parquet").read_bytes() == FILES["sample/10BT/000_00000.parquet"]
+    local.wrong_bytes = 2
+    with pytest.raises(ValueError, match="twice came with sha256"):
+        fetch("fineweb-edu-10B:1", tmp_path / "twice")
+    assert list((tmp_path / "twice").iterdir()) == []
+
+
+def test_whole_files_are_not_asked_for_again(local, tmp_path):
+    fetch("fineweb-edu-10B", tmp_path)
+    local.requests.clear()
+    fetch("fineweb-edu-10B", tmp_path)
+    assert ranges(local) == []
+
+
+def test_a_moved_revision_with_the_same_files_is_the_same_corpus(local, tmp_path):
+    before = sources.resolve("fineweb-edu-10B")
+    local.publish(REPO, "beef", {**FILES, "README.md": b"new words"})
+    after = sources.resolve("fineweb-edu-10B")
+    assert (before.name, before.identity) == (after.name, after.identity)
+    assert (before.details["revision"], after.details["revision"]) == ("c0ffee", "beef")
+    before.fetch(str(tmp_path), lambda *_: None)  # the old commit is still there
+    changed = {**FILES, "sample/10BT/000_00000.parquet": parquet(["other"])}
+    local.publish(REPO, "f00d", changed)
+    assert sources.resolve("fineweb-edu-10B").name != before.name
+
+
+def test_files_go_on_to_s3(local, tmp_path, s3_store):
+    out = f"{s3_store}/corpora/c/documents"
+    files = fetch("fineweb-edu-10B:2", out, scratch=str(tmp_path / "scratch"))
+    assert [objects.sha256(f"{out}/{f.path}") for f in files] == [f.sha256 for f in files]
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+CHILD = (
+    "import sys; from storage.sources import resolve; resolve(sys.argv[1]).fetch(sys.argv[2], lambda *_: 0)"
+)
+
+
+def test_another_process_goes_on_after_a_kill(local, tmp_path):
+    local.cut_after = 20_000
+    root = str(Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-c", CHILD, "fineweb-edu-10B:1", str(tmp_path)]
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL)
+    part = tmp_path / "000_00000.parquet.part"
+    while child.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    held = part.stat().st_size
+    local.requests.clear()
+    local.cut_after = 0
+    fetch("fineweb-edu-10B:1", tmp_path)
+    assert ranges(local) == [f"bytes={held}-"]
+    assert (tmp_path / "000_00000.parquet").read_bytes() == FILES["sample/10BT/000_00000.parquet"]
+
+
+def test_a_token_goes_with_each_request(local, tmp_path, monkeypatch):
+    local.token = "hf_secret"
+    with pytest.raises(ValueError, match="401 .* set HF_TOKEN"):
+        sources.resolve("fineweb-edu-10B")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetch("fineweb-edu-10B:1", tmp_path)
+
+
+def test_what_is_not_there_is_named_with_the_fix(local, monkeypatch):
+    with pytest.raises(ValueError, match="dataset a/b at main is not to be had .* check its name"):
+        sources.resolve("hf://datasets/a/b")
+    with pytest.raises(ValueError, match="folder data/CC-MAIN-1999-01 .* HTTP 404"):
+        sources.resolve("fineweb-edu:CC-MAIN-1999-01")
+    with pytest.raises(ValueError, match=r"no .parquet file in its root"):
+        sources.resolve(f"hf://datasets/{REPO}")
+    with pytest.raises(ValueError, match="did you mean fineweb-edu-10B"):
+        sources.resolve("fineweb-edu-10b")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="can't be had after 4 attempts .* check the network"):
+        sources.resolve("fineweb-edu-10B")
+
+
+def test_parquet_without_text_is_refused_when_it_comes(local, tmp_path):
+    local.publish("o/n", "1", {"a.parquet": parquet(["x"], column="content")})
+    with pytest.raises(ValueError, match="has no column `text`"):
+        fetch("hf://datasets/o/n", tmp_path)
+
+
+def shard(tokens: list[int], magic: int = shards.MAGIC) -> bytes:
+    return shards.header(magic, len(tokens)) + np.array(tokens, dtype="<u2").tobytes()
+
+
+def test_pretokenized_shards_come_validation_first_and_checked(local, tmp_path):
+    repo = "karpathy/fineweb-edu-100B-gpt2-token-shards"
+    train = {f"edu_fineweb_train_{i:06d}.bin": shard([50256, i]) for i in range(1, 4)}
+    local.publish(repo, "1", {**train, "edu_fineweb_val_000000.bin": shard([50256, 9, 9])})
+    source = sources.resolve("fineweb-edu-100B-tokens:2")
+    assert source.kind == "tokens"
+    files = source.fetch(str(tmp_path), lambda *_: None)
+    assert [f.path for f in files] == ["edu_fineweb_val_000000.bin", "edu_fineweb_train_000001.bin"]
+    assert shards.open_shard(shards.shard_paths(str(tmp_path), "val")[0]).tolist() == [50256, 9, 9]
+    local.publish(repo, "2", {"edu_fineweb_val_000000.bin": shard([1], magic=7)})
+    with pytest.raises(ValueError, match="is no token shard"):
+        fetch("fineweb-edu-100B-tokens", tmp_path / "broken")
