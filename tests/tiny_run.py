@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from storage.objects import read_json
 from storage.shards import shard_name, write_shard
-from training.config import ModelConfig, RunConfig, TrainConfig, to_dict
+from training.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
 from training.distributed import Group, World
 from training.gpt2 import GPT2
+from training.launch import INTERRUPTED
+from training.train import Stop, Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,3 +93,22 @@ def model(seed: int = 0) -> GPT2:
     made = GPT2(config().model)
     made.init_weights(seed)
     return made
+
+
+def steps(run: str, shards: str, until: int | None = None, **options: Any) -> Trainer:
+    """Train in this process, alone; ended after `until` steps as by a signal."""
+    stop = Stop()
+    trainer = Trainer(
+        from_dict(RunConfig, read_json(f"{run}/config.json")), run, shards, alone(), stop, **options
+    )
+    if until is not None:
+        take = trainer.step
+
+        def step_and_stop() -> None:
+            take()
+            stop.agreed = trainer.progress.step == until
+
+        trainer.step = step_and_stop  # type: ignore[method-assign]
+    assert trainer.loop() == (0 if until is None else INTERRUPTED)
+    trainer.checkpoints.wait()
+    return trainer

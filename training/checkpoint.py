@@ -26,11 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from storage import objects
+from training.config import TRAINER_VERSION, RunConfig, to_dict
 from training.distributed import World
 from training.optim import ShardedAdamW
 
 SCHEMA = 1
 FOLDER, DONE, MODEL, STATE = "checkpoints", "DONE", "model.safetensors", "state.json"
+# Fields of TrainConfig that leave the weights as they are.
+WITHOUT_EFFECT = ("val_every", "val_batches", "val_sequences", "sample_every", "sample_tokens") + (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+)
 WAIT = 600.0  # seconds until a rank that does not deliver its file counts as lost
 
 log = logging.getLogger("gpt2.checkpoint")
@@ -64,6 +71,27 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} has schema {state['schema']}, this version reads {SCHEMA}: use the other"
         )
     return state
+
+
+def definition(config: RunConfig, device: str) -> dict[str, str]:
+    """What a run has to share with its checkpoint, to go on from it as if it had never stopped."""
+    settings = {f"model.{key}": value for key, value in to_dict(config.model).items()}
+    settings |= {f"train.{k}": v for k, v in to_dict(config.train).items() if k not in WITHOUT_EFFECT}
+    made_by = {"trainer": TRAINER_VERSION, "torch": torch.__version__, "device": device}
+    return {key: str(value) for key, value in {**settings, **made_by}.items()}
+
+
+def check_definition(state: dict[str, Any], now: dict[str, str], anyway: bool) -> None:
+    """Raises ValueError, naming each difference, for a checkpoint of another definition, unless `anyway`."""
+    then = state["definition"]
+    found = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if found and not anyway:
+        raise ValueError(
+            f"the checkpoint of step {state['step']} is another run's: {'; '.join(found)}. "
+            "Put it back as it was, start a run of another name, or go on with --resume-anyway"
+        )
+    for difference in found:
+        log.warning("resumed all the same: %s", difference)
 
 
 def load_model(checkpoint: Path, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 GPT2_VOCABULARY = 50257
+TRAINER_VERSION = "1"  # raise it when the same configuration gives other weights than before
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class TrainConfig:
     skip_grad_z: float = 0.0  # -sg: the same for the gradient norm
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "val_batches", "val_sequences", "checkpoint_every", "keep_checkpoints"):
+        counts = ("val_batches", "val_sequences", "checkpoint_every", "keep_checkpoints")
+        for name in ("steps", "batch_tokens", *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "sample_every", "sample_tokens", "keep_every"):
@@ -309,7 +311,8 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
 
 
 def _an(noun: str) -> str:
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(noun, noun)
+    nouns = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    return nouns.get(noun, noun)
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

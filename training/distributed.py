@@ -62,6 +62,10 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
     def barrier(self) -> None:
         self.sums([0.0])
 

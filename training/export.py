@@ -22,10 +22,8 @@ import torch
 
 from storage.shards import open_shard
 from storage.tokenizer import EOT, VOCABULARY
-from training.checkpoint import load_model, newest, read_state
-from training.config import ModelConfig, from_dict
 from training.gpt2 import GPT2
-from training.weights import from_huggingface, model_config, read_llmc, to_huggingface, write_llmc
+from training.weights import load_any, to_huggingface, write_llmc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHECK = "export_check.json"
@@ -34,53 +32,6 @@ TOLERANCE = (
 )
 
 log = logging.getLogger("gpt2.export")
-
-
-def load_any(source: str) -> GPT2:
-    """The model of a run folder (its newest checkpoint), an llm.c .bin, or a Hugging Face folder or hub name.
-
-    The weights are fp32. Raises ValueError where there is no model.
-    """
-    if source.endswith(".bin"):
-        config, weights = read_llmc(source)
-        return _model(config, weights)
-    if Path(source, "checkpoints").is_dir():
-        return load_run(source)
-    return load_huggingface(source)
-
-
-def load_run(run: str) -> GPT2:
-    checkpoint = newest(run)
-    if checkpoint is None:
-        raise ValueError(f"{run} has no complete checkpoint yet: train it first")
-    model = _empty(from_dict(ModelConfig, read_state(checkpoint)["config"]["model"]))
-    load_model(checkpoint, model)
-    return model
-
-
-def load_huggingface(source: str) -> GPT2:
-    """Raises ValueError for a folder without a GPT-2."""
-    if Path(source).is_dir() and not Path(source, "config.json").exists():
-        raise ValueError(
-            f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder"
-        )
-    from transformers import AutoConfig, GPT2LMHeadModel
-
-    config = model_config(AutoConfig.from_pretrained(source))
-    theirs = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
-    return _model(config, from_huggingface(theirs.state_dict(), config))
-
-
-def _model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> GPT2:
-    model = _empty(config)
-    model.load_state_dict({name: w.float() for name, w in weights.items()})
-    return model
-
-
-def _empty(config: ModelConfig) -> GPT2:
-    with torch.device("meta"):
-        model = GPT2(config)
-    return model.to_empty(device="cpu")
 
 
 def write_folder(model: GPT2, out: str, dtype: torch.dtype) -> None:

@@ -38,6 +38,7 @@ class Bucket:
     gradient: Tensor  # this rank's part of the summed gradients
     state: dict[str, Tensor]  # this rank's part, fp32: exp_avg, exp_avg_sq, and master behind bf16 weights
     missing: int = 0  # parameters whose gradient is still to come in this micro-step
+    left: bool = False  # whether the gradients are on their way to the other ranks
     pending: list[dist.Work | None] = field(default_factory=list)
 
     @property
@@ -102,16 +103,21 @@ class ShardedAdamW:
         """Say before a backward pass whether it is the step's last: then gradients leave as they come."""
         self.last_micro_step = last_micro_step
         for bucket in self.buckets:
-            bucket.missing = len(bucket.parameters)
+            bucket.missing, bucket.left = len(bucket.parameters), False
 
     def _arrived(self, bucket: Bucket) -> None:
         bucket.missing -= 1
         if self.last_micro_step and bucket.missing == 0:
-            bucket.pending = [self.world.shard.reduce_scatter(bucket.gradient, bucket.gradients)]
+            self._send(bucket)
+
+    def _send(self, bucket: Bucket) -> None:
+        bucket.left = True
+        bucket.pending = [self.world.shard.reduce_scatter(bucket.gradient, bucket.gradients)]
 
     def squared_norm(self) -> Tensor:
         """Wait for the summed gradients -> this rank's share of the squared global norm, an fp32 scalar."""
         for bucket in self.buckets:
+            assert bucket.left, f"no backward pass brought all gradients of {bucket.name}"
             _wait(bucket)
             bucket.pending = [self.world.replicas.all_reduce(bucket.gradient)]
         for bucket in self.buckets:

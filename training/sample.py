@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from storage import tokenizer
-from training.export import load_any
 from training.gpt2 import GPT2
+from training.weights import load_any
 
 SAMPLES = "samples.txt"
 

@@ -24,7 +24,15 @@ import torch
 from storage import events, objects
 from training import distributed, sample
 from training.assemble import assemble
-from training.checkpoint import Checkpointer, Keep, fetch_newest, newest, read_state
+from training.checkpoint import (
+    Checkpointer,
+    Keep,
+    check_definition,
+    definition,
+    fetch_newest,
+    newest,
+    read_state,
+)
 from training.config import RunConfig, from_dict, to_dict
 from training.distributed import World
 from training.launch import INTERRUPTED, die_with_parent, report_status
@@ -47,6 +55,11 @@ class Progress:
     losses: OutlierWindow = field(default_factory=OutlierWindow)
     norms: OutlierWindow = field(default_factory=OutlierWindow)
 
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        kept: dict[str, Any] = {key: state[key] for key in ("step", "position", "skipped", "seconds")}
+        return cls(**kept, losses=OutlierWindow(**state["losses"]), norms=OutlierWindow(**state["norms"]))
+
 
 class Stop:
     """Whether a signal asked this rank to end. The ranks agree on it at the end of each step."""
@@ -62,12 +75,20 @@ class Stop:
 
 class Trainer:
     def __init__(
-        self, config: RunConfig, run: str, tokens: str, world: World, stop: Stop, mirror: str | None
+        self,
+        config: RunConfig,
+        run: str,
+        tokens: str,
+        world: World,
+        stop: Stop,
+        mirror: str | None = None,
+        anyway: bool = False,
     ) -> None:
         self.config, self.run, self.world, self.stop = config, run, world, stop
         self.micro_batch, self.micro_steps = split_batch(config, world.size)
         checkpoint = newest(run)
-        self.progress = _progress(checkpoint)
+        self.definition = definition(config, world.device_name)
+        self.progress = self.resume(checkpoint, anyway)
         order = (config.model.context, config.train.order_seed, config.train.shuffle)
         self.load = training_loader(tokens, *order, world.device)
         self.load_validation = validation_loader(tokens, config.model.context, world.device)
@@ -76,7 +97,22 @@ class Trainer:
         self.checkpoints = Checkpointer(run, world, keep, mirror)
         self.saved = self.progress.step if checkpoint else -1
         self.log = RunLog(run if world.is_first else None, self.progress.step)
-        log.info("%s", f"resumed from {checkpoint}" if checkpoint else "starting from step 0")
+
+    def resume(self, checkpoint: Path | None, anyway: bool) -> Progress:
+        """Raises ValueError for a checkpoint of another configuration, unless `anyway`."""
+        shape = f"{self.world.size} ranks, {self.micro_steps} micro-steps of {self.micro_batch} sequences"
+        if checkpoint is None:
+            log.info("starting from step 0: %s", shape)
+            return Progress()
+        state = read_state(checkpoint)
+        check_definition(state, self.definition, anyway)
+        log.info("resumed from %s: %s", checkpoint, shape)
+        if (state["ranks"], state["micro_batch"]) != (self.world.size, self.micro_batch):
+            then = f"{state['ranks']} ranks with micro-batches of {state['micro_batch']}"
+            log.info(
+                "written by %s: the same sequences in the same order, losses equal within rounding", then
+            )
+        return Progress.of(state)
 
     def loop(self) -> int:
         """Train to the last step -> exit status."""
@@ -159,19 +195,17 @@ class Trainer:
         p = self.progress
         if p.step != self.saved:
             state = {**asdict(p), "ranks": self.world.size, "micro_batch": self.micro_batch}
-            self.checkpoints.save(
-                p.step, self.model, self.optimizer, {**state, "config": to_dict(self.config)}
-            )
+            state |= {"config": to_dict(self.config), "definition": self.definition}
+            self.checkpoints.save(p.step, self.model, self.optimizer, state)
             self.saved = p.step
 
     def report(self, loss: float, lr: float, norm: float, seconds: float) -> None:
         p, world = self.progress, self.world
         p.seconds += seconds
         rate = self.config.train.batch_tokens / seconds
-        name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
         speed: dict[str, Any] = {
             "tokens_per_second": rate,
-            "mfu": utilization(rate, self.config.model.flops_per_token, world.size, name),
+            "mfu": utilization(rate, self.config.model.flops_per_token, world.size, world.device_name),
             "seconds": seconds,
         }
         self.log.metrics(p.step, loss=loss, lr=lr, norm=norm, position=p.position, skipped=p.skipped, **speed)
@@ -209,19 +243,14 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def _progress(checkpoint: Path | None) -> Progress:
-    if checkpoint is None:
-        return Progress()
-    state = read_state(checkpoint)
-    kept: dict[str, Any] = {key: state[key] for key in ("step", "position", "skipped", "seconds")}
-    return Progress(**kept, losses=OutlierWindow(**state["losses"]), norms=OutlierWindow(**state["norms"]))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="training.train", description="Train the run of a folder.")
     parser.add_argument("run", help="folder with config.json")
     parser.add_argument("--tokens", required=True, help="folder with token shards")
     parser.add_argument("--mirror", help="location that every checkpoint is copied to, and fetched from")
+    parser.add_argument(
+        "--resume-anyway", action="store_true", help="from a checkpoint of another configuration"
+    )
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())
     stop = Stop()
@@ -246,7 +275,7 @@ def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
     if options.mirror and world.is_first:
         fetch_newest(options.mirror, options.run)
     world.barrier()
-    return Trainer(config, options.run, options.tokens, world, stop, options.mirror)
+    return Trainer(config, options.run, options.tokens, world, stop, options.mirror, options.resume_anyway)
 
 
 def _log_to(run: str, world: World) -> None:

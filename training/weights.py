@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.config import ModelConfig
+from training.checkpoint import load_model, newest, read_state
+from training.config import ModelConfig, from_dict
+from training.gpt2 import GPT2
 
 Weights = dict[str, Tensor]
 
@@ -138,3 +140,52 @@ def write_llmc(path: str, weights: Weights, config: ModelConfig) -> None:
         for name in shapes(config):
             weights[name].detach().cpu().contiguous().view(bits).numpy().tofile(file)
     partial.replace(path)
+
+
+def load_any(source: str) -> GPT2:
+    """The model of a run folder (its newest checkpoint), an llm.c .bin, or a Hugging Face folder or hub name.
+
+    The weights are fp32. Raises ValueError where there is no model.
+    """
+    if source.endswith(".bin"):
+        config, weights = read_llmc(source)
+        return _model(config, weights)
+    if Path(source, "checkpoints").is_dir():
+        return load_run(source)
+    return load_huggingface(source)
+
+
+def load_run(run: str) -> GPT2:
+    checkpoint = newest(run)
+    if checkpoint is None:
+        raise ValueError(f"{run} has no complete checkpoint yet: train it first")
+    model = empty_model(from_dict(ModelConfig, read_state(checkpoint)["config"]["model"]))
+    load_model(checkpoint, model)
+    return model
+
+
+def load_huggingface(source: str) -> GPT2:
+    """Raises ValueError for a folder without a GPT-2."""
+    if Path(source).is_dir() and not Path(source, "config.json").exists():
+        raise ValueError(
+            f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder"
+        )
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    config = model_config(AutoConfig.from_pretrained(source))
+    theirs = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    return _model(config, from_huggingface(theirs.state_dict(), config))
+
+
+def _model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> GPT2:
+    model = empty_model(config)
+    model.load_state_dict({name: w.float() for name, w in weights.items()})
+    return model
+
+
+def empty_model(config: ModelConfig) -> GPT2:
+    """A model on the CPU whose weights hold anything: torch's own initialization would be thrown away."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    model.to_empty(device="cpu")
+    return model

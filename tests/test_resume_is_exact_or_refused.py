@@ -1,0 +1,112 @@
+"""A run goes on from its newest complete checkpoint as if it had never stopped, or says why it will not."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+
+from training.checkpoint import complete
+from training.config import RunConfig, to_dict
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16-masters": {"dtype": "bf16"},
+    "bf16-stochastic-rounding": {"dtype": "bf16", "master_weights": False},
+    "outlier-windows": {"steps": 150, "skip_loss_z": 0.1, "skip_grad_z": 0.1, "val_every": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_run.tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def with_micro_batch(config: RunConfig, micro_batch: int) -> RunConfig:
+    return replace(config, machine=replace(config.machine, micro_batch=micro_batch))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_equals_one_that_never_stopped(variant: str, shards: str, tmp_path: Path) -> None:
+    config = with_micro_batch(tiny_run.config(**VARIANTS[variant]), 2)  # four micro-steps
+    whole, parts = (tiny_run.folder(tmp_path / name, config) for name in ("whole", "parts"))
+    trainer = tiny_run.steps(whole, shards)
+    for until in (1, config.train.steps - 3):
+        tiny_run.steps(parts, shards, until)
+    tiny_run.steps(parts, shards)
+    assert Path(parts, "main.log").read_text() == Path(whole, "main.log").read_text()
+    assert tiny_run.losses(parts) == tiny_run.losses(whole)
+    assert tiny_run.final_files(parts) == tiny_run.final_files(whole)
+    if variant == "outlier-windows":
+        assert trainer.progress.skipped > 0
+        assert Path(whole, "main.log").read_text().count(" skip:") == trainer.progress.skipped
+
+
+def test_at_another_micro_batch_the_losses_agree_and_the_log_says_so(shards: str, tmp_path: Path) -> None:
+    whole, parts = (tiny_run.folder(tmp_path / name, tiny_run.config()) for name in ("whole", "parts"))
+    tiny_run.steps(whole, shards)
+    tiny_run.steps(parts, shards, until=3)
+    other = with_micro_batch(tiny_run.config(), 2)
+    Path(parts, "config.json").write_text(json.dumps(to_dict(other)))
+    tiny_run.steps(parts, shards)
+    assert tiny_run.losses(parts) == pytest.approx(tiny_run.losses(whole), abs=1e-5)
+
+
+def test_lines_past_the_checkpoint_are_dropped_and_torn_checkpoints_passed_over(
+    shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_run.config(checkpoint_every=2, keep_checkpoints=5)
+    whole, torn = (tiny_run.folder(tmp_path / name, config) for name in ("whole", "torn"))
+    tiny_run.steps(whole, shards)
+    tiny_run.steps(torn, shards)
+    for step in (4, 6):
+        Path(torn, f"checkpoints/step_{step:06d}/DONE").unlink()
+    Path(torn, "checkpoints/.step_000006").mkdir()
+    with Path(torn, "main.log").open("a") as log:
+        log.write("s:6 tr")  # the end of a machine
+    assert complete(torn) == [2]
+    with caplog.at_level("WARNING"):
+        tiny_run.steps(torn, shards)
+    assert "passed over step_000004" in caplog.text
+    assert Path(torn, "main.log").read_text() == Path(whole, "main.log").read_text()
+    assert tiny_run.final_files(torn) == tiny_run.final_files(whole)
+
+
+def test_another_configuration_is_refused_with_the_difference(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config())
+    tiny_run.steps(run, shards, until=3)
+    Path(run, "config.json").write_text(json.dumps(to_dict(tiny_run.config(lr=5e-3, val_every=3))))
+    with pytest.raises(ValueError, match=r"train\.lr was 0\.01, now 0\.005") as refused:
+        tiny_run.steps(run, shards)
+    assert "val_every" not in str(refused.value)  # it leaves the weights as they are
+    tiny_run.steps(run, shards, anyway=True)
+
+
+def test_another_trainer_or_torch_is_refused(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config())
+    tiny_run.steps(run, shards, until=3)
+    path = Path(run, "checkpoints/step_000003/state.json")
+    state = json.loads(path.read_text())
+    state["definition"]["torch"] = "1.0"
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"torch was 1\.0, now"):
+        tiny_run.steps(run, shards)
+
+
+def test_the_newest_checkpoints_and_the_major_ones_stay(shards: str, tmp_path: Path) -> None:
+    config = tiny_run.config(steps=9, checkpoint_every=1, keep_checkpoints=2, keep_every=4)
+    run = tiny_run.folder(tmp_path / "run", config)
+    tiny_run.steps(run, shards)
+    assert complete(run) == [4, 8, 9]
+
+
+def test_a_finished_run_is_left_as_it_is(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config())
+    tiny_run.steps(run, shards)
+    shutil.copytree(run, tmp_path / "before")
+    tiny_run.steps(run, shards)
+    assert Path(run, "main.log").read_text() == (tmp_path / "before/main.log").read_text()
+    assert tiny_run.final_files(run) == tiny_run.final_files(str(tmp_path / "before"))
