@@ -189,6 +189,12 @@ def copy_tree(source: str, destination: str, skip_same_size: bool = False) -> No
             _copy(join(source, found.path), join(destination, found.path))
 
 
+def fetch(source: str, local: str) -> None:
+    """Copy `source` to the local path unless a file of its size is there already."""
+    if not (os.path.exists(local) and os.path.getsize(local) == stat(source).bytes):
+        _copy(source, local)
+
+
 def _copy(source: str, destination: str) -> None:
     if is_local(source):
         publish_file(source, destination)

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,9 +65,7 @@ class Record:
         return sum(f.bytes for f in self.files)
 
 
-def fingerprint(
-    asset: str, code_version: str, config: Mapping[str, Any], parents: Sequence[Parent]
-) -> str:
+def fingerprint(asset: str, code_version: str, config: Mapping[str, Any], parents: Sequence[Parent]) -> str:
     """The sha256, in hex, of everything that defines an output."""
     definition = {
         "asset": asset,
@@ -89,6 +88,11 @@ def folder_url(store: str, key: str) -> str:
     if key.split("/")[-2:-1] == ["scores"]:
         return objects.join(store, key.rsplit("/", 1)[0])
     return objects.join(store, key)
+
+
+def output_url(store: str, key: str) -> str:
+    """What a person opens to see the output: its folder, or the file of a score."""
+    return objects.join(store, f"{key}.json" if folder_url(store, key) != objects.join(store, key) else key)
 
 
 def file_url(store: str, key: str, path: str) -> str:
@@ -131,12 +135,8 @@ def all_records(store: str) -> Iterator[Record]:
         yield from_json(url, objects.read_json(url))
 
 
-def describe_files(folder: str, paths: Sequence[str]) -> list[File]:
-    """The files of an output as its record states them, hashed."""
-    return [describe_file(folder, path) for path in paths]
-
-
 def describe_file(folder: str, path: str) -> File:
+    """A file of an output as its record states it, hashed."""
     url = path if path.startswith("/") or not objects.is_local(path) else objects.join(folder, path)
     found = objects.stat(url)
     return File(path, found.bytes, found.modified, objects.sha256(url))
@@ -198,9 +198,8 @@ def hardware() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except FileNotFoundError:
+    if not shutil.which("nvidia-smi"):
         return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []

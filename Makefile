@@ -1,0 +1,34 @@
+# What a user types: `make run` and `make test`. Everything lands in .venv and store/.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup run ui test test-fast lint clean
+
+setup: .venv/.installed
+
+# Exact versions from the lock file first; the project itself then needs nothing from the network.
+.venv/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: setup
+	@$(BIN)/gpt2 run
+
+ui: setup
+	@$(BIN)/gpt2 ui
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv

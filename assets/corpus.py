@@ -1,0 +1,122 @@
+"""Which texts does a run read: the documents it trains on, and the items it is asked."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+
+from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
+from assets.resources import RUNS, Event
+from assets.tokens import validation_shard
+from evals import completion_items
+from storage import objects, records, sources
+from storage.records import Record
+from training.config import RunConfig
+
+DOCUMENTS_VERSION = "1"
+ITEMS_VERSION = "1"
+ITEMS_SEED = 42
+ITEMS_FILE = "items.jsonl"
+
+
+def _has_rows(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
+    return bool(record.rows), {"rows": record.rows or 0}
+
+
+HAS_DOCUMENTS = Check(
+    "has_documents", "There is at least one document, and every file has a text column.", _has_rows
+)
+HAS_ITEMS = Check(
+    "has_items", "At least four items, each with a context, its endings and a label.", _has_rows
+)
+
+
+@dg.asset(
+    partitions_def=RUNS,
+    group_name="data",
+    kinds={"parquet"},
+    code_version=DOCUMENTS_VERSION,
+    check_specs=[HAS_DOCUMENTS.spec("documents")],
+)
+def documents(
+    context: dg.AssetExecutionContext, config: StageConfig, maker: dg.ResourceParam[Maker]
+) -> dg.MaterializeResult:
+    """The documents of the run's corpus: parquet in FineWeb-Edu's columns, in corpus order."""
+    source = sources.resolve(maker.run_config(context.partition_key).corpus)
+    output = Output("documents", f"corpora/{source.name}/documents", DOCUMENTS_VERSION, source.identity)
+
+    def produce(progress: Callable[[Event], None]) -> Produced:
+        files = source.fetch(
+            records.folder_url(maker.places.store, output.key),
+            lambda done, total: progress({"event": "bytes", "done": done, "total": total}),
+        )
+        urls = [records.file_url(maker.places.store, output.key, f.path) for f in files]
+        rows = sum(sources.read_metadata(url).num_rows for url in urls)
+        return Produced(files=files, rows=rows, metrics={"text_bytes": sources.total_text_bytes(urls)})
+
+    made, checks = maker.make(config, output, produce, [HAS_DOCUMENTS])
+    maker.remember_input(context.partition_key, documents=output.key)
+    return materialize(made, checks, {"columns": ", ".join(sources.COLUMNS)})
+
+
+@dg.asset(
+    partitions_def=RUNS,
+    group_name="data",
+    kinds={"json"},
+    code_version=ITEMS_VERSION,
+    deps=["token_shards"],
+    check_specs=[HAS_ITEMS.spec("eval_items")],
+)
+def eval_items(
+    context: dg.AssetExecutionContext, config: StageConfig, maker: dg.ResourceParam[Maker]
+) -> dg.MaterializeResult:
+    """Items to complete, made from documents held out in the validation shard; HellaSwag's where it is at hand."""
+    run = maker.run_config(context.partition_key)
+    if run.evals.hellaswag:
+        maker.make(config, hellaswag_output(run), lambda _: _copy_items(maker, run))
+    output = completion_output(maker, context.partition_key, run)
+
+    def produce(progress: Callable[[Event], None]) -> Produced:
+        texts = completion_items.held_out_documents(validation_shard(maker, context.partition_key))
+        items = completion_items.make_items(texts, run.evals.completion_items, ITEMS_SEED)
+        return _write_items(maker, output.key, items)
+
+    made, checks = maker.make(config, output, produce, [HAS_ITEMS])
+    return materialize(
+        made, checks, {"hellaswag": run.evals.hellaswag or "no items: set evals.hellaswag=FILE"}
+    )
+
+
+def completion_output(maker: Maker, name: str, run: RunConfig) -> Output:
+    """The demo's items, by the shards that they are made from."""
+    tokens = maker.input(name, "tokens", "token_shards")
+    return Output(
+        "eval_items",
+        f"eval_items/completion_demo-{objects.name_of(tokens.key)}-{run.evals.completion_items}",
+        ITEMS_VERSION,
+        {"suite": "completion_demo", "items": run.evals.completion_items, "seed": ITEMS_SEED},
+        [tokens],
+    )
+
+
+def hellaswag_output(run: RunConfig) -> Output:
+    """HellaSwag's validation items, by their content."""
+    digest = objects.sha256(run.evals.hellaswag)
+    return Output(
+        "eval_items",
+        f"eval_items/hellaswag-{digest[:8]}",
+        ITEMS_VERSION,
+        {"suite": "hellaswag", "sha256": digest},
+    )
+
+
+def _copy_items(maker: Maker, run: RunConfig) -> Produced:
+    items = completion_items.read_raw(run.evals.hellaswag)
+    return _write_items(maker, hellaswag_output(run).key, items)
+
+
+def _write_items(maker: Maker, key: str, items: list[dict[str, Any]]) -> Produced:
+    text = "".join(json.dumps(item) + "\n" for item in items)
+    objects.publish_bytes(objects.join(maker.folder(key), ITEMS_FILE), text.encode())
+    return Produced(paths=[ITEMS_FILE], rows=len(items))

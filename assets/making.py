@@ -1,0 +1,284 @@
+"""How is an output made, or reused, checked, recorded and shown in Dagster? One way for every asset."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from assets.resources import Event, Launcher, Listener
+from storage import objects, records
+from storage.lineage import Lineage
+from storage.places import Places
+from storage.records import File, Parent, Record
+from training import recipes
+from training.config import RunConfig, from_dict, to_dict
+
+
+class StageConfig(dg.Config):
+    recompute: bool = Field(
+        default=False,
+        description="Make this output anew even where one of the same fingerprint is there.",
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is wanted: its key in the store and everything that defines it."""
+
+    asset: str
+    key: str
+    code_version: str
+    config: dict[str, Any]
+    parents: Sequence[Record] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        return records.fingerprint(self.asset, self.code_version, self.config, self.parent_list)
+
+    @property
+    def parent_list(self) -> list[Parent]:
+        return [Parent(p.key, p.fingerprint) for p in self.parents]
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What came of it. `paths` lie in the local folder; `files` are described already."""
+
+    paths: Sequence[str] = ()
+    mirrored: Sequence[str] = ()  # paths of which the process that made them has put copies into the store
+    files: Sequence[File] = ()
+    rows: int | None = None
+    tokens: int | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    gpus: int = 0  # that were held while it was made
+    seconds: float | None = None  # paid for, over all attempts; None: the time of this one
+
+
+@dataclass(frozen=True)
+class Made:
+    """An output that is there, made now or found."""
+
+    record: Record
+    reused: bool
+    reason: str
+    seconds: float
+    location: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A blocking check of an output, on its record: `test` returns (passed, numbers that it looked at)."""
+
+    name: str
+    description: str
+    test: Callable[[Record, str], tuple[bool, dict[str, Any]]]
+
+    def spec(self, asset: str) -> dg.AssetCheckSpec:
+        return dg.AssetCheckSpec(self.name, asset=asset, description=self.description, blocking=True)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The store, the index and the listener: what every asset makes its output with."""
+
+    places: Places
+    launcher: Launcher
+    listener: Listener
+
+    @property
+    def cores(self) -> int:
+        return len(os.sched_getaffinity(0))
+
+    def run_config(self, run: str) -> RunConfig:
+        """The configuration of a run: its config.json, or the recipe of that name."""
+        url = objects.join(self.places.store, "runs", run, "config.json")
+        if objects.exists(url):
+            return from_dict(RunConfig, objects.read_json(url), url)
+        if run in recipes.RECIPES:
+            config = recipes.recipe(run)
+            objects.publish_json(url, to_dict(config))
+            return config
+        raise ValueError(
+            f"run {run!r} has no {url} and no recipe has that name: start it with `gpt2 run RECIPE --name {run}`, "
+            f"or name it after a recipe: {', '.join(recipes.RECIPES)}"
+        )
+
+    def parent(self, key: str, asset: str) -> Record:
+        record = records.read_record(self.places.store, key)
+        if record is None:
+            raise ValueError(f"{asset} is not made yet ({key}): materialize {asset} first")
+        return record
+
+    def remember_input(self, run: str, **keys: str) -> None:
+        """Note which outputs a run reads: its corpus's name in the store is known once it has been resolved."""
+        url = objects.join(self.places.store, "runs", run, "inputs.json")
+        there = objects.read_json(url) if objects.exists(url) else {}
+        if there | keys != there:
+            objects.publish_json(url, there | keys)
+
+    def input(self, run: str, name: str, asset: str) -> Record:
+        """The record of what `remember_input` noted under `name`; `asset` is what makes it."""
+        url = objects.join(self.places.store, "runs", run, "inputs.json")
+        key = objects.read_json(url).get(name) if objects.exists(url) else None
+        if key is None:
+            raise ValueError(f"{asset} of run {run!r} is not made yet: materialize it first")
+        return self.parent(key, asset)
+
+    def claim_run(self, run: str, fingerprint: str) -> None:
+        """Refuse to train in a run folder that holds the weights of another definition."""
+        url = objects.join(self.places.store, "runs", run, "definition.json")
+        there = objects.read_json(url)["fingerprint"] if objects.exists(url) else fingerprint
+        if there != fingerprint:
+            raise ValueError(
+                f"runs/{run} was trained from other tokens, settings or code ({there[:8]}, now {fingerprint[:8]}): "
+                f"its weights are kept; train the new definition as another run, with --name"
+            )
+        objects.publish_json(url, {"fingerprint": fingerprint})
+
+    def folder(self, key: str) -> str:
+        """The local folder in which the files of `key` are worked on."""
+        return self.places.local_folder(records.folder_url(self.places.store, key))
+
+    def stage(self, record: Record, suffix: str = "") -> str:
+        """The local folder that holds an output's files (of that suffix), copied from S3 if not there yet."""
+        folder = self.folder(record.key)
+        if not objects.is_local(self.places.store):
+            for f in record.files:
+                if f.path.endswith(suffix):
+                    url = records.file_url(self.places.store, record.key, f.path)
+                    objects.fetch(url, objects.join(folder, f.path))
+        return folder
+
+    def make(
+        self,
+        config: StageConfig,
+        output: Output,
+        produce: Callable[[Callable[[Event], None]], Produced],
+        checks: Sequence[Check] = (),
+    ) -> tuple[Made, list[dg.AssetCheckResult]]:
+        """Reuse the output if one of its fingerprint is whole, else produce and record it.
+
+        An output whose check fails is left without a record, so that the next run makes it anew.
+        """
+        began = time.monotonic()
+        self.listener.started(output.asset)
+        found, reason = records.reusable(self.places.store, output.key, output.fingerprint)
+        if found and not config.recompute:
+            record = found
+        else:
+            reason = "asked for anew" if found else reason
+            record = self._produce(output, produce)
+        results = [_result(check, output.asset, record, self.places.store) for check in checks]
+        if all(r.passed for r in results):
+            self._remember(record, new=record is not found)
+        made = Made(
+            record,
+            reused=record is found,
+            reason=reason,
+            seconds=time.monotonic() - began,
+            location=records.output_url(self.places.store, output.key),
+        )
+        self.listener.finished(output.asset, made)
+        return made, results
+
+    def _produce(self, output: Output, produce: Callable[[Callable[[Event], None]], Produced]) -> Record:
+        started, clock = _now(), time.monotonic()
+        produced = produce(lambda event: self.listener.progressed(output.asset, event))
+        files = [*produced.files, *self._publish(output.key, produced.paths)]
+        files += self._describe(output.key, produced.mirrored)
+        seconds = time.monotonic() - clock if produced.seconds is None else produced.seconds
+        commit, dirty = records.code_state()
+        return Record(
+            asset=output.asset,
+            key=output.key,
+            fingerprint=output.fingerprint,
+            code_version=output.code_version,
+            config=output.config,
+            parents=output.parent_list,
+            files=files,
+            started=started,
+            ended=_now(),
+            rows=produced.rows,
+            tokens=produced.tokens,
+            metrics=produced.metrics,
+            cost={"seconds": round(seconds, 3), "gpu_hours": seconds / 3600 * produced.gpus},
+            commit=commit,
+            dirty=dirty,
+            versions=records.library_versions(),
+            hardware=records.hardware(),
+        )
+
+    def _publish(self, key: str, paths: Sequence[str]) -> list[File]:
+        local, final = self.folder(key), records.folder_url(self.places.store, key)
+        if local != final:
+            for path in paths:
+                objects.publish_file(objects.join(local, path), objects.join(final, path))
+        return self._describe(key, paths)
+
+    def _describe(self, key: str, paths: Sequence[str]) -> list[File]:
+        """Files of the store, hashed from their local copies."""
+        local, final = self.folder(key), records.folder_url(self.places.store, key)
+        described = []
+        for path in paths:
+            found = objects.stat(objects.join(final, path))
+            digest = objects.sha256(objects.join(local, path))
+            described.append(File(path, found.bytes, found.modified, digest))
+        return described
+
+    def _remember(self, record: Record, new: bool) -> None:
+        if new:
+            records.write_record(self.places.store, record)
+        Lineage(self.places.lineage).ingest(self.places.store)
+
+
+def _result(check: Check, asset: str, record: Record, store: str) -> dg.AssetCheckResult:
+    passed, numbers = check.test(record, store)
+    return dg.AssetCheckResult(
+        check_name=check.name,
+        asset_key=asset,
+        passed=passed,
+        metadata=numbers,
+        severity=dg.AssetCheckSeverity.ERROR,
+    )
+
+
+def materialize(
+    made: Made, checks: Sequence[dg.AssetCheckResult] = (), metadata: dict[str, Any] | None = None
+) -> dg.MaterializeResult:
+    """What Dagster shows of an output: the same facts for every asset, and its own beside them."""
+    return dg.MaterializeResult(
+        metadata=describe(made) | (metadata or {}),
+        data_version=dg.DataVersion(made.record.fingerprint[:16]),
+        check_results=list(checks),
+    )
+
+
+def describe(made: Made) -> dict[str, Any]:
+    record = made.record
+    shown: dict[str, Any] = {
+        "location": dg.MetadataValue.path(made.location)
+        if objects.is_local(made.location)
+        else dg.MetadataValue.url(made.location),
+        "reused": made.reused,
+        "reason": made.reason,
+        "files": len(record.files),
+        "bytes": record.bytes,
+        "seconds": record.cost["seconds"],
+        "fingerprint": record.fingerprint,
+        "commit": record.commit or "not in a git checkout",
+        "parents": dg.MetadataValue.md(
+            "\n".join(f"- `{p.key}` ({p.fingerprint[:8]})" for p in record.parents) or "none"
+        ),
+        "config": dg.MetadataValue.json(record.config),
+    }
+    counts = {"rows": record.rows, "tokens": record.tokens}
+    return shown | {name: value for name, value in counts.items() if value is not None}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

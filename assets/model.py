@@ -1,0 +1,170 @@
+"""How do tokens become a model: trained weights, and their export that stock transformers loads."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
+from assets.resources import RUNS, Event
+from assets.tokens import validation_shard
+from evals import report
+from storage import objects, records
+from storage.records import Record
+from training import launch
+from training.config import RunConfig, to_dict
+
+TRAIN_VERSION = "1"
+EXPORT_VERSION = "1"
+OBSERVE_SECONDS = 300.0  # between two observations of a training: at most 300 a day reach the event log
+
+
+def _loss_is_finite(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
+    losses = {
+        name: record.metrics[name] for name in ("loss", "validation_loss_before", "validation_loss_after")
+    }
+    return all(math.isfinite(value) for value in losses.values()), losses
+
+
+def _logits_agree(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
+    difference, tolerance = record.metrics["max_difference"], record.metrics["tolerance"]
+    return difference <= tolerance, {"max_difference": difference, "tolerance": tolerance}
+
+
+LOSS_IS_FINITE = Check(
+    "loss_is_finite", "Training and validation losses are finite numbers.", _loss_is_finite
+)
+LOGITS_AGREE = Check(
+    "logits_agree", "Stock transformers gives the checkpoint's logits on held-out text.", _logits_agree
+)
+
+
+@dg.asset(
+    partitions_def=RUNS,
+    group_name="training",
+    kinds={"pytorch"},
+    code_version=TRAIN_VERSION,
+    deps=["token_shards"],
+    check_specs=[LOSS_IS_FINITE.spec("trained_model")],
+    pool="gpu",
+)
+def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Maker]) -> dg.MaterializeResult:
+    """Weights after the run's steps; an interrupted training goes on from its newest checkpoint."""
+    name = context.partition_key
+    run = maker.run_config(name)
+    tokens = maker.input(name, "tokens", "token_shards")
+    output = trained_output(name, run, tokens)
+    observer = Observer(context)
+
+    def produce(progress: Callable[[Event], None]) -> Produced:
+        maker.claim_run(name, output.fingerprint)
+        ranks = launch.ranks_here(run.machine.gpus)
+        maker.launcher.run(
+            "training.launch",
+            ["--gpus", str(ranks), "training.train", *_train_arguments(maker, name, tokens)],
+            lambda event: (observer.see(event), progress(event)),
+        )
+        return _trained(maker.folder(output.key), run, ranks)
+
+    made, checks = maker.make(StageConfig(), output, produce, [LOSS_IS_FINITE])
+    return materialize(made, checks, _training_metadata(maker.stage(made.record, suffix=".log"), made.record))
+
+
+def trained_output(name: str, run: RunConfig, tokens: Record) -> Output:
+    defining = {"model": to_dict(run.model), "train": to_dict(run.train)}
+    return Output("trained_model", f"runs/{name}", TRAIN_VERSION, defining, [tokens])
+
+
+def _train_arguments(maker: Maker, name: str, tokens: Record) -> list[str]:
+    """The run folder, which holds config.json from here on, and where its tokens and its mirror are."""
+    folder = maker.folder(f"runs/{name}")
+    objects.publish_json(objects.join(folder, "config.json"), to_dict(maker.run_config(name)))
+    arguments = [folder, "--tokens", maker.stage(tokens)]
+    if not objects.is_local(maker.places.store):
+        arguments += ["--mirror", records.folder_url(maker.places.store, f"runs/{name}")]
+    return arguments
+
+
+def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
+    """What a finished run folder holds."""
+    steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    log = report.parse_main_log(Path(folder, "main.log").read_text())
+    checkpoint = f"checkpoints/step_{run.train.steps:06d}"
+    seconds = sum(step["seconds"] for step in steps)
+    return Produced(
+        paths=[p for p in ("main.log", "metrics.jsonl", "train.log", "samples.txt", "config.json")],
+        mirrored=[f"{checkpoint}/{s.path}" for s in objects.list_files(objects.join(folder, checkpoint))],
+        rows=run.train.steps,
+        tokens=run.tokens,
+        metrics={
+            "parameters": run.model.parameters,
+            "loss": steps[-1]["loss"],
+            "validation_loss_before": log.validation[0][1],
+            "validation_loss_after": log.validation[-1][1],
+            "tokens_per_second": run.tokens / seconds,
+        },
+        gpus=ranks if launch.gpu_count() else 0,
+        seconds=seconds,
+    )
+
+
+def _training_metadata(folder: str, record: Record) -> dict[str, Any]:
+    metrics = record.metrics
+    sample = Path(folder, "samples.txt")
+    shown: dict[str, Any] = {name: metrics[name] for name in metrics}
+    if sample.exists():
+        shown["sample"] = dg.MetadataValue.md(f"```\n{sample.read_text()[-1500:]}\n```")
+    return shown
+
+
+class Observer:
+    """Shows a training in Dagster while it runs: one observation every few minutes, never one a step."""
+
+    def __init__(self, context: dg.AssetExecutionContext):
+        self.context = context
+        self.last = time.monotonic()
+
+    def see(self, event: Event) -> None:
+        if event["event"] == "training_step" and time.monotonic() - self.last >= OBSERVE_SECONDS:
+            self.last = time.monotonic()
+            numbers = {k: v for k, v in event.items() if k != "event" and v is not None}
+            self.context.log_event(
+                dg.AssetObservation("trained_model", partition=self.context.partition_key, metadata=numbers)
+            )
+
+
+@dg.asset(
+    partitions_def=RUNS,
+    group_name="training",
+    kinds={"huggingface"},
+    code_version=EXPORT_VERSION,
+    deps=["trained_model"],
+    check_specs=[LOGITS_AGREE.spec("hf_model")],
+)
+def hf_model(
+    context: dg.AssetExecutionContext, config: StageConfig, maker: dg.ResourceParam[Maker]
+) -> dg.MaterializeResult:
+    """The model as a Hugging Face folder that stock transformers loads; its logits equal the checkpoint's."""
+    name = context.partition_key
+    run = maker.run_config(name)
+    trained = maker.parent(f"runs/{name}", "trained_model")
+    output = Output("hf_model", f"runs/{name}/export", EXPORT_VERSION, {"dtype": run.evals.dtype}, [trained])
+
+    def produce(progress: Callable[[Event], None]) -> Produced:
+        folder = maker.folder(output.key)
+        maker.launcher.run(
+            "training.export",
+            [maker.stage(trained), "--out", folder, "--dtype", run.evals.dtype]
+            + ["--tokens", validation_shard(maker, name)],
+            progress,
+        )
+        check = objects.read_json(objects.join(folder, "export_check.json"))
+        paths = [s.path for s in objects.list_files(folder) if s.path != "record.json"]
+        return Produced(paths=paths, metrics={"parameters": run.model.parameters, **check})
+
+    made, checks = maker.make(config, output, produce, [LOGITS_AGREE])
+    return materialize(made, checks, dict(made.record.metrics))

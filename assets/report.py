@@ -1,0 +1,101 @@
+"""What came of the run, on one page: curves, scores, lineage, samples and cost."""
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import dagster as dg
+
+from assets.making import Maker, Output, Produced, StageConfig, describe
+from assets.resources import RUNS, Event
+from evals import report as pages
+from storage import objects, records
+from storage.records import Record
+from training.config import to_dict
+
+VERSION = "1"
+SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther")
+
+
+@dg.op(ins={"scores": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), code_version=VERSION)
+def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.ResourceParam[Maker]) -> None:
+    """One self-contained page and its figures."""
+    run = context.partition_key
+    trained = maker.parent(f"runs/{run}", "trained_model")
+    model = maker.parent(f"runs/{run}/export", "hf_model")
+    scores = [
+        s for s in (records.read_record(maker.places.store, f"runs/{run}/scores/{n}") for n in SUITES) if s
+    ]
+    output = Output("report", f"runs/{run}/report", VERSION, {}, [trained, model, *scores])
+
+    def produce(progress: Callable[[Event], None]) -> Produced:
+        folder = maker.folder(output.key)
+        made = pages.build(report_data(maker, run, [trained, model, *scores]), folder)
+        return Produced(paths=[url.removeprefix(folder).lstrip("/") for url in made.files])
+
+    made, _ = maker.make(config, output, produce)
+    context.add_output_metadata(describe(made) | _figures(maker.stage(made.record)))
+
+
+@dg.op(ins={"score": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))
+def scored() -> None:
+    """A suite is done."""
+
+
+@dg.graph_asset(
+    partitions_def=RUNS,
+    group_name="evals",
+    kinds={"html"},
+    ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in SUITES},
+)
+def report(validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther: Any) -> Any:
+    """One self-contained page and its figures. It waits for every suite, and is made without an unmade one."""
+    # Dagster passes a step over when an input's source was: HellaSwag may be unmade, so the suites are fanned in
+    # as one input, which is passed over only when all of them are.
+    suites = {
+        "validation_loss": validation_loss,
+        "hellaswag": hellaswag,
+        "completion_demo": completion_demo,
+        "eleuther": eleuther,
+    }
+    return write_report(scores=[scored.alias(f"{name}_done")(suite) for name, suite in suites.items()])
+
+
+def report_data(maker: Maker, run: str, outputs: Sequence[Record]) -> pages.ReportData:
+    """A run as plain data: its logs, scores and samples, and the records of all that it stands on."""
+    folder = records.folder_url(maker.places.store, f"runs/{run}")
+    scores = {r.asset: r for r in outputs if r.asset in SUITES}
+    metrics = objects.read_text(objects.join(folder, "metrics.jsonl"))
+    return pages.ReportData(
+        name=run,
+        config=to_dict(maker.run_config(run)),
+        main_log=objects.read_text(objects.join(folder, "main.log")),
+        metrics=[json.loads(line) for line in metrics.splitlines()],
+        scores={name: objects.read_json(objects.join(folder, "scores", f"{name}.json")) for name in scores},
+        samples=objects.read_text(objects.join(folder, "samples.txt")),
+        records=[asdict(record) for record in _with_ancestors(maker, outputs)],
+    )
+
+
+def _with_ancestors(maker: Maker, outputs: Sequence[Record]) -> list[Record]:
+    found = {record.key: record for record in outputs}
+    waiting = [parent.key for record in outputs for parent in record.parents]
+    while waiting:
+        key = waiting.pop()
+        if key not in found:
+            record = maker.parent(key, key)
+            found[key] = record
+            waiting += [parent.key for parent in record.parents]
+    return list(found.values())
+
+
+def _figures(folder: str) -> dict[str, Any]:
+    """The light figures, embedded, so that the asset's page shows them."""
+    shown: dict[str, Any] = {"page": dg.MetadataValue.path(objects.join(folder, "index.html"))}
+    for found in objects.list_files(folder, "-light.png"):
+        picture = base64.b64encode(objects.read_bytes(objects.join(folder, found.path))).decode()
+        name = found.path.removesuffix("-light.png")
+        shown[f"figure_{name}"] = dg.MetadataValue.md(f"![{name}](data:image/png;base64,{picture})")
+    return shown

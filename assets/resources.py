@@ -1,0 +1,118 @@
+"""What do the assets work with? The launcher of processes, the listener to progress, and the run's partitions."""
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import dagster as dg
+
+from storage import events
+from training import launch
+
+RUNS = dg.DynamicPartitionsDefinition(name="run")
+
+REFUSED = 2  # the exit status of a process that was given bad input; its last line says what and why
+STOP_SECONDS = 120.0  # that a process gets to save its checkpoint before it is killed
+TAIL_LINES = 40  # of a failed process's output that its error quotes
+
+Event = dict[str, Any]
+
+
+class Listener(Protocol):
+    """Whoever wants to show how far a stage is."""
+
+    def started(self, asset: str) -> None: ...
+
+    def progressed(self, asset: str, event: Event) -> None: ...
+
+    def finished(self, asset: str, made: Any) -> None: ...
+
+
+class Silent:
+    """The listener of a run that nobody watches on a terminal."""
+
+    def started(self, asset: str) -> None: ...
+
+    def progressed(self, asset: str, event: Event) -> None: ...
+
+    def finished(self, asset: str, made: Any) -> None: ...
+
+
+class ProcessFailed(RuntimeError):
+    """A launched process ended with another status than 0; the message holds the end of its output."""
+
+
+class Refused(ValueError):
+    """A launched process refused its input; the message is its own."""
+
+
+class Interrupted(RuntimeError):
+    """Training saved a checkpoint and stopped, because it was told to."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Runs this project's torch programs as processes that end when this one does."""
+
+    python: str = sys.executable
+
+    def run(self, module: str, arguments: Sequence[str], on_event: Callable[[Event], None]) -> None:
+        """Run `python -m module arguments` until it ends.
+
+        Events go to `on_event`, all other output to stdout, where Dagster's compute logs keep it.
+        Raises ProcessFailed, or Interrupted for a trainer that stopped at a checkpoint.
+        """
+        me = os.getpid()
+        process = subprocess.Popen(
+            [self.python, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | {events.EVENTS_VARIABLE: "1"},
+            start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops that one
+            preexec_fn=lambda: launch.die_with_parent(me),
+        )
+        tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        try:
+            self._listen(process, on_event, tail)
+        except BaseException:
+            stop(process)
+            raise
+        _check_status(process.wait(), module, tail)
+
+    def _listen(
+        self, process: subprocess.Popen[str], on_event: Callable[[Event], None], tail: collections.deque[str]
+    ) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = events.parse(line)
+            if event is not None:
+                on_event(event)
+            else:
+                sys.stdout.write(line)
+                tail.append(line)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ask the process to save and end; kill its whole session when it has not within the grace time."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=STOP_SECONDS)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def _check_status(status: int, module: str, tail: collections.deque[str]) -> None:
+    if status == launch.INTERRUPTED:
+        raise Interrupted(f"{module} saved a checkpoint and stopped; the same command goes on from there")
+    if status == REFUSED:
+        raise Refused(tail[-1].strip() if tail else f"{module} refused its input without a word")
+    if status:
+        raise ProcessFailed(f"{module} ended with status {status}. Its last output:\n{''.join(tail)}")

@@ -1,0 +1,39 @@
+"""The `gpt2` command: every group of commands in one place, and what a failure says."""
+
+import sys
+
+import typer
+
+from assets.resources import Interrupted
+from pipeline.commands import lineage, model, run
+
+app = typer.Typer(
+    help="Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+run.add_to(app)
+model.add_to(app)
+app.add_typer(lineage.app, name="lineage")
+
+
+def main() -> None:
+    """Exit status 0: done; 2: bad input, one line that names the value and the fix; 1: anything else."""
+    try:
+        app(prog_name="gpt2")
+    except ValueError as error:
+        sys.exit(_say(str(error), 2))
+    except Interrupted as error:
+        sys.exit(_say(str(error), 1))
+    except KeyboardInterrupt:
+        sys.exit(_say("stopped; what is complete is kept, the same command goes on from there", 1))
+
+
+def _say(message: str, status: int) -> int:
+    sys.stderr.write(f"gpt2: {message}\n")
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Commands that make things: `gpt2 run`, `gpt2 evals`, and `gpt2 ui`, which shows them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline import instance, runs
+from storage import objects, records
+from storage.places import Places, places
+from training.config import to_dict
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store", help="Where outputs lie: a folder or s3://bucket/prefix. [default: $GPT2_STORE or store/]"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("run")(run)
+    app.command("evals")(evals)
+    app.command("ui")(ui)
+    app.command("env")(env)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe; `gpt2 recipes` lists them.")] = "demo",
+    corpus: Annotated[
+        str | None, typer.Option(help='"embedded", a folder of parquet files with a text column, or s3://….')
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The run's name. [default: the recipe's, with a suffix for changed settings]"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as steps=20."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this stage: data, training, evals, or an asset's name. Evals are scored anew."
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Ranks on this machine. [default: every GPU, or one CPU rank]")
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run, from documents to report. Without a recipe: the demo, offline, on a CPU, in minutes.
+
+    What is there with the same fingerprint is reused; an interrupted run goes on from its last checkpoint.
+
+    Examples:
+
+      gpt2 run
+
+      gpt2 run gpt2-124m --corpus path/to/parquet --set steps=20 --set batch_tokens=4096
+
+      gpt2 run demo --only evals
+    """
+    place = places(store)
+    config = runs.configure(recipe, settings or [], corpus, gpus)
+    run_name = name or runs.default_name(config)
+    runs.check_name(run_name)
+    runs.check_unchanged(place, run_name, config)
+    runs.check_possible(place, config)
+    instance.prepare(place)
+    objects.publish_json(runs.config_url(place, run_name), to_dict(config))
+    _execute(place, "full_pipeline", run_name, only or [], as_json)
+
+
+def evals(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="A run in the store.")],
+    suite: Annotated[list[str] | None, typer.Option(help="Only this suite. [default: all]")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a run's exported model anew and rewrite its report; nothing else is touched."""
+    place = places(store)
+    if runs.stored(place, name) is None:
+        known = ", ".join(runs.known_runs(place)) or "none"
+        raise ValueError(f"there is no run {name!r} in {place.store}: the runs there are {known}")
+    instance.prepare(place)
+    _execute(place, "evals_only", name, [*suite, "report"] if suite else ["evals"], as_json)
+
+
+def _execute(place: Places, job: str, run_name: str, only: list[str], as_json: bool) -> None:
+    from pipeline import execution  # Dagster takes a second to load, which bad input need not wait for
+    from pipeline.terminal import Terminal, quiet_output, results_table
+
+    names = execution.stages(only)
+    rescored = [n for n in names if n in execution.stages(["evals"])]
+    with quiet_output() as console:
+        quiet = Console(stderr=True, quiet=True) if as_json else console
+        terminal = Terminal(quiet)
+        quiet.print(f"[bold]gpt2[/bold] run [bold]{run_name}[/bold] in {place.store}")
+        run_id = execution.execute(place, job, run_name, terminal, names, rescored)
+        made = list(terminal.made.values())
+        if as_json:
+            console.print_json(json.dumps({"run": run_name, "dagster_run": run_id, "outputs": _rows(made)}))
+            return
+        console.print()
+        console.print(results_table(made))
+        _epilogue(console, place, run_name)
+
+
+def _rows(made: list) -> list[dict]:  # type: ignore[type-arg]
+    return [
+        {
+            "asset": m.record.asset,
+            "key": m.record.key,
+            "location": m.location,
+            "reused": m.reused,
+            "reason": m.reason,
+            "seconds": round(m.seconds, 2),
+            "bytes": m.record.bytes,
+            "metrics": m.record.metrics,
+        }
+        for m in made
+    ]
+
+
+def _epilogue(console: Console, place: Places, run_name: str) -> None:
+    """What a person wants to know next: did it learn, what does it write, where is the report, what now."""
+    from pipeline.terminal import near
+
+    trained = records.read_record(place.store, f"runs/{run_name}")
+    if trained:
+        before, after = trained.metrics["validation_loss_before"], trained.metrics["validation_loss_after"]
+        console.print(f"validation loss  {before:.3f} before → {after:.3f} after {trained.rows:,} steps")
+        samples = objects.join(place.store, "runs", run_name, "samples.txt")
+        if objects.exists(samples):
+            text = objects.read_text(samples).rsplit("===", 1)[-1]
+            console.print(f"sample           {' '.join(text.split())[:300]}", markup=False)
+    page = objects.join(place.store, "runs", run_name, "report/index.html")
+    console.print(f"report           {near(page)}", soft_wrap=True)
+    console.print("\nnext:")
+    for command, what in (
+        (f"gpt2 evals {run_name}", "score the model again"),
+        (f"gpt2 lineage show {run_name}", "what it was made from"),
+        (f'gpt2 sample {run_name} "The"', "let it write"),
+        ("gpt2 ui", "look at the assets and runs in a browser"),
+    ):
+        console.print(f"  {command:<32} [dim]{what}[/dim]", soft_wrap=True)
+
+
+def ui(
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 3000,
+    store: StoreOption = None,
+) -> None:
+    """Serve Dagster's web UI and its daemon on this machine until Ctrl-C."""
+    place = places(store)
+    objects.check_writable(place.store)
+    instance.prepare(place)
+    _add_partitions(place)
+    workspace = Path(__file__).resolve().parents[2] / "workspace.yaml"
+    sys.stderr.write(f"Dagster's UI: http://127.0.0.1:{port}  (store: {place.store})\n")
+    os.chdir(workspace.parent)
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "dagster", "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)],
+    )
+
+
+def _add_partitions(place: Places) -> None:
+    """Every run of the store, and the demo, so that there is something to materialize."""
+    import dagster as dg
+
+    with dg.DagsterInstance.get() as dagster:
+        dagster.add_dynamic_partitions("run", ["demo", *runs.known_runs(place)])
+        instance.sweep(dagster)
+
+
+def env(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Print the variables with which Dagster's own commands see the same instance: eval "$(gpt2 env)"."""
+    variables = places(store).variables()
+    if as_json:
+        print(json.dumps(variables, indent=2))
+    else:
+        for key, value in variables.items():
+            print(f"export {key}={value!r}")

@@ -1,0 +1,64 @@
+"""How is a job run from the command line? In this process, in the same instance that the UI shows."""
+
+import os
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import dagster as dg
+
+from pipeline import definitions, instance
+from pipeline.terminal import Terminal
+from storage.places import Places
+
+LOG_QUIETLY = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+def execute(
+    places: Places,
+    job: str,
+    run: str,
+    terminal: Terminal,
+    only: Sequence[str] = (),
+    recompute: Sequence[str] = (),
+) -> str:
+    """Execute a job for the partition `run` -> Dagster's run id. Raises what the failing stage raised."""
+    with dg.DagsterInstance.get() as dagster:
+        for swept in instance.sweep(dagster):
+            terminal.console.print(f"  [yellow]![/yellow] run {swept[:8]} had died; it is marked as failed")
+        dagster.add_dynamic_partitions("run", [run])
+        signal.signal(signal.SIGTERM, _as_interrupt)
+        try:
+            result = (
+                definitions.build(terminal)
+                .resolve_job_def(job)
+                .execute_in_process(
+                    instance=dagster,
+                    partition_key=run,
+                    asset_selection=[dg.AssetKey(name) for name in only] or None,
+                    run_config=LOG_QUIETLY | (definitions.rescore(recompute) if recompute else {}),
+                    tags=instance.process_tags(),
+                )
+            )
+        finally:
+            terminal.close()
+    return result.run_id
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a run as Ctrl-C does: Dagster knows how to stop a step at that, with its checkpoint saved."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def stages(only: Sequence[str]) -> list[str]:
+    """The assets that `--only` names: by their own name or by their group's. Raises ValueError for others."""
+    graph: Any = definitions.defs.resolve_asset_graph()
+    groups: dict[str, list[str]] = {}
+    for key in graph.toposorted_asset_keys:
+        groups.setdefault(graph.get(key).group_name, []).append(key.to_user_string())
+    names = [name for members in groups.values() for name in members]
+    for word in only:
+        if word not in groups and word not in names:
+            raise ValueError(f"--only {word}: choose from {', '.join([*groups, *names])}")
+    return [name for group, members in groups.items() for name in members if {name, group} & set(only)]

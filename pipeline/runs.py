@@ -1,0 +1,119 @@
+"""Which run does a command mean, and can it succeed? Settled, and refused where it can't, before anything starts."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from storage import objects, sources
+from storage.places import Places
+from training import launch, recipes
+from training.config import RunConfig, from_dict, override, settable_keys, to_dict
+
+CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
+EXPORT_BYTES = 4  # a parameter
+
+
+def configure(recipe: str, settings: Sequence[str], corpus: str | None, gpus: int | None) -> RunConfig:
+    """The recipe with a command's overrides. Raises ValueError for what it does not know."""
+    config = override(recipes.recipe(recipe), settings)
+    if corpus is not None:
+        config = replace(config, corpus=corpus)
+    if gpus is not None:
+        config = replace(config, machine=replace(config.machine, gpus=gpus))
+    return config
+
+
+def default_name(config: RunConfig) -> str:
+    """The recipe's name, with six digits behind it where its definition is not the recipe's own."""
+    own, wanted = _definition(recipes.recipe(config.recipe)), _definition(config)
+    if own == wanted:
+        return config.recipe
+    return f"{config.recipe}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:6]}"
+
+
+def _definition(config: RunConfig) -> dict[str, Any]:
+    """All of a configuration that changes results: where it runs does not."""
+    return {key: value for key, value in to_dict(config).items() if key != "machine"}
+
+
+def config_url(places: Places, run: str) -> str:
+    return objects.join(places.store, "runs", run, "config.json")
+
+
+def stored(places: Places, run: str) -> RunConfig | None:
+    """The configuration of a run in the store, or None."""
+    url = config_url(places, run)
+    return from_dict(RunConfig, objects.read_json(url), url) if objects.exists(url) else None
+
+
+def known_runs(places: Places) -> list[str]:
+    """Names of the runs in the store."""
+    found = objects.list_files(objects.join(places.store, "runs"), "config.json")
+    return [s.path.split("/")[0] for s in found if s.path.count("/") == 1]
+
+
+def check_name(name: str) -> None:
+    if not name or name != sources.safe_name(name):
+        raise ValueError(
+            f"--name {name!r} is not a good name for a folder: use letters, digits, '.', '_' and '-', "
+            f"such as {sources.safe_name(name) or 'my-run'}"
+        )
+
+
+def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
+    """Refuse to give a run that exists another definition."""
+    there = stored(places, run)
+    if there is None or _definition(there) == _definition(config):
+        return
+    old, new = settable_keys(there), settable_keys(config)
+    differences = [
+        f"{key}={old[key]} (now {new[key]})"
+        for key in old
+        if old[key] != new[key] and not key.startswith("machine.")
+    ]
+    if there.recipe != config.recipe:
+        differences.insert(0, f"recipe={there.recipe} (now {config.recipe})")
+    raise ValueError(
+        f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name"
+    )
+
+
+def check_possible(places: Places, config: RunConfig) -> None:
+    """Raise ValueError for a run that can't succeed: its corpus, its batch, its store or its space."""
+    source = sources.resolve(config.corpus)
+    check_batch(config)
+    if config.evals.hellaswag and not objects.exists(config.evals.hellaswag):
+        raise ValueError(f"evals.hellaswag={config.evals.hellaswag}: there is no such file")
+    objects.check_writable(places.store)
+    check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))
+
+
+def check_batch(config: RunConfig) -> None:
+    """Refuse a total batch that the ranks can't share evenly, with the nearest that they can."""
+    ranks = launch.ranks_here(config.machine.gpus) * config.machine.nnodes
+    unit = ranks * max(config.machine.micro_batch, 1) * config.model.context
+    if config.train.batch_tokens % unit:
+        below = config.train.batch_tokens // unit * unit
+        near = " or ".join(str(n) for n in (below, below + unit) if n)
+        raise ValueError(
+            f"batch_tokens={config.train.batch_tokens} does not divide into {ranks} ranks of micro-batches of "
+            f"{unit // ranks} tokens: the nearest that do are {near}"
+        )
+
+
+def check_space(places: Places, config: RunConfig, corpus_bytes: int) -> None:
+    """Refuse a store on a disk that can't hold the tokens, the checkpoints and the export."""
+    kept = config.train.keep_checkpoints + 1
+    model = config.model.parameters * (kept * CHECKPOINT_BYTES + EXPORT_BYTES)
+    needed = (
+        model + 2 * 2 * corpus_bytes
+    )  # parquet is compressed to about half: text / 4 tokens of 2 bytes, twice
+    for place in {places.store, str(places.home)}:
+        free = objects.free_bytes(place)
+        if free is not None and free < needed:
+            raise ValueError(
+                f"{place} has {free / 2**30:.1f} GiB free, this run needs about {needed / 2**30:.1f} GiB "
+                f"(tokens and {kept} checkpoints): choose another disk with --store, or keep fewer checkpoints"
+            )

@@ -1,0 +1,165 @@
+"""What does a person see while a run goes on? A line a stage, a bar in the long ones, a table at the end."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from assets.making import Made
+from assets.resources import Event
+from storage import objects
+from storage.records import Record
+
+PLAIN_WIDTH = 140  # columns, where the output is no terminal
+
+
+@contextmanager
+def quiet_output() -> Iterator[Console]:
+    """A console on the terminal, while stdout and stderr of this process and its children go nowhere.
+
+    Dagster keeps what they print in each run's compute logs; on the terminal it would cut through the bars.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        with os.fdopen(os.dup(kept[0]), "w") as terminal:
+            drawn = os.isatty(kept[0])
+            yield Console(
+                file=terminal, force_terminal=drawn, width=None if drawn else PLAIN_WIDTH, highlight=False
+            )
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
+
+
+@dataclass
+class Terminal:
+    """A listener that draws. Where there is no terminal it prints a line now and then instead of a bar."""
+
+    console: Console
+    made: dict[str, Made] = field(default_factory=dict)
+    bar: Progress | None = None
+    quarter: int = -1  # of the stage, last printed where there is no bar
+
+    def started(self, asset: str) -> None:
+        self.quarter = -1
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("  [bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self.bar.add_task(asset, total=None, text="")
+            self.bar.start()
+
+    def progressed(self, asset: str, event: Event) -> None:
+        shown = _progress(event)
+        if shown is None:
+            return
+        done, total, text = shown
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=done, total=total, text=text)
+        elif total and 4 * done // total > self.quarter:
+            self.quarter = 4 * done // total
+            self.console.print(f"    {asset}: {100 * done // total}%  {text}")
+
+    def finished(self, asset: str, made: Made) -> None:
+        self.close()
+        self.made[made.record.key] = made
+        verb = f"reused: {made.reason}" if made.reused else f"made in {made.seconds:.1f} s ({made.reason})"
+        self.console.print(
+            f"  [green]✓[/green] [bold]{asset:<16}[/bold] {summary(made.record)} — [dim]{verb}[/dim]"
+        )
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def _progress(event: Event) -> tuple[int, int, str] | None:
+    """(done, total, what to say) of an event; None for one that moves no bar."""
+    match event["event"]:
+        case "training_step":
+            speed = f"{event['tokens_per_second']:,.0f} tok/s"
+            return (
+                event["step"],
+                event["steps"],
+                f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  {speed}",
+            )
+        case "eval_progress":
+            return event["done"], event["total"], f"{event['done']}/{event['total']} items"
+        case "bytes":
+            tokens = f"  {event['tokens']:,} tokens" if "tokens" in event else ""
+            return event["done"], event["total"], f"{event['done'] / 2**20:,.1f} MiB{tokens}"
+    return None
+
+
+def summary(record: Record) -> str:
+    """What an output is, in a few words."""
+    metrics = record.metrics
+    match record.asset:
+        case "documents":
+            return f"{record.rows:,} documents, {metrics['text_bytes'] / 1e6:,.1f} MB of text"
+        case "token_shards":
+            return f"{record.tokens:,} tokens in {metrics['shards']} shards"
+        case "eval_items":
+            return f"{record.rows:,} items"
+        case "trained_model":
+            before, after = metrics["validation_loss_before"], metrics["validation_loss_after"]
+            return f"{metrics['parameters']:,} parameters, validation loss {before:.3f} → {after:.3f}"
+        case "hf_model":
+            return f"{metrics['parameters']:,} parameters, logits within {metrics['max_difference']:.1e}"
+        case "report":
+            return "a page that stands alone"
+    shown = [
+        f"{name} {score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] is not None else "")
+        for name, score in metrics["scores"].items()
+    ]
+    return ", ".join(shown[:2])
+
+
+def results_table(made: list[Made]) -> Table:
+    """Stage, what was made, seconds, size, path: a row an output."""
+    table = Table(title=None, header_style="bold", expand=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("what was made")
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("path", overflow="fold")
+    for one in made:
+        seconds = "reused" if one.reused else f"{one.seconds:.1f}"
+        table.add_row(
+            one.record.asset, summary(one.record), seconds, size(one.record.bytes), near(one.location)
+        )
+    return table
+
+
+def near(location: str) -> str:
+    """A path from here where that is shorter."""
+    return min(location, os.path.relpath(location), key=len) if objects.is_local(location) else location
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that leaves one to three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

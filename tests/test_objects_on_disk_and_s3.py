@@ -1,0 +1,80 @@
+"""Bytes are published whole, listed and moved alike on a local disk and on S3."""
+
+from pathlib import Path
+
+import pytest
+
+from storage import objects
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3_store")
+
+
+def test_what_is_published_can_be_read_listed_and_removed(root: str) -> None:
+    objects.publish_bytes(objects.join(root, "a/b.txt"), b"hello")
+    objects.publish_json(objects.join(root, "c.json"), {"x": 1})
+    assert objects.read_text(objects.join(root, "a/b.txt")) == "hello"
+    assert objects.read_json(objects.join(root, "c.json")) == {"x": 1}
+    assert [(s.path, s.bytes) for s in objects.list_files(root)] == [("a/b.txt", 5), ("c.json", 13)]
+    assert [s.path for s in objects.list_files(root, suffix=".json")] == ["c.json"]
+    objects.remove(objects.join(root, "c.json"))
+    assert not objects.exists(objects.join(root, "c.json"))
+    objects.remove_tree(root)
+    assert objects.list_files(root) == []
+
+
+def test_a_listing_shows_what_another_process_just_wrote(root: str) -> None:
+    assert objects.list_files(root) == []
+    objects.publish_bytes(objects.join(root, "late"), b"1")
+    assert [s.path for s in objects.list_files(root)] == ["late"]
+
+
+def test_only_the_first_of_two_creates_an_exclusive_object(root: str) -> None:
+    claim = objects.join(root, "claim")
+    assert objects.create_exclusive(claim, b"first")
+    assert not objects.create_exclusive(claim, b"second")
+    assert objects.read_bytes(claim) == b"first"
+
+
+def test_the_stamp_of_an_object_changes_with_its_content(root: str) -> None:
+    url = objects.join(root, "x")
+    objects.publish_bytes(url, b"one")
+    before = objects.stat(url)
+    objects.publish_bytes(url, b"two")
+    assert objects.stat(url).bytes == before.bytes
+    assert objects.stat(url).modified != before.modified
+
+
+def test_a_tree_is_copied_between_disk_and_store_and_back(root: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("one", "deep/two"):
+        objects.publish_bytes(str(source / name), name.encode())
+    objects.copy_tree(str(source), objects.join(root, "tree"))
+    objects.copy_tree(objects.join(root, "tree"), str(tmp_path / "back"))
+    assert (tmp_path / "back/deep/two").read_bytes() == b"deep/two"
+    objects.move_tree(objects.join(root, "tree"), objects.join(root, "moved"))
+    assert [s.path for s in objects.list_files(root)] == ["moved/deep/two", "moved/one"]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        objects.publish_file(str(tmp_path / "absent"), str(tmp_path / "out/there"))
+    assert objects.list_files(str(tmp_path)) == []
+
+
+def test_a_store_that_cannot_be_written_is_refused_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match="can't be written .*--store"):
+        objects.check_writable(str(tmp_path / "file" / "store"))
+
+
+def test_a_bucket_that_is_not_there_is_refused_with_the_fix(s3_store: str) -> None:
+    with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID"):
+        objects.check_writable("s3://no-such-bucket-here/store")
+
+
+def test_other_protocols_are_refused() -> None:
+    with pytest.raises(ValueError, match="only local paths and s3://"):
+        objects.exists("gs://bucket/x")
