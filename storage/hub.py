@@ -142,7 +142,7 @@ def fetch_file(url: str, local: str, entry: Entry, progress: Callable[[int], Non
             return
         part.unlink()
         log.warning(
-            "%s came with wrong bytes (sha256 %s): fetching it %s", url, found, "anew" if again else "failed"
+            "%s came with wrong bytes (sha256 %s)%s", url, found, ": fetching it anew" if again else ""
         )
     raise ValueError(f"{url} twice came with sha256 {found}, not {entry.sha256}: is a proxy changing it?")
 
@@ -246,8 +246,8 @@ def _pause(url: str, failures: int, most: int, reason: Exception | str, asked: f
     """Wait before the next attempt, or raise ValueError after too many that brought nothing."""
     if failures >= most:
         raise ValueError(
-            f"{url} can't be had after {failures} attempts ({reason}): check the network, or use a corpus that "
-            "is already here; what has been fetched is kept"
+            f"{url} can't be had after {failures} attempts ({reason}): check the network, or use a corpus "
+            "that is already here; what has been fetched is kept"
         )
     wait = min(LONGEST_WAIT, asked if asked is not None else 2.0**failures * random.uniform(0.25, 0.5))
     log.warning("%s: %s; trying again in %.1f s", url, reason, wait)

@@ -159,7 +159,7 @@ class HubPlace:
 
 def hub_place(corpus: str) -> HubPlace | None:
     """The place on the hub that `corpus` names, or None where it names none."""
-    match = re.fullmatch(r"(?P<base>.+?)(@(?P<revision>[\w.-]+))?(:(?P<files>\d+))?", corpus)
+    match = re.fullmatch(r"(?P<base>.+?)(@(?P<revision>[\w./-]+))?(:(?P<files>\d+))?", corpus)
     if match is None:
         return None
     base, revision, files = match["base"], match["revision"] or "main", int(match["files"] or 0)

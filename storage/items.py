@@ -1,0 +1,109 @@
+"""Where do multiple-choice items come from, and are they all there?
+
+HellaSwag's validation items from its published jsonl, in the raw schema or in a cleaned one without ctx_a
+and ctx_b, or from the hub (`Rowan/hellaswag`, parquet). Kept as jsonl, and as the file of tokens that llm.c
+reads.
+"""
+
+import gzip
+import io
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from storage import hub, objects, shards, tokenizer
+from storage.records import File, describe_file
+
+HELLASWAG_REPO = "Rowan/hellaswag"
+HELLASWAG_ITEMS = 10_042
+FILES = ["items.jsonl", "items.bin"]
+
+
+def hellaswag(location: str, out: str) -> list[File]:
+    """Put HellaSwag's validation items into `out`; `location` is a file, or "hub".
+
+    Raises ValueError where they are not the 10,042 whole items of the published set.
+    """
+    items = from_hub() if location == "hub" else read_items(location)
+    check_hellaswag(items, location)
+    return write_items(items, out)
+
+
+def from_hub() -> list[dict[str, Any]]:
+    commit = hub.commit_of(HELLASWAG_REPO)
+    entries = [e for e in hub.list_tree(HELLASWAG_REPO, commit, "data") if "/validation-" in e.path]
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = hub.fetch(HELLASWAG_REPO, commit, entries, scratch, lambda _: None)
+        return [item for path in paths for item in read_items(path)]
+
+
+def read_items(url: str) -> list[dict[str, Any]]:
+    """Items of a .jsonl, .jsonl.gz or .parquet, each with ind, activity_label, ctx, endings and label.
+
+    Other keys stay as they are. Raises ValueError naming the file and the item that is not whole.
+    """
+    if not objects.exists(url):
+        raise ValueError(f"no items at {url}: name HellaSwag's validation jsonl, or `hub` to fetch it")
+    if url.endswith(".parquet"):
+        with objects.open_file(url) as f:
+            rows = pq.ParquetFile(f).read(use_threads=False).to_pylist()
+    else:
+        data = objects.read_bytes(url)
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+        rows = [_parse(url, n, line) for n, line in enumerate(io.StringIO(text), 1) if line.strip()]
+    return [_whole(url, n, row) for n, row in enumerate(rows, 1)]
+
+
+def _parse(url: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except ValueError as error:
+        raise ValueError(
+            f"{url}, line {number}, is no JSON object ({error}): fetch the file again"
+        ) from error
+
+
+def _whole(url: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The item with its label as a number: the hub's copy has it as text."""
+    missing = [key for key in ("activity_label", "ctx", "endings", "label") if row.get(key) in (None, "")]
+    if missing:
+        raise ValueError(
+            f"{url}, item {number}, has no {', '.join(missing)}: are these HellaSwag's labelled items?"
+        )
+    item = {"ind": number - 1, **row, "label": int(row["label"]), "endings": list(row["endings"])}
+    if len(item["endings"]) != shards.CHOICES or item["label"] not in range(shards.CHOICES):
+        raise ValueError(
+            f"{url}, item {number}, has {len(item['endings'])} endings and label {item['label']}, not four "
+            "endings and a label of 0 to 3"
+        )
+    return item
+
+
+def check_hellaswag(items: Sequence[dict[str, Any]], location: str) -> None:
+    """Raises ValueError where `items` are not the published validation set, by count, repeats and labels."""
+    asked = Counter((item["ctx"], tuple(item["endings"])) for item in items)
+    repeated = sum(count - 1 for count in asked.values())
+    if len(items) != HELLASWAG_ITEMS or repeated > HELLASWAG_ITEMS // 100:
+        raise ValueError(
+            f"{location} has {len(items):,} items, {repeated:,} of them repeated: HellaSwag's validation set has "
+            f"{HELLASWAG_ITEMS:,}; use hellaswag_val.jsonl of rowanz/hellaswag, or `hub`"
+        )
+
+
+def write_items(items: Sequence[dict[str, Any]], out: str) -> list[File]:
+    """Publish items as jsonl and in llm.c's format: a space stands before each ending."""
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    objects.publish_bytes(objects.join(out, FILES[0]), lines.encode())
+    shards.write_choices(objects.join(out, FILES[1]), [_choice(item) for item in items])
+    return [describe_file(out, name) for name in FILES]
+
+
+def _choice(item: dict[str, Any]) -> shards.Choice:
+    endings = [tokenizer.encode(f" {ending}").tolist() for ending in item["endings"]]
+    return shards.Choice(
+        tuple(tokenizer.encode(item["ctx"]).tolist()), tuple(map(tuple, endings)), item["label"]
+    )

@@ -1,0 +1,94 @@
+"""HellaSwag's items are read in both schemas and from the hub; what is not the published set is refused."""
+
+import gzip
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from local_hub import LocalHub
+
+from storage import hub, items, shards, tokenizer
+
+RAW = {  # as published: the example in llm.c's dev/data/hellaswag.py
+    "ind": 24,
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "split": "val",
+    "split_type": "indomain",
+    "label": 3,
+    "endings": ["is using wrap.", "is ripping tiles.", "is holding a cube.", "starts pulling up roofing."],
+    "source_id": "activitynet~v_-JhWjGDPHMY",
+}
+CLEANED = {key: RAW[key] for key in ("ind", "activity_label", "ctx", "split", "endings", "label")}
+
+
+@pytest.mark.parametrize("item", [RAW, CLEANED], ids=["raw", "cleaned"])
+@pytest.mark.parametrize("name", ["items.jsonl", "items.jsonl.gz"])
+def test_both_schemas_are_understood(tmp_path, item, name):
+    data = (json.dumps(item) + "\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert items.read_items(str(tmp_path / name)) == [item]
+
+
+def test_items_are_kept_as_llm_c_tokenizes_them(tmp_path):
+    written = items.write_items([RAW], str(tmp_path))
+    assert [f.path for f in written] == ["items.jsonl", "items.bin"]
+    assert items.read_items(str(tmp_path / "items.jsonl")) == [RAW]
+    choice = shards.read_choices(str(tmp_path / "items.bin"))[0]
+    assert tokenizer.encoding().decode(list(choice.context)) == RAW["ctx"]
+    assert [tokenizer.encoding().decode(list(e)) for e in choice.endings] == [f" {e}" for e in RAW["endings"]]
+    assert choice.label == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", r"line 1, is no JSON object"),
+        (json.dumps(RAW | {"label": ""}), r"item 1, has no label"),
+        (json.dumps(RAW | {"endings": ["a", "b"]}), r"has 2 endings and label 3"),
+        (json.dumps(RAW | {"label": 4}), r"label 4, not four endings"),
+    ],
+)
+def test_an_item_that_is_not_whole_is_named(tmp_path, line, message):
+    (tmp_path / "items.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        items.read_items(str(tmp_path / "items.jsonl"))
+
+
+def test_another_number_of_items_is_not_hellaswag(tmp_path):
+    (tmp_path / "items.jsonl").write_text(json.dumps(RAW))
+    with pytest.raises(ValueError, match=r"has 1 items, 0 of them repeated: .* has 10,042"):
+        items.hellaswag(str(tmp_path / "items.jsonl"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="10,042 items, 10,041 of them repeated"):
+        items.check_hellaswag([RAW] * 10_042, "copies")
+    with pytest.raises(ValueError, match="no items at"):
+        items.hellaswag(str(tmp_path / "absent.jsonl"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_hubs_copy_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "HELLASWAG_ITEMS", 3)
+    rows = [RAW | {"label": str(n), "ctx": f"context {n}"} for n in range(3)]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    with LocalHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+        files = {
+            "data/validation-00000-of-00001.parquet": sink.getvalue(),
+            "data/test-00000-of-00001.parquet": b"",
+        }
+        server.publish("Rowan/hellaswag", "1", files)
+        items.hellaswag("hub", str(tmp_path))
+    assert [i["label"] for i in items.read_items(str(tmp_path / "items.jsonl"))] == [0, 1, 2]
+
+
+def test_all_real_items_are_there(shared_data, tmp_path):
+    items.hellaswag(str(shared_data / "hellaswag_val.jsonl.gz"), str(tmp_path))
+    choices = shards.read_choices(str(tmp_path / "items.bin"))
+    assert len(choices) == 10_042
+    assert [sum(c.label == n for c in choices) for n in range(4)] == [2515, 2485, 2584, 2458]
