@@ -1,5 +1,6 @@
 """Which texts does a run read: the documents it trains on, and the items it is asked."""
 
+import gzip
 import json
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from training.config import RunConfig
 DOCUMENTS_VERSION = "1"
 ITEMS_VERSION = "1"
 ITEMS_SEED = 42
+GZIP = b"\x1f\x8b"  # what a gzip file starts with
 ITEMS_FILE = "items.jsonl"
 
 
@@ -24,12 +26,8 @@ def _has_rows(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
     return bool(record.rows), {"rows": record.rows or 0}
 
 
-HAS_DOCUMENTS = Check(
-    "has_documents", "There is at least one document, and every file has a text column.", _has_rows
-)
-HAS_ITEMS = Check(
-    "has_items", "At least four items, each with a context, its endings and a label.", _has_rows
-)
+HAS_DOCUMENTS = Check("has_documents", "There is at least one document, and every file has a text column.", _has_rows)
+HAS_ITEMS = Check("has_items", "At least four items, each with a context, its endings and a label.", _has_rows)
 
 
 @dg.asset(
@@ -80,12 +78,10 @@ def eval_items(
     def produce(progress: Callable[[Event], None]) -> Produced:
         texts = completion_items.held_out_documents(validation_shard(maker, context.partition_key))
         items = completion_items.make_items(texts, run.evals.completion_items, ITEMS_SEED)
-        return _write_items(maker, output.key, items)
+        return _write_items(maker, output.key, "".join(json.dumps(item) + "\n" for item in items).encode())
 
     made, checks = maker.make(config, output, produce, [HAS_ITEMS])
-    return materialize(
-        made, checks, {"hellaswag": run.evals.hellaswag or "no items: set evals.hellaswag=FILE"}
-    )
+    return materialize(made, checks, {"hellaswag": run.evals.hellaswag or "no items: set evals.hellaswag=FILE"})
 
 
 def completion_output(maker: Maker, name: str, run: RunConfig) -> Output:
@@ -112,11 +108,10 @@ def hellaswag_output(run: RunConfig) -> Output:
 
 
 def _copy_items(maker: Maker, run: RunConfig) -> Produced:
-    items = completion_items.read_raw(run.evals.hellaswag)
-    return _write_items(maker, hellaswag_output(run).key, items)
+    data = objects.read_bytes(run.evals.hellaswag)
+    return _write_items(maker, hellaswag_output(run).key, gzip.decompress(data) if data[:2] == GZIP else data)
 
 
-def _write_items(maker: Maker, key: str, items: list[dict[str, Any]]) -> Produced:
-    text = "".join(json.dumps(item) + "\n" for item in items)
-    objects.publish_bytes(objects.join(maker.folder(key), ITEMS_FILE), text.encode())
-    return Produced(paths=[ITEMS_FILE], rows=len(items))
+def _write_items(maker: Maker, key: str, jsonl: bytes) -> Produced:
+    objects.publish_bytes(objects.join(maker.folder(key), ITEMS_FILE), jsonl)
+    return Produced(paths=[ITEMS_FILE], rows=len(jsonl.splitlines()))

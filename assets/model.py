@@ -24,9 +24,7 @@ OBSERVE_SECONDS = 300.0  # between two observations of a training: at most 300 a
 
 
 def _loss_is_finite(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
-    losses = {
-        name: record.metrics[name] for name in ("loss", "validation_loss_before", "validation_loss_after")
-    }
+    losses = {name: record.metrics[name] for name in ("loss", "validation_loss_before", "validation_loss_after")}
     return all(math.isfinite(value) for value in losses.values()), losses
 
 
@@ -35,9 +33,7 @@ def _logits_agree(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
     return difference <= tolerance, {"max_difference": difference, "tolerance": tolerance}
 
 
-LOSS_IS_FINITE = Check(
-    "loss_is_finite", "Training and validation losses are finite numbers.", _loss_is_finite
-)
+LOSS_IS_FINITE = Check("loss_is_finite", "Training and validation losses are finite numbers.", _loss_is_finite)
 LOGITS_AGREE = Check(
     "logits_agree", "Stock transformers gives the checkpoint's logits on held-out text.", _logits_agree
 )
@@ -66,7 +62,7 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
         maker.launcher.run(
             "training.launch",
             ["--gpus", str(ranks), "training.train", *_train_arguments(maker, name, tokens)],
-            lambda event: (observer.see(event), progress(event)),
+            lambda event: observer.see(event, progress),
         )
         return _trained(maker.folder(output.key), run, ranks)
 
@@ -96,7 +92,7 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
     checkpoint = f"checkpoints/step_{run.train.steps:06d}"
     seconds = sum(step["seconds"] for step in steps)
     return Produced(
-        paths=[p for p in ("main.log", "metrics.jsonl", "train.log", "samples.txt", "config.json")],
+        paths=["main.log", "metrics.jsonl", "train.log", "samples.txt", "config.json"],
         mirrored=[f"{checkpoint}/{s.path}" for s in objects.list_files(objects.join(folder, checkpoint))],
         rows=run.train.steps,
         tokens=run.tokens,
@@ -128,7 +124,8 @@ class Observer:
         self.context = context
         self.last = time.monotonic()
 
-    def see(self, event: Event) -> None:
+    def see(self, event: Event, progress: Callable[[Event], None]) -> None:
+        progress(event)
         if event["event"] == "training_step" and time.monotonic() - self.last >= OBSERVE_SECONDS:
             self.last = time.monotonic()
             numbers = {k: v for k, v in event.items() if k != "event" and v is not None}

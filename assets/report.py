@@ -25,9 +25,7 @@ def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.
     run = context.partition_key
     trained = maker.parent(f"runs/{run}", "trained_model")
     model = maker.parent(f"runs/{run}/export", "hf_model")
-    scores = [
-        s for s in (records.read_record(maker.places.store, f"runs/{run}/scores/{n}") for n in SUITES) if s
-    ]
+    scores = [s for s in (records.read_record(maker.places.store, f"runs/{run}/scores/{n}") for n in SUITES) if s]
     output = Output("report", f"runs/{run}/report", VERSION, {}, [trained, model, *scores])
 
     def produce(progress: Callable[[Event], None]) -> Produced:

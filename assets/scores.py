@@ -47,9 +47,7 @@ def validation_loss(
     """Loss and bits per byte of the exported model on the validation shard."""
     run = context.partition_key
     tokens = maker.input(run, "tokens", "token_shards")
-    return _score(
-        maker, config, run, "validation_loss", tokens, lambda: ["--shard", validation_shard(maker, run)]
-    )
+    return _score(maker, config, run, "validation_loss", tokens, lambda: ["--shard", validation_shard(maker, run)])
 
 
 @_suite("completion_demo", deps=["hf_model", "eval_items"])
@@ -59,9 +57,7 @@ def completion_demo(
     """Accuracy on completion items from held-out documents: HellaSwag's format, but not HellaSwag."""
     run = context.partition_key
     items = _completion_items(maker, run)
-    return _score(
-        maker, config, run, "completion_demo", items, lambda: _items_arguments(maker, items), items.rows
-    )
+    return _score(maker, config, run, "completion_demo", items, lambda: _items_arguments(maker, items), items.rows)
 
 
 @_suite("eleuther", deps=["hf_model", "eval_items"])

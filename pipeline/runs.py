@@ -69,15 +69,11 @@ def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
         return
     old, new = settable_keys(there), settable_keys(config)
     differences = [
-        f"{key}={old[key]} (now {new[key]})"
-        for key in old
-        if old[key] != new[key] and not key.startswith("machine.")
+        f"{key}={old[key]} (now {new[key]})" for key in old if old[key] != new[key] and not key.startswith("machine.")
     ]
     if there.recipe != config.recipe:
         differences.insert(0, f"recipe={there.recipe} (now {config.recipe})")
-    raise ValueError(
-        f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name"
-    )
+    raise ValueError(f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name")
 
 
 def check_possible(places: Places, config: RunConfig) -> None:
@@ -107,9 +103,7 @@ def check_space(places: Places, config: RunConfig, corpus_bytes: int) -> None:
     """Refuse a store on a disk that can't hold the tokens, the checkpoints and the export."""
     kept = config.train.keep_checkpoints + 1
     model = config.model.parameters * (kept * CHECKPOINT_BYTES + EXPORT_BYTES)
-    needed = (
-        model + 2 * 2 * corpus_bytes
-    )  # parquet is compressed to about half: text / 4 tokens of 2 bytes, twice
+    needed = model + 2 * 2 * corpus_bytes  # parquet is compressed to about half: text / 4 tokens of 2 bytes, twice
     for place in {places.store, str(places.home)}:
         free = objects.free_bytes(place)
         if free is not None and free < needed:

@@ -33,9 +33,7 @@ def quiet_output() -> Iterator[Console]:
         os.dup2(nowhere, 2)
         with os.fdopen(os.dup(kept[0]), "w") as terminal:
             drawn = os.isatty(kept[0])
-            yield Console(
-                file=terminal, force_terminal=drawn, width=None if drawn else PLAIN_WIDTH, highlight=False
-            )
+            yield Console(file=terminal, force_terminal=drawn, width=None if drawn else PLAIN_WIDTH, highlight=False)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -83,9 +81,7 @@ class Terminal:
         self.close()
         self.made[made.record.key] = made
         verb = f"reused: {made.reason}" if made.reused else f"made in {made.seconds:.1f} s ({made.reason})"
-        self.console.print(
-            f"  [green]✓[/green] [bold]{asset:<16}[/bold] {summary(made.record)} — [dim]{verb}[/dim]"
-        )
+        self.console.print(f"  [green]✓[/green] [bold]{asset:<16}[/bold] {summary(made.record)} — [dim]{verb}[/dim]")
 
     def close(self) -> None:
         if self.bar:
@@ -145,9 +141,7 @@ def results_table(made: list[Made]) -> Table:
     table.add_column("path", overflow="fold")
     for one in made:
         seconds = "reused" if one.reused else f"{one.seconds:.1f}"
-        table.add_row(
-            one.record.asset, summary(one.record), seconds, size(one.record.bytes), near(one.location)
-        )
+        table.add_row(one.record.asset, summary(one.record), seconds, size(one.record.bytes), near(one.location))
     return table
 
 

@@ -123,9 +123,7 @@ def from_json(url: str, data: dict[str, Any]) -> Record:
 
 def write_record(store: str, record: Record) -> None:
     data = dataclasses.asdict(record)
-    objects.publish_json(
-        record_url(store, record.key), {"schema": data.pop("schema"), "bytes": record.bytes, **data}
-    )
+    objects.publish_json(record_url(store, record.key), {"schema": data.pop("schema"), "bytes": record.bytes, **data})
 
 
 def all_records(store: str) -> Iterator[Record]:

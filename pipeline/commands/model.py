@@ -71,9 +71,7 @@ def _print_settings(config: RunConfig, as_json: bool) -> None:
 
 def sample(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(metavar="RUN|FOLDER", help="A run in the store, or a model folder.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A run in the store, or a model folder.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
     store: StoreOption = None,
 ) -> None:

@@ -16,9 +16,7 @@ from training.config import to_dict
 
 StoreOption = Annotated[
     str | None,
-    typer.Option(
-        "--store", help="Where outputs lie: a folder or s3://bucket/prefix. [default: $GPT2_STORE or store/]"
-    ),
+    typer.Option("--store", help="Where outputs lie: a folder or s3://bucket/prefix. [default: $GPT2_STORE or store/]"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
@@ -45,9 +43,7 @@ def run(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Only this stage: data, training, evals, or an asset's name. Evals are scored anew."
-        ),
+        typer.Option(help="Only this stage: data, training, evals, or an asset's name. Evals are scored anew."),
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(help="Ranks on this machine. [default: every GPU, or one CPU rank]")
