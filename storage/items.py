@@ -89,8 +89,8 @@ def check_hellaswag(items: Sequence[dict[str, Any]], location: str) -> None:
     repeated = sum(count - 1 for count in asked.values())
     if len(items) != HELLASWAG_ITEMS or repeated > HELLASWAG_ITEMS // 100:
         raise ValueError(
-            f"{location} has {len(items):,} items, {repeated:,} of them repeated: HellaSwag's validation set has "
-            f"{HELLASWAG_ITEMS:,}; use hellaswag_val.jsonl of rowanz/hellaswag, or `hub`"
+            f"{location} has {len(items):,} items, {repeated:,} of them repeated: HellaSwag's validation set "
+            f"has {HELLASWAG_ITEMS:,}; use hellaswag_val.jsonl of rowanz/hellaswag, or `hub`"
         )
 
 
