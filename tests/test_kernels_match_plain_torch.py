@@ -1,6 +1,7 @@
 """Do the Triton kernels compute what plain PyTorch does? On the CPU through Triton's interpreter."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 pytest.importorskip("triton")
 
-from training import kernels_embedding, kernels_gelu, kernels_loss, kernels_norm, kernels_reduce  # noqa: E402
+from training import (  # noqa: E402
+    kernels_adamw,
+    kernels_embedding,
+    kernels_gelu,
+    kernels_loss,
+    kernels_norm,
+    kernels_reduce,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,12 +35,15 @@ def assert_near(value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-def test_layernorm_forward(dtype: torch.dtype) -> None:
-    x = draw(7, 48, dtype=dtype, shift=0.5)
-    weight, bias = draw(48, dtype=dtype, seed=1, shift=1.0), draw(48, dtype=dtype, seed=2)
-    for value, expected in zip(
-        kernels_norm.forward(x, weight, bias), kernels_norm.reference_forward(x, weight, bias), strict=True
-    ):
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_layernorm_of_the_stream_with_its_branch(dtype: torch.dtype, with_branch: bool) -> None:
+    x, weight, bias = draw(7, 48, dtype=dtype, shift=0.5), draw(48, dtype=dtype, seed=1), draw(48, dtype=dtype)
+    results = []
+    for function in (kernels_norm.forward, kernels_norm.reference_forward):
+        branch = draw(7, 48, dtype=dtype, seed=3) if with_branch else None
+        results.append(function(x, branch, weight, bias))
+        assert results[-1].x is (x if branch is None else branch)
+    for value, expected in zip(*results, strict=True):
         assert_near(value, expected, dtype)
 
 
@@ -45,7 +56,7 @@ def test_layernorm_backward_with_all_its_sums(dtype: torch.dtype, with_stream: b
         dy = draw(9, 48, dtype=dtype, seed=3)
         stream = draw(9, 48, dtype=dtype, seed=4) if with_stream else None
         grads = tuple(draw(48, dtype=dtype, seed=5 + i) for i in range(3))
-        _, mean, rstd = kernels_norm.forward(x, weight, bias)
+        mean, rstd = kernels_norm.forward(x, None, weight, bias)[2:]
         out = function(dy, x, weight, bias, mean, rstd, stream, grads)
         assert stream is None or out is stream
         results.append((out, dy, *grads))
@@ -97,3 +108,20 @@ def test_embedding_and_its_gradients_with_repeated_tokens(dtype: torch.dtype) ->
         results.append(grads)
     for value, expected in zip(*results, strict=True):
         assert_near(value, expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("function", [kernels_adamw.update, kernels_adamw.reference_update])
+def test_adamw_is_torchs(dtype: torch.dtype, function: Callable[..., None]) -> None:
+    master = draw(3000, dtype=torch.float32)
+    state = [torch.zeros(3000, device=DEVICE) for _ in range(2)]
+    expected = torch.nn.Parameter(master.clone())
+    optimizer = torch.optim.AdamW([expected], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    weights = master.to(dtype) if dtype == torch.bfloat16 else master
+    for step in range(1, 4):
+        gradient = draw(3000, dtype=dtype, seed=step)
+        expected.grad = gradient.float() * 0.25
+        optimizer.step()
+        function(weights, gradient, *state, master, step, 1e-2, (0.9, 0.95), 1e-8, 0.1, 0.25)
+    assert_near(master, expected, torch.float32)
+    assert_near(weights, master, dtype)

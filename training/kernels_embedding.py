@@ -24,12 +24,12 @@ def _embed(tokens, token_weight, position_weight, out, length, columns, BLOCK: t
 @triton.jit
 def _add_tokens(dx, ordered, order, grad, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     first = tl.program_id(0)
-    token = tl.load(ordered + first)
+    token = tl.load(ordered + first).to(tl.int64)
     before = tl.load(ordered + first - 1, first > 0, -1)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     if token != before:
-        total = tl.zeros((COLUMNS,), tl.float32)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
         at = first
         more = token == token
         while more:
@@ -37,11 +37,12 @@ def _add_tokens(dx, ordered, order, grad, rows, columns, ROWS: tl.constexpr, COL
             mine = tl.load(ordered + place, place < rows, -1) == token
             row = tl.load(order + place, mine, 0)
             mask = mine[:, None] & inside[None, :]
-            total += tl.sum(tl.load(dx + row[:, None] * columns + column[None, :], mask, 0.0).to(tl.float32), 0)
+            total += tl.load(dx + row[:, None] * columns + column[None, :], mask, 0.0).to(tl.float32)
             at += ROWS
             more = tl.sum(mine.to(tl.int32), 0) == ROWS
         out = grad + token * columns + column
-        tl.store(out, (tl.load(out, inside, 0.0).to(tl.float32) + total).to(grad.dtype.element_ty), inside)
+        change = tl.sum(total, 0)
+        tl.store(out, (tl.load(out, inside, 0.0).to(tl.float32) + change).to(grad.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -70,9 +71,9 @@ def embed(tokens: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tens
 def add_gradients(dx: Tensor, tokens: Tensor, token_grad: Tensor, position_grad: Tensor) -> None:
     """Add dx (B T, C) to the rows of the gradients (V, C) and (T, C) that it came from."""
     (batch, length), columns = tokens.shape, dx.shape[1]
-    ordered, order = torch.sort(tokens.flatten(), stable=True)
-    grid = (len(ordered), triton.cdiv(columns, 256))
-    _add_tokens[grid](dx, ordered, order, token_grad, len(ordered), columns, ROWS=8, COLUMNS=256, num_warps=4)
+    ordered, order = torch.sort(tokens.flatten().int(), stable=True)  # half the radix passes of int64
+    grid = (len(ordered), triton.cdiv(columns, 512))
+    _add_tokens[grid](dx, ordered, order, token_grad, len(ordered), columns, ROWS=4, COLUMNS=512, num_warps=4)
     grid = (length, triton.cdiv(columns, 1024))
     _add_positions[grid](dx, position_grad, batch, length, columns, COLUMNS=1024, num_warps=4)
 

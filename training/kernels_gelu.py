@@ -20,7 +20,7 @@ def _gate(x):
 
 
 @triton.jit
-def _forward(h, g, size, BLOCK: tl.constexpr):
+def _gelu_forward(h, g, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     x = tl.load(h + place, inside, 0.0).to(tl.float32)
@@ -28,11 +28,11 @@ def _forward(h, g, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dg, h, partial, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gelu_backward(dg, h, partial, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     share, shares = tl.program_id(1), tl.num_programs(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over its rows once, at the end
     for start in range(share * ROWS, rows, shares * ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
@@ -43,13 +43,13 @@ def _backward(dg, h, partial, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.con
         slope = gate + x * gate * (1.0 - gate) * (1.0 + 0.134145 * x * x) * 1.5957691216057308
         out = (gradient * slope).to(dg.dtype.element_ty)
         tl.store(dg + place, out, mask)
-        total += tl.sum(tl.where(mask, out.to(tl.float32), 0.0), 0)
-    tl.store(partial + share * columns + column, total, inside)
+        total += out.to(tl.float32)  # masked gradients are 0
+    tl.store(partial + share * columns + column, tl.sum(total, 0), inside)
 
 
 def forward(h: Tensor) -> Tensor:
     g = torch.empty_like(h)
-    _forward[(triton.cdiv(h.numel(), 2048),)](h, g, h.numel(), BLOCK=2048, num_warps=8)
+    _gelu_forward[(triton.cdiv(h.numel(), 2048),)](h, g, h.numel(), BLOCK=2048, num_warps=8)
     return g
 
 
@@ -59,7 +59,7 @@ def backward(dg: Tensor, h: Tensor, bias_grad: Tensor) -> Tensor:
     shares = max(1, min(SHARES, rows // 16))
     partial = torch.empty(shares, 1, columns, dtype=torch.float32, device=h.device)
     grid = (triton.cdiv(columns, 256), shares)
-    _backward[grid](dg, h, partial, rows, columns, ROWS=8, COLUMNS=256, num_warps=4)
+    _gelu_backward[grid](dg, h, partial, rows, columns, ROWS=16, COLUMNS=256, num_warps=8)
     add_sums(partial, bias_grad)
     return dg
 

@@ -1,6 +1,6 @@
 """How is LayerNorm run in one pass each way, with all that reads the same rows?
 
-Forward: 2C in, C out in bf16. Backward: one read of the gradient, the input and the residual stream's gradient
+Forward: the residual stream with the branch that is to join it, both read once. Backward: one read of the gradient, the input and the residual stream's gradient
 gives the stream's new gradient, the weights' gradients, the bias gradient of the projection before (the sum of the
 same stream over its rows) and, instead of having kept it, LayerNorm's output for the weight gradient that needs it.
 """
@@ -16,21 +16,30 @@ from torch import Tensor
 from training.kernels_reduce import add_sums
 
 EPS = 1e-5
-PROGRAMS = 132 * 4  # of the backward kernel: a fixed number, so that sums have a fixed order on every card
+FORWARD_WARPS, BACKWARD_WARPS = 4, 8
+PROGRAMS = 132 * 3  # of the backward kernel at 2,048 columns: fixed, so that sums have a fixed order
 
 
 class Normed(NamedTuple):
+    x: Tensor  # (N, C), the residual stream that was normalized
     y: Tensor  # (N, C)
     mean: Tensor  # (N,) fp32
     rstd: Tensor  # (N,) fp32
 
 
 @triton.jit
-def _forward(x, weight, bias, y, mean_out, rstd_out, columns, eps, BLOCK: tl.constexpr):
+def _norm_forward(
+    x, branch, weight, bias, y, mean_out, rstd_out, columns, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     value = tl.load(x + row * columns + column, inside, 0.0).to(tl.float32)
+    if HAS_BRANCH:
+        value += tl.load(branch + row * columns + column, inside, 0.0).to(tl.float32)
+        total = value.to(branch.dtype.element_ty)
+        tl.store(branch + row * columns + column, total, inside)
+        value = total.to(tl.float32)
     mean = tl.sum(value, 0) / columns
     centred = tl.where(inside, value - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / columns + eps)
@@ -43,11 +52,16 @@ def _forward(x, weight, bias, y, mean_out, rstd_out, columns, eps, BLOCK: tl.con
 
 
 @triton.jit
-def _backward(
+def _pair_sum(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _norm_backward(
     dy, x, weight, bias, mean_in, rstd_in, stream, out, y, partial, rows, columns,
     HAS_STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    program, step = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
@@ -55,21 +69,27 @@ def _backward(
     sum_weight = tl.zeros((BLOCK,), tl.float32)
     sum_bias = tl.zeros((BLOCK,), tl.float32)
     sum_stream = tl.zeros((BLOCK,), tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    place = tl.cast(program, tl.int64) * columns + column
+    next_dy, next_x = tl.load(dy + place, inside, 0.0), tl.load(x + place, inside, 0.0)
+    next_stream = tl.load(stream + place, inside, 0.0)
+    for row in range(program, rows, step):
         place = tl.cast(row, tl.int64) * columns + column
-        gradient = tl.load(dy + place, inside, 0.0).to(tl.float32)
-        value = tl.load(x + place, inside, 0.0).to(tl.float32)
+        gradient, value, before = next_dy.to(tl.float32), next_x.to(tl.float32), next_stream
+        ahead = place + step * columns  # the next row is on its way while this one is worked on
+        there = column < tl.minimum(columns, (rows - row - step) * columns)  # none behind the last
+        next_dy, next_x = tl.load(dy + ahead, there, 0.0), tl.load(x + ahead, there, 0.0)
+        if HAS_STREAM:
+            next_stream = tl.load(stream + ahead, there, 0.0)
         rstd = tl.load(rstd_in + row)
         normal = tl.where(inside, (value - tl.load(mean_in + row)) * rstd, 0.0)
         tl.store(y + place, (normal * scale + shift).to(y.dtype.element_ty), inside)
         sum_weight += gradient * normal
         sum_bias += gradient
         inner = gradient * scale
-        mean_inner = tl.sum(inner, 0) / columns
-        mean_product = tl.sum(inner * normal, 0) / columns
-        change = (inner - mean_inner - normal * mean_product) * rstd
+        total, product = tl.reduce((inner, inner * normal), 0, _pair_sum)
+        change = (inner - total / columns - normal * (product / columns)) * rstd
         if HAS_STREAM:
-            change += tl.load(stream + place, inside, 0.0).to(tl.float32)
+            change += before.to(tl.float32)
         change = change.to(out.dtype.element_ty)
         tl.store(out + place, change, inside)
         sum_stream += change.to(tl.float32)
@@ -79,16 +99,21 @@ def _backward(
     tl.store(place + 2 * columns, sum_stream, inside)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Normed:
-    """LayerNorm of x (N, C), with the statistics that the backward pass needs."""
+def forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> Normed:
+    """LayerNorm of x + branch (N, C), with the statistics that the backward pass needs.
+
+    The sum is written over `branch`, rounded as it is normalized.
+    """
     rows, columns = x.shape
     y = torch.empty_like(x)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
-    _forward[(rows,)](
-        x, weight, bias, y, mean, rstd, columns, EPS, BLOCK=block, num_warps=min(8, max(1, block // 256))
-    )
-    return Normed(y, mean, rstd)
+    total = x if branch is None else branch
+    _norm_forward[(rows,)](
+        x, total, weight, bias, y, mean, rstd, columns, EPS,
+        HAS_BRANCH=branch is not None, BLOCK=block, num_warps=min(FORWARD_WARPS, max(1, block // 256)),
+    )  # fmt: skip
+    return Normed(total, y, mean, rstd)
 
 
 def backward(
@@ -108,23 +133,24 @@ def backward(
     """
     rows, columns = x.shape
     out = torch.empty_like(x) if stream is None else stream
-    programs = min(rows, PROGRAMS)
-    partial = torch.empty(programs, 3, columns, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
-    _backward[(programs,)](
+    programs = min(rows, PROGRAMS * max(1, min(2, 2048 // block)))
+    partial = torch.empty(programs, 3, columns, dtype=torch.float32, device=x.device)
+    _norm_backward[(programs,)](
         dy, x, weight, bias, mean, rstd, out, out, dy, partial, rows, columns,
-        HAS_STREAM=stream is not None, BLOCK=block, num_warps=min(8, max(1, block // 256)),
+        HAS_STREAM=stream is not None, BLOCK=block, num_warps=min(BACKWARD_WARPS, max(1, block // 128)),
     )  # fmt: skip
     add_sums(partial, *grads)
     return out
 
 
-def reference_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Normed:
-    wide = x.float()
+def reference_forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> Normed:
+    total = x if branch is None else branch.copy_(x.float() + branch.float())
+    wide = total.float()
     mean = wide.mean(1)
     rstd = (wide.var(1, unbiased=False) + EPS).rsqrt()
     y = F.layer_norm(wide, wide.shape[1:], weight.float(), bias.float(), EPS)
-    return Normed(y.to(x.dtype), mean, rstd)
+    return Normed(total, y.to(x.dtype), mean, rstd)
 
 
 def reference_backward(

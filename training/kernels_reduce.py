@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 64  # a program of `add_sums`
+COLUMNS = 32  # a program of `add_sums`
+RESIDENT = 132 * 8  # programs of `_sum_columns` that run at once on a Hopper card: the rows are shared among these
 
 
 @triton.jit
@@ -23,17 +24,17 @@ def _add_sums(partial, out_0, out_1, out_2, programs, columns, vectors, ROWS: tl
     vector = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, programs, ROWS):
         row = start + tl.arange(0, ROWS)
         place = partial + (row[:, None] * vectors + vector) * columns + column[None, :]
-        total += tl.sum(tl.load(place, (row < programs)[:, None] & inside[None, :], 0.0), 0)
+        total += tl.load(place, (row < programs)[:, None] & inside[None, :], 0.0)
     if vector == 0:
-        _add(out_0 + column, total, inside)
+        _add(out_0 + column, tl.sum(total, 0), inside)
     elif vector == 1:
-        _add(out_1 + column, total, inside)
+        _add(out_1 + column, tl.sum(total, 0), inside)
     else:
-        _add(out_2 + column, total, inside)
+        _add(out_2 + column, tl.sum(total, 0), inside)
 
 
 def add_sums(partial: Tensor, *outs: Tensor) -> None:
@@ -50,20 +51,22 @@ def _sum_columns(x, partial, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.cons
     share, shares = tl.program_id(1), tl.num_programs(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over its rows once, at the end
     for start in range(share * ROWS, rows, shares * ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(x + row[:, None] * columns + column[None, :], mask, 0.0).to(tl.float32), 0)
-    tl.store(partial + share * columns + column, total, inside)
+        place = row[:, None].to(tl.int64) * columns + column[None, :]
+        total += tl.load(x + place, mask, 0.0).to(tl.float32)
+    tl.store(partial + share * columns + column, tl.sum(total, 0), inside)
 
 
 def add_column_sums(x: Tensor, out: Tensor) -> None:
     """out += x.sum(0), for x (N, C): a bias gradient."""
     rows, columns = x.shape
-    shares = max(1, min(64, rows // 64))
+    blocks = triton.cdiv(columns, 256)
+    shares = max(1, min(rows // 16, RESIDENT // blocks))
     partial = torch.empty(shares, 1, columns, dtype=torch.float32, device=x.device)
-    _sum_columns[(triton.cdiv(columns, 256), shares)](x, partial, rows, columns, ROWS=16, COLUMNS=256, num_warps=4)
+    _sum_columns[(blocks, shares)](x, partial, rows, columns, ROWS=16, COLUMNS=256, num_warps=4)
     add_sums(partial, out)
 
 

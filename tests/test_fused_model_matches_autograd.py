@@ -1,0 +1,71 @@
+"""Does the model run by hand give what autograd gives? Loss and every gradient, with plain and Triton kernels."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+pytest.importorskip("triton")
+
+from training import kernels  # noqa: E402
+from training.config import ModelConfig  # noqa: E402
+from training.gpt2 import GPT2  # noqa: E402
+from training.kernels_model import FusedModel  # noqa: E402
+
+CONFIG = ModelConfig(layers=2, channels=32, heads=2, context=16, vocab=200)
+
+
+def interpreted() -> kernels.Kernels:
+    """The Triton kernels, with the products and the attention that need a GPU in plain PyTorch."""
+    plain = kernels.references()
+    return dataclasses.replace(kernels.fused(0), multiply=plain.multiply, attention=plain.attention)
+
+
+def model() -> GPT2:
+    made = GPT2(CONFIG)
+    made.init_weights(seed=1)
+    with torch.no_grad():
+        for i, weight in enumerate(made.parameters()):
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+    return made
+
+
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, CONFIG.vocab, (2, 17), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 3])
+@pytest.mark.parametrize("which", ["plain", "triton"])
+def test_loss_and_accumulated_gradients(which: str, recompute: int) -> None:
+    expected, ours = model(), model()
+    ours.runner = FusedModel(ours, kernels.references() if which == "plain" else interpreted(), recompute)
+    for seed in (1, 2):
+        losses = [(m(*batch(seed)) * 0.5) for m in (expected, ours)]
+        torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-6)
+        for loss in losses:
+            loss.backward()
+    for (name, weight), other in zip(expected.named_parameters(), ours.parameters(), strict=True):
+        error = (other.grad - weight.grad).norm() / weight.grad.norm()
+        assert error < 1e-5, name
+
+
+def test_without_gradients_and_hooks() -> None:
+    expected, ours = model(), model()
+    ours.runner = FusedModel(ours, kernels.references())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*batch(1)), expected(*batch(1)))
+    arrived = []
+    for name, parameter in ours.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    ours(*batch(1)).backward()
+    assert sorted(arrived) == sorted(name for name, _ in ours.named_parameters())
+    assert arrived[0].startswith("blocks.1.") and arrived[-1] == "ln_f.bias"
+
+
+def test_on_a_cpu_the_modules_run_as_they_are() -> None:
+    made = model()
+    assert not kernels.accelerate(made, torch.device("cpu"))
+    assert made.runner is None

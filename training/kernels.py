@@ -1,0 +1,127 @@
+"""Which kernels serve the model on this machine? Chosen once, logged with the reason, passed as a value.
+
+With CUDA, bf16 weights and Triton the whole model runs through the fused kernels of `kernels_*.py`; anywhere else
+the modules of `gpt2.py` run as they are. Both compute the same function.
+"""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from training.gpt2 import GPT2
+
+log = logging.getLogger("gpt2.kernels")
+
+
+class AttentionKernel(Protocol):
+    """Causal attention of one shape over packed (B, T, 3, H, D)."""
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Any]: ...
+    def backward(self, grad: Tensor, qkv: Tensor, out: Tensor, saved: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations that a training step is made of; each file's docstring says what its own compute."""
+
+    multiply: Callable[..., Tensor]
+    norm_forward: Callable[..., Any]
+    norm_backward: Callable[..., Tensor]
+    gelu_forward: Callable[[Tensor], Tensor]
+    gelu_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    add_column_sums: Callable[[Tensor, Tensor], None]
+    cross_entropy: Callable[[Tensor, Tensor, int, float | None], Tensor]
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]
+    add_embedding_gradients: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    attention: Callable[[int, int, int, int], AttentionKernel]
+
+
+def accelerate(model: GPT2, device: torch.device, recompute: int = 0) -> bool:
+    """Let the fused kernels run `model` where they can -> whether they do.
+
+    Gradients are then added to each parameter's `.grad` in place, and its post-accumulate hooks are called when
+    they are whole. `recompute`: 0 keeps GELU's output, 1 and 2 compute it again, 3 whole blocks.
+    """
+    reason = _obstacle(model, device)
+    if reason:
+        (log.warning if device.type == "cuda" else log.info)("plain PyTorch kernels: %s", reason)
+        return False
+    from training.kernels_model import FusedModel
+
+    model.runner = FusedModel(model, fused(device.index or 0), recompute)
+    return True
+
+
+def _obstacle(model: GPT2, device: torch.device) -> str:
+    """Why the fused kernels cannot run this model here; "" where they can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if model.wte.weight.dtype != torch.bfloat16:
+        return f"the weights are {model.wte.weight.dtype}, the kernels are for bfloat16"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
+
+
+@functools.cache
+def fused(device: int) -> Kernels:
+    """Triton for what is bound by memory, cuBLASLt for products, cuDNN for attention."""
+    from training import kernels_embedding, kernels_gelu, kernels_loss, kernels_matmul, kernels_norm, kernels_reduce
+
+    return Kernels(
+        multiply=kernels_matmul.multiply,
+        norm_forward=kernels_norm.forward,
+        norm_backward=kernels_norm.backward,
+        gelu_forward=kernels_gelu.forward,
+        gelu_backward=kernels_gelu.backward,
+        add_column_sums=kernels_reduce.add_column_sums,
+        cross_entropy=kernels_loss.cross_entropy,
+        embed=kernels_embedding.embed,
+        add_embedding_gradients=kernels_embedding.add_gradients,
+        attention=_attention(device),
+    )
+
+
+def _attention(device: int) -> Callable[[int, int, int, int], AttentionKernel]:
+    from training import attention
+
+    if importlib.util.find_spec("cudnn") is None:
+        log.warning(
+            "nvidia-cudnn-frontend is not installed: attention runs on PyTorch's flash kernel, which makes a "
+            "step about 10%% slower; `pip install 'gpt2-pipeline[gpu]'` brings it"
+        )
+        return functools.partial(attention.Torch, deterministic=True)
+    log.info("fused kernels: Triton, cuBLASLt, and cuDNN's deterministic attention")
+    return functools.partial(attention.Cudnn, device=device)
+
+
+def references() -> Kernels:
+    """Each operation in plain PyTorch, on any device: what the fused kernels are tested against."""
+    from training import (
+        attention,
+        kernels_embedding,
+        kernels_gelu,
+        kernels_loss,
+        kernels_matmul,
+        kernels_norm,
+        kernels_reduce,
+    )
+
+    return Kernels(
+        multiply=kernels_matmul.reference,
+        norm_forward=kernels_norm.reference_forward,
+        norm_backward=kernels_norm.reference_backward,
+        gelu_forward=kernels_gelu.reference_forward,
+        gelu_backward=kernels_gelu.reference_backward,
+        add_column_sums=kernels_reduce.reference_add_column_sums,
+        cross_entropy=kernels_loss.reference_cross_entropy,
+        embed=kernels_embedding.reference_embed,
+        add_embedding_gradients=kernels_embedding.reference_add_gradients,
+        attention=attention.Torch,
+    )

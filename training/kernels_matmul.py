@@ -1,0 +1,282 @@
+"""How are matrices multiplied? Through cuBLASLt itself, for the epilogues that PyTorch does not reach.
+
+PyTorch offers the bias epilogue only. Here a product can also add to its output (gradients of micro-steps, the
+residual stream), write GELU and its input at once, or take GELU's gradient on the way out. PyTorch's CUDA wheels
+bring the library, so that a binding through ctypes needs no compiler. `reference` is the same in plain PyTorch.
+"""
+
+import ctypes
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# cublasLt.h: cublasComputeType_t, cudaDataType, cublasLtMatmulDescAttributes_t, cublasLtEpilogue_t
+COMPUTE_32F = 68
+DATA_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 14,
+    torch.float8_e4m3fn: 28,
+    torch.float8_e5m2: 29,
+}
+TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS, AUX, AUX_STRIDE = 3, 4, 7, 8, 11, 12
+A_SCALE, B_SCALE, D_SCALE, D_AMAX, AUX_TYPE, FAST_ACCUMULATION, BIAS_TYPE = 17, 18, 20, 21, 22, 25, 26
+EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "dgelu": 192, "dgelu_bias": 208, "sum_a": 512}
+WORKSPACE_BYTES = 64 * 1024**2
+CANDIDATES = 16  # of cuBLASLt's own proposals
+# The algorithms that `benchmarks/tune_matmul.py` found fastest, as cuBLASLt's own bytes: fixed choices, since
+# a choice timed at start would differ from run to run, and the last bits of the results with it.
+TUNED = Path(__file__).with_name("kernels_matmul.json")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kind of product: D (M, N) = epilogue(op(A) op(B) + bias + beta D), all matrices row-major."""
+
+    m: int
+    n: int
+    k: int
+    transpose_a: bool
+    transpose_b: bool
+    epilogue: str = ""
+    accumulate: bool = False
+    dtype_a: torch.dtype = torch.bfloat16
+    dtype_b: torch.dtype = torch.bfloat16
+    dtype_d: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """A key for the table of tuned choices, such as "16384x4800x1600 nt bias bf16"."""
+        letters = "nt"[self.transpose_a] + "nt"[self.transpose_b]
+        kinds = "/".join(str(t).removeprefix("torch.") for t in (self.dtype_a, self.dtype_b, self.dtype_d))
+        plus = " +" if self.accumulate else ""
+        return f"{self.m}x{self.n}x{self.k} {letters} {self.epilogue or '-'}{plus} {kinds}"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(N, C) -> (N, O): x W^T + b."""
+    return multiply(x, weight, transpose_b=True, bias=bias)
+
+
+def linear_plus(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """residual + x W^T + b, rounded once."""
+    return multiply(x, weight, transpose_b=True, bias=bias, add=residual)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU's input h = x W^T + b and its output."""
+    h = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    return h, multiply(x, weight, transpose_b=True, bias=bias, aux=h, epilogue="gelu")
+
+
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: Tensor | None = None,
+    epilogue: str = "",
+    aux: Tensor | None = None,
+) -> Tensor:
+    """op(a) op(b), through the epilogue; the product's kind decides which algorithm runs.
+
+    Added to the product before an activation: `bias` (N,) and `add` (M, N), which may be `out` itself.
+    "gelu" writes GELU's input to `aux`. "dgelu" takes GELU's gradient at `aux`; "dgelu_bias" also writes its
+    sum over the rows to `bias`. "sum_a" writes the sum of op(a) over k to `bias`.
+    """
+    m, k = a.shape[::-1] if transpose_a else a.shape
+    n = b.shape[0] if transpose_b else b.shape[1]
+    if out is None:
+        out = torch.empty(m, n, dtype=a.dtype, device=a.device)
+    epilogue = epilogue or ("bias" if bias is not None else "")
+    accumulate = add is not None
+    product = Product(
+        m, n, k, transpose_a, transpose_b, epilogue, accumulate, a.dtype, b.dtype, out.dtype
+    )
+    plan(product, a.device.index or 0)(a, b, out, add, bias, aux)
+    return out
+
+
+class Library:
+    """cuBLASLt with its handle and workspace, for one device."""
+
+    def __init__(self, device: int) -> None:
+        torch.cuda.current_blas_handle()  # loads the library that PyTorch itself uses
+        self.lib = ctypes.CDLL(_loaded_library("libcublasLt.so"))
+        self.lib.cublasLtGetVersion.restype = ctypes.c_size_t
+        self.version = int(self.lib.cublasLtGetVersion())
+        self.handle = ctypes.c_void_p()
+        check(self.lib.cublasLtCreate(ctypes.byref(self.handle)))
+        self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
+        self.card = torch.cuda.get_device_name(device)
+
+    @functools.cache  # noqa: B019
+    def tuned(self) -> dict[str, str]:
+        """Algorithms by product, measured on this card with this version; empty for any other."""
+        tables = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+        return dict(tables.get(f"{self.card}, cuBLASLt {self.version}", {}))
+
+
+def _loaded_library(name: str) -> str:
+    """The path of a library that this process has loaded."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if name in line:
+            return line.split()[-1]
+    raise RuntimeError(f"{name} is not loaded: this PyTorch has no CUDA")
+
+
+class Algorithm(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_uint64 * 8)]
+
+
+class Proposal(ctypes.Structure):
+    _fields_ = [
+        ("algorithm", Algorithm),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    ]
+
+
+@functools.cache
+def library(device: int) -> Library:
+    return Library(device)
+
+
+@functools.cache
+def plan(product: Product, device: int) -> "Plan":
+    owner = library(device)
+    made = Plan(product, owner)
+    if product.name in owner.tuned():
+        made.algorithm = Algorithm.from_buffer_copy(bytes.fromhex(owner.tuned()[product.name]))
+    return made
+
+
+class Plan:
+    """A product's descriptors and its algorithm, ready to run on any tensors of these shapes.
+
+    cuBLASLt thinks in columns: a row-major D = A B is its D' = B' A', so our B is its first operand.
+    """
+
+    def __init__(self, product: Product, owner: Library) -> None:
+        self.product, self.owner, lib = product, owner, owner.lib
+        self.description = ctypes.c_void_p()
+        check(lib.cublasLtMatmulDescCreate(ctypes.byref(self.description), COMPUTE_32F, 0))
+        self.set(TRANSPOSE_A, ctypes.c_int32(product.transpose_b))
+        self.set(TRANSPOSE_B, ctypes.c_int32(product.transpose_a))
+        self.set(EPILOGUE, ctypes.c_int32(EPILOGUES[product.epilogue]))
+        if "gelu" in product.epilogue:
+            self.set(AUX_STRIDE, ctypes.c_int64(product.n))
+            self.set(AUX, ctypes.c_void_p(owner.workspace.data_ptr()))
+        if product.dtype_a.itemsize == 1:
+            self.set(FAST_ACCUMULATION, ctypes.c_int8(1))
+        if product.epilogue not in ("", "dgelu"):
+            self.set(BIAS_TYPE, ctypes.c_int32(DATA_TYPES[torch.bfloat16]))
+            self.set(BIAS, ctypes.c_void_p(owner.workspace.data_ptr()))
+        m, n, k = product.m, product.n, product.k
+        self.b = self.layout(product.dtype_b, *((k, n) if product.transpose_b else (n, k)))
+        self.a = self.layout(product.dtype_a, *((m, k) if product.transpose_a else (k, m)))
+        self.d = self.layout(product.dtype_d, n, m)
+        self.alpha, self.beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if product.accumulate else 0.0)
+        self.algorithm = self.propose()[0]
+
+    def set(self, attribute: int, value: "ctypes._SimpleCData") -> None:  # type: ignore[type-arg]
+        size = ctypes.sizeof(value)
+        check(
+            self.owner.lib.cublasLtMatmulDescSetAttribute(
+                self.description, attribute, ctypes.byref(value), ctypes.c_size_t(size)
+            )
+        )
+
+    def layout(self, dtype: torch.dtype, rows: int, columns: int) -> ctypes.c_void_p:
+        made = ctypes.c_void_p()
+        check(
+            self.owner.lib.cublasLtMatrixLayoutCreate(
+                ctypes.byref(made), DATA_TYPES[dtype], ctypes.c_uint64(rows), ctypes.c_uint64(columns),
+                ctypes.c_int64(rows),
+            )
+        )  # fmt: skip
+        return made
+
+    def propose(self) -> list[Algorithm]:
+        """cuBLASLt's algorithms for this product, by its own estimate best first."""
+        lib, preference = self.owner.lib, ctypes.c_void_p()
+        check(lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
+        limit = ctypes.c_uint64(WORKSPACE_BYTES)
+        check(
+            lib.cublasLtMatmulPreferenceSetAttribute(preference, 1, ctypes.byref(limit), ctypes.c_size_t(8))
+        )
+        found, count = (Proposal * CANDIDATES)(), ctypes.c_int()
+        check(
+            lib.cublasLtMatmulAlgoGetHeuristic(
+                self.owner.handle, self.description, self.b, self.a, self.d, self.d, preference, CANDIDATES,
+                found, ctypes.byref(count),
+            ),
+            self.product.name,
+        )  # fmt: skip
+        lib.cublasLtMatmulPreferenceDestroy(preference)
+        if not count.value:
+            raise RuntimeError(f"cuBLASLt has no algorithm for {self.product.name}")
+        return [found[i].algorithm for i in range(count.value) if found[i].state == 0]
+
+    def __call__(
+        self, a: Tensor, b: Tensor, d: Tensor, add: Tensor | None, bias: Tensor | None, aux: Tensor | None
+    ) -> None:
+        if bias is not None:
+            self.set(BIAS, ctypes.c_void_p(bias.data_ptr()))
+        if aux is not None:
+            self.set(AUX, ctypes.c_void_p(aux.data_ptr()))
+        owner, out = self.owner, ctypes.c_void_p(d.data_ptr())
+        addend = out if add is None else ctypes.c_void_p(add.data_ptr())
+        check(
+            owner.lib.cublasLtMatmul(
+                owner.handle, self.description, ctypes.byref(self.alpha), ctypes.c_void_p(b.data_ptr()), self.b,
+                ctypes.c_void_p(a.data_ptr()), self.a, ctypes.byref(self.beta), addend, self.d, out, self.d,
+                ctypes.byref(self.algorithm), ctypes.c_void_p(owner.workspace.data_ptr()),
+                ctypes.c_size_t(WORKSPACE_BYTES), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            ),
+            self.product.name,
+        )  # fmt: skip
+
+
+def check(status: int, what: str = "") -> None:
+    if status:
+        raise RuntimeError(f"cuBLASLt failed with status {status} {what}")
+
+
+def reference(
+    a: Tensor,
+    b: Tensor,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: Tensor | None = None,
+    epilogue: str = "",
+    aux: Tensor | None = None,
+) -> Tensor:
+    """What `multiply` computes, in plain PyTorch."""
+    value = (a.t() if transpose_a else a).float() @ (b.t() if transpose_b else b).float()
+    if epilogue.startswith("dgelu"):
+        assert aux is not None
+        with torch.enable_grad():
+            h = aux.float().requires_grad_()
+            value = torch.autograd.grad(F.gelu(h, approximate="tanh"), h, value)[0]
+    if bias is not None and epilogue in ("", "gelu"):
+        value = value + bias.float()
+    elif bias is not None:
+        bias.copy_(value.sum(0) if epilogue == "dgelu_bias" else (a.t() if transpose_a else a).float().sum(1))
+    if add is not None:
+        value = value + add.float()
+    if epilogue == "gelu":
+        assert aux is not None
+        aux.copy_(value)
+        value = F.gelu(value, approximate="tanh")
+    return value.to(a.dtype) if out is None else out.copy_(value)
