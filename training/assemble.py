@@ -20,7 +20,8 @@ def assemble(config: RunConfig, world: World, checkpoint: Path | None) -> tuple[
     optimizer = ShardedAdamW(model, config.train, world)
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer)
-    if not accelerate(model, world.device, config.machine.recompute) and world.device.type == "cuda":
+    fused = accelerate(model, world.device, max(0, config.machine.recompute))
+    if not fused and world.device.type == "cuda":
         for block in model.blocks:
             block.compile()  # block by block: the layers share one graph, compiled in seconds
     return model, optimizer
@@ -41,7 +42,5 @@ def _weights(config: RunConfig, checkpoint: Path | None) -> GPT2:
 def _given(config: RunConfig) -> GPT2:
     model = load_any(config.train.init_from)
     if model.config != config.model:
-        raise ValueError(
-            f"init_from={config.train.init_from} is {model.config}, but the run's is {config.model}"
-        )
+        raise ValueError(f"init_from={config.train.init_from} is {model.config}, but the run's is {config.model}")
     return model

@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Raises ValueError for a checkpoint of another schema."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     if state["schema"] != SCHEMA:
-        raise ValueError(
-            f"{checkpoint} has schema {state['schema']}, this version reads {SCHEMA}: use the other"
-        )
+        raise ValueError(f"{checkpoint} has schema {state['schema']}, this version reads {SCHEMA}: use the other")
     return state
 
 
-def definition(config: RunConfig, device: str) -> dict[str, str]:
+def definition(config: RunConfig, device: str, shard_tokens: Sequence[int]) -> dict[str, str]:
     """What a run has to share with its checkpoint, to go on from it as if it had never stopped."""
     settings = {f"model.{key}": value for key, value in to_dict(config.model).items()}
     settings |= {f"train.{k}": v for k, v in to_dict(config.train).items() if k not in WITHOUT_EFFECT}
+    settings["tokens"] = f"{sum(shard_tokens):,} in {len(shard_tokens)} shards"
     made_by = {"trainer": TRAINER_VERSION, "torch": torch.__version__, "device": device}
     return {key: str(value) for key, value in {**settings, **made_by}.items()}
 
@@ -168,9 +167,7 @@ class Checkpointer:
         except (OSError, ValueError) as error:  # the training thread raises it at its next save
             self.failure = error
 
-    def _write(
-        self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]
-    ) -> None:
+    def _write(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:
         shard = self.world.shard
         hidden = Path(self.run, FOLDER, f".{step_name(step)}")
         hidden.mkdir(parents=True, exist_ok=True)

@@ -163,14 +163,15 @@ class MachineConfig:
     nnodes: int = 1
     micro_batch: int = 0  # -b: sequences a rank and micro-step; 0: the largest that fits
     shard_ranks: int = 0  # -z: ranks that share one optimizer state; 0: all; 1: each has its own
-    recompute: int = 0  # -r: 0 none, 1 GELU, 2 also LayerNorm, 3 whole blocks
+    recompute: int = -1  # -r: 0 none, 1 GELU, 2 also LayerNorm, 3 whole blocks; -1: the least that fits
+    memory_gib: float = 0.0  # of a GPU that training may take; 0: all of it
     workers: int = 0  # processes that tokenize; 0: one a core
     price_per_gpu_hour: float = 0.0  # dollars
 
     def __post_init__(self) -> None:
-        if self.recompute not in (0, 1, 2, 3):
-            raise ValueError(f"recompute={self.recompute} must be 0, 1, 2 or 3")
-        if min(self.gpus, self.micro_batch, self.shard_ranks, self.workers) < 0 or self.nnodes < 1:
+        if self.recompute not in (-1, 0, 1, 2, 3):
+            raise ValueError(f"recompute={self.recompute} must be 0, 1, 2 or 3, or -1 for the least that fits")
+        if min(self.memory_gib, self.gpus, self.micro_batch, self.shard_ranks, self.workers) < 0 or self.nnodes < 1:
             raise ValueError(f"{self}: nnodes must be at least 1, and no number negative")
 
 

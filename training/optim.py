@@ -8,7 +8,8 @@ gathered while the next bucket is updated. One rank owns the whole of every buck
 Weights are fp32, or bf16 with fp32 masters, or bf16 alone with stochastic rounding.
 """
 
-from collections.abc import Iterable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +64,7 @@ class ShardedAdamW:
         self.dtype = DTYPES[config.dtype]
         self.masters = config.dtype == "bf16" and config.master_weights
         self.buckets = [self._bucket(name, group) for name, group in _groups(model)]
+        self.kernel = _kernel(world.device)
         self.last_micro_step = False
         for bucket in self.buckets:
             for _, parameter in bucket.parameters:
@@ -128,12 +130,11 @@ class ShardedAdamW:
     def step(self, step: int, lr: float, scale: float) -> None:
         """Update number `step` (the first is 0) with the gradients times `scale`."""
         for index, bucket in enumerate(self.buckets):
-            weights = self._precise(bucket)
-            gradient = bucket.gradient.float() * scale
+            precise = self._precise(bucket)
             for rows, decayed in bucket.segments():
-                self._adamw(bucket, weights, gradient, rows, step, lr, decayed)
-            if weights.data_ptr() != bucket.part.data_ptr():
-                self._round(bucket, weights, step * ROUNDING_STRIDE + index)
+                self._update(bucket, precise, rows, step, lr, scale, decayed)
+            if not self.masters and self.dtype == torch.bfloat16:
+                _round_into_weights(bucket, precise, seed=step * ROUNDING_STRIDE + index)
             bucket.pending = [self.world.shard.all_gather(bucket.weights, bucket.part)]
         for bucket in self.buckets:
             _wait(bucket)
@@ -142,50 +143,81 @@ class ShardedAdamW:
         """This rank's part of the weights in fp32: the masters, the weights themselves, or a copy."""
         return bucket.state["master"] if self.masters else bucket.part.float()
 
-    def _adamw(
-        self,
-        bucket: Bucket,
-        weights: Tensor,
-        gradient: Tensor,
-        rows: slice,
-        step: int,
-        lr: float,
-        decayed: bool,
+    def _update(
+        self, bucket: Bucket, precise: Tensor, rows: slice, step: int, lr: float, scale: float, decayed: bool
     ) -> None:
-        adamw(
-            [weights[rows]],
-            [gradient[rows]],
-            [bucket.state["exp_avg"][rows]],
-            [bucket.state["exp_avg_sq"][rows]],
-            [],
-            [torch.full((), float(step), device=weights.device)],  # raised by one before its use
-            fused=True,
-            amsgrad=False,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            lr=lr,
-            weight_decay=self.config.weight_decay if decayed else 0.0,
-            eps=self.config.eps,
-            maximize=False,
+        self.kernel(
+            (bucket.part if self.masters else precise)[rows],
+            bucket.gradient[rows],
+            bucket.state["exp_avg"][rows],
+            bucket.state["exp_avg_sq"][rows],
+            precise[rows],
+            step + 1,
+            lr,
+            (self.config.beta1, self.config.beta2),
+            self.config.eps,
+            self.config.weight_decay if decayed else 0.0,
+            scale,
         )
-
-    def _round(self, bucket: Bucket, precise: Tensor, seed: int) -> None:
-        """Masters round to the nearest bf16. Without them that would lose most updates: round at random.
-
-        The noise is drawn for the whole bucket, so that it does not depend on how many ranks share it.
-        """
-        if self.masters:
-            bucket.part.copy_(precise)
-            return
-        generator = torch.Generator(precise.device)
-        generator.manual_seed(seed)
-        noise = rounding_noise(bucket.size, generator)[bucket.start : bucket.stop]
-        bucket.part[: len(noise)].copy_(round_stochastically(precise[: len(noise)], noise))
 
     def load_state(self, bucket: str, key: str, values: Tensor) -> None:
         """Take this rank's part of a state tensor, unpadded."""
         found = next(b for b in self.buckets if b.name == bucket)
         found.state[key][: len(values)].copy_(values)
+
+
+def _kernel(device: torch.device) -> Callable[..., None]:
+    """One pass over memory where Triton runs, else torch's own fused AdamW."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from training.kernels_adamw import update
+
+        return update
+    return torch_update
+
+
+def torch_update(
+    weights: Tensor,
+    gradients: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    masters: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    scale: float,
+) -> None:
+    """Update number `step` (the first is 1) of fp32 `masters`; `weights`, where they are others, get these."""
+    adamw(
+        [masters],
+        [gradients.float() * scale],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.full((), step - 1.0, device=masters.device)],  # raised by one before its use
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=decay,
+        eps=eps,
+        maximize=False,
+    )
+    if weights.data_ptr() != masters.data_ptr():
+        weights.copy_(masters)
+
+
+def _round_into_weights(bucket: Bucket, precise: Tensor, seed: int) -> None:
+    """Without masters, rounding to the nearest would lose most updates: round at random.
+
+    The noise is drawn for the whole bucket, so that it does not depend on how many ranks share it.
+    """
+    generator = torch.Generator(precise.device)
+    generator.manual_seed(seed)
+    noise = rounding_noise(bucket.size, generator)[bucket.start : bucket.stop]
+    bucket.part[: len(noise)].copy_(round_stochastically(precise[: len(noise)], noise))
 
 
 def rounding_noise(count: int, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from storage import events, objects
-from training import distributed, sample
+from training import distributed, plan, sample
 from training.assemble import assemble
 from training.checkpoint import (
     Checkpointer,
@@ -84,13 +84,15 @@ class Trainer:
         mirror: str | None = None,
         anyway: bool = False,
     ) -> None:
-        self.config, self.run, self.world, self.stop = config, run, world, stop
-        self.micro_batch, self.micro_steps = split_batch(config, world.size)
-        checkpoint = newest(run)
-        self.definition = definition(config, world.device_name)
-        self.progress = self.resume(checkpoint, anyway)
+        self.config = config = fitted(config, world)
+        self.run, self.world, self.stop = run, world, stop
+        self.micro_batch = config.machine.micro_batch
+        self.micro_steps = config.train.batch_tokens // (config.model.context * self.micro_batch * world.size)
         order = (config.model.context, config.train.order_seed, config.train.shuffle)
         self.load = training_loader(tokens, *order, world.device)
+        checkpoint = newest(run)
+        self.definition = definition(config, world.device_name, self.load.order.shard_tokens)
+        self.progress = self.resume(checkpoint, anyway)
         self.load_validation = validation_loader(tokens, config.model.context, world.device)
         self.model, self.optimizer = assemble(config, world, checkpoint)
         keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
@@ -109,9 +111,7 @@ class Trainer:
         log.info("resumed from %s: %s", checkpoint, shape)
         if (state["ranks"], state["micro_batch"]) != (self.world.size, self.micro_batch):
             then = f"{state['ranks']} ranks with micro-batches of {state['micro_batch']}"
-            log.info(
-                "written by %s: the same sequences in the same order, losses equal within rounding", then
-            )
+            log.info("written by %s: the same sequences in the same order, losses equal within rounding", then)
         return Progress.of(state)
 
     def loop(self) -> int:
@@ -186,9 +186,7 @@ class Trainer:
 
     def sample(self) -> None:
         if self.world.is_first:
-            made = sample.generate(
-                self.model, [], self.config.train.sample_tokens, seed=self.config.train.init_seed
-            )
+            made = sample.generate(self.model, [], self.config.train.sample_tokens, seed=self.config.train.init_seed)
             sample.record(self.run, self.progress.step, sample.text_of(made))
 
     def save(self) -> None:
@@ -214,29 +212,38 @@ class Trainer:
             events.emit("training_step", step=p.step + 1, steps=steps, loss=loss, lr=lr, norm=norm, **speed)
 
 
-def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
-    """(sequences a rank and micro-step, micro-steps). Raises ValueError where the batch does not divide."""
+def fitted(config: RunConfig, world: World) -> RunConfig:
+    """`config` with the micro-batch and the recompute level that it left open.
+
+    On a GPU the largest micro-batch, and the least recompute, that `plan` says will fit; on a CPU, where larger
+    micro-batches bring nothing, at most 16 sequences. Raises ValueError where nothing fits or divides.
+    """
+    machine = config.machine
     sequences = config.train.batch_tokens // config.model.context
-    if sequences % ranks:
-        raise ValueError(_nearest(config, "ranks", ranks, ranks))
-    micro_batch = config.machine.micro_batch or _largest_divisor(sequences // ranks, 16)
-    if sequences % (ranks * micro_batch):
+    if sequences % world.size:
+        raise ValueError(_nearest(config, "ranks", world.size))
+    if machine.micro_batch and sequences % (world.size * machine.micro_batch):
+        raise ValueError(_nearest(config, "ranks x micro_batch sequences", world.size * machine.micro_batch))
+    if world.device.type == "cpu":
+        micro_batch = machine.micro_batch or next(n for n in plan.micro_batches(config, world.size) if n <= 16)
+        return replace(config, machine=replace(machine, micro_batch=micro_batch, recompute=max(0, machine.recompute)))
+    total = torch.cuda.mem_get_info(world.device)[1] / plan.GIB
+    if machine.memory_gib:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, machine.memory_gib / total))
+    chosen = plan.fit(config, world.size, machine.memory_gib or total)
+    if chosen.master_weights != config.train.master_weights:
         raise ValueError(
-            _nearest(config, "ranks x micro_batch sequences", ranks * micro_batch, ranks * micro_batch)
+            f"{config.recipe} fits {machine.memory_gib or total:.1f} GiB only without fp32 master weights, which "
+            "changes the numbers: set master_weights=false for stochastic rounding"
         )
-    return micro_batch, sequences // (ranks * micro_batch)
+    return replace(config, machine=replace(machine, micro_batch=chosen.micro_batch, recompute=chosen.recompute))
 
 
-def _nearest(config: RunConfig, what: str, value: int, unit: int) -> str:
-    unit *= config.model.context
-    low = config.train.batch_tokens // unit * unit
+def _nearest(config: RunConfig, what: str, value: int) -> str:
+    unit, total = value * config.model.context, config.train.batch_tokens
+    low = total // unit * unit
     near = " and ".join(str(n) for n in (low, low + unit) if n > 0)
-    total = config.train.batch_tokens
     return f"batch_tokens={total} does not divide into {value} {what}: the nearest that do are {near}"
-
-
-def _largest_divisor(value: int, limit: int) -> int:
-    return max(d for d in range(1, min(value, limit) + 1) if value % d == 0)
 
 
 def _due(step: int, every: int) -> bool:
@@ -248,9 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="folder with config.json")
     parser.add_argument("--tokens", required=True, help="folder with token shards")
     parser.add_argument("--mirror", help="location that every checkpoint is copied to, and fetched from")
-    parser.add_argument(
-        "--resume-anyway", action="store_true", help="from a checkpoint of another configuration"
-    )
+    parser.add_argument("--resume-anyway", action="store_true", help="from a checkpoint of another configuration")
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())
     stop = Stop()

@@ -1,0 +1,160 @@
+"""What does a run take on given GPUs? Memory by line, the micro-batch that fits, seconds a step, hours, dollars.
+
+Where a run does not fit, three things give way, in this order: the micro-batch, then recompute rises, then the
+fp32 master weights go (stochastic rounding in their place). The last changes the numbers, so it is never done
+silently: `fit` only says so, and whoever starts the run sets `master_weights=false` in its configuration.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from training.config import ModelConfig, RunConfig
+from training.metrics import PEAK_FLOPS
+
+GIB = 2**30
+LARGEST_MICRO_BATCH = 64  # sequences; more has brought nothing since the matmuls are full
+HEAD_BYTES = 400 * 2**20  # logits of one chunk, as the fused head holds them
+CUDA_BYTES = 0.6 * GIB  # context, libraries' workspaces, fragmentation: outside what is counted by line
+# llm.c's MFU on one H200 (d12 and d48), by channels: what a step is expected to reach at least.
+MEASURED_MFU = ((768, 0.461), (1600, 0.515))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory: float  # GiB that programs can have
+    peak: float  # dense bf16 FLOP/s
+
+
+GPUS = {
+    "h100": Gpu("H100 80GB", 79.2, PEAK_FLOPS["H100"]),
+    "h200": Gpu("H200", 139.8, PEAK_FLOPS["H200"]),
+    "a100": Gpu("A100 80GB", 79.2, PEAK_FLOPS["A100"]),
+    "a100-40": Gpu("A100 40GB", 39.4, PEAK_FLOPS["A100"]),
+    "b200": Gpu("B200", 178.0, PEAK_FLOPS["B200"]),
+    "l40s": Gpu("L40S", 44.4, PEAK_FLOPS["L40S"]),
+    "rtx4090": Gpu("RTX 4090", 23.5, PEAK_FLOPS["RTX 4090"]),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    micro_batch: int
+    micro_steps: int
+    recompute: int
+    master_weights: bool
+    memory: dict[str, float]  # bytes a GPU, by line
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Cost:
+    mfu: float
+    seconds_per_step: float
+    hours: float
+    dollars: float | None
+
+
+def gpu(name: str) -> Gpu:
+    """Raises ValueError for a GPU whose memory and peak are not known."""
+    if name.lower() not in GPUS:
+        known = ", ".join(GPUS)
+        raise ValueError(f"unknown GPU {name!r}: choose from {known}, or measure it with `gpt2 bench`")
+    return GPUS[name.lower()]
+
+
+def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> dict[str, float]:
+    """Bytes a GPU needs at the peak of a step, by line."""
+    model, train = config.model, config.train
+    parameters = padded_parameters(model)
+    width = 2 if train.dtype == "bf16" else 4
+    shard = config.machine.shard_ranks or ranks
+    state = 12 if train.dtype == "bf16" and train.master_weights else 8
+    tokens = micro_batch * model.context
+    lines = {
+        "weights": parameters * width,
+        "gradients": parameters * width * (1 + (1 / shard if shard > 1 else 0)),
+        "optimizer state": parameters * state / shard,
+        "activations": tokens * model.layers * _kept_bytes(model, recompute) * width / 2,
+        "logits": min(HEAD_BYTES, 2.0 * tokens * model.padded_vocab) + model.padded_vocab * model.channels * width,
+        "one block's backward": tokens * _block_bytes(model, recompute) * width / 2,
+        "CUDA": CUDA_BYTES,
+    }
+    return {name: float(size) for name, size in lines.items()}
+
+
+def padded_parameters(model: ModelConfig) -> int:
+    return model.parameters + (model.padded_vocab - model.vocab) * model.channels
+
+
+def _kept_bytes(model: ModelConfig, recompute: int) -> int:
+    """Bytes a token and layer that wait for the backward pass, in bf16.
+
+    The two residual streams, queries, keys and values, attention's output, GELU's input and, at level 0, its
+    output; beside them fp32 statistics: two a LayerNorm, one a head. Level 3 keeps the block's input alone.
+    """
+    C = model.channels
+    if recompute == 3:
+        return 2 * C
+    return 2 * (2 * C + 3 * C + C + 4 * C + (4 * C if recompute == 0 else 0)) + 4 * (4 + model.heads)
+
+
+def _block_bytes(model: ModelConfig, recompute: int) -> int:
+    """Bytes a token that the backward pass of one block takes at its peak, beside what was kept."""
+    C = model.channels
+    again = 0 if recompute == 0 else 8 * C
+    whole = _kept_bytes(model, 1) if recompute == 3 else 0
+    return 2 * (C + C + 4 * C + C) + again + whole  # the stream's gradient, the head's, GELU's, LayerNorm's
+
+
+def micro_batches(config: RunConfig, ranks: int) -> list[int]:
+    """Sequences a rank and micro-step that divide the batch, largest first."""
+    sequences = config.train.batch_tokens // config.model.context // ranks
+    return [n for n in range(min(sequences, LARGEST_MICRO_BATCH), 0, -1) if sequences % n == 0]
+
+
+def fit(config: RunConfig, ranks: int, gib: float) -> Plan:
+    """The largest micro-batch, then the least recompute, that fit `gib` GiB a GPU; a set one is kept.
+
+    Raises ValueError where nothing fits, saying how much the least takes.
+    """
+    plans = list(_plans(config, ranks))
+    for plan in plans:
+        if plan.total <= gib * GIB:
+            return plan
+    least = min(plans, key=lambda plan: plan.total)
+    raise ValueError(
+        f"{config.recipe} needs {least.total / GIB:.1f} GiB a GPU at the least (micro-batch {least.micro_batch}, "
+        f"recompute {least.recompute}), {gib:.1f} are there: take more GPUs, which share the optimizer's state"
+    )
+
+
+def _plans(config: RunConfig, ranks: int) -> Iterator[Plan]:
+    """Every way to run it, in the order in which things give way."""
+    machine, train = config.machine, config.train
+    sequences = train.batch_tokens // config.model.context // ranks
+    for masters in [True, False] if train.master_weights and train.dtype == "bf16" else [train.master_weights]:
+        changed = replace(config, train=replace(train, master_weights=masters))
+        for recompute in (0, 1, 3) if machine.recompute < 0 else (machine.recompute,):
+            for micro in [machine.micro_batch] if machine.micro_batch else micro_batches(config, ranks):
+                yield Plan(micro, sequences // micro, recompute, masters, memory(changed, ranks, micro, recompute))
+
+
+def cost(config: RunConfig, plan: Plan, device: Gpu, ranks: int, dollars_an_hour: float | None) -> Cost:
+    """Time and money at the MFU that llm.c reaches; recompute adds its share of the forward pass."""
+    mfu = expected_mfu(config.model)
+    again = {0: 1.0, 1: 1.01, 2: 1.01, 3: 4 / 3}[plan.recompute]
+    flops = config.train.batch_tokens * config.model.flops_per_token * again
+    seconds = flops / (ranks * device.peak * mfu)
+    hours = seconds * config.train.steps / 3600
+    return Cost(mfu, seconds, hours, None if dollars_an_hour is None else hours * dollars_an_hour)
+
+
+def expected_mfu(model: ModelConfig) -> float:
+    """Between the two measured widths by a straight line, beyond them as at the nearer."""
+    (low, at_low), (high, at_high) = MEASURED_MFU
+    share = min(1.0, max(0.0, (model.channels - low) / (high - low)))
+    return at_low + share * (at_high - at_low)
