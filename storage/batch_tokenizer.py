@@ -12,6 +12,7 @@ this Python's Unicode tables do not know, or with bytes that are no UTF-8, goes 
 import itertools
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -66,7 +67,7 @@ class BatchTokenizer:
     def encode(self, documents: Sequence[bytes]) -> tuple[Tokens, Lengths]:
         """What `encode_by_reference` gives. Raises Mismatch where a document shows that it does not."""
         text = b"".join([b"\xff" + document for document in documents])
-        starts = word_starts(text) if documents and _is_utf8(b"\n".join(documents)) else None
+        starts = word_starts(text) if documents and is_utf8(b"\n".join(documents)) else None
         if starts is None:
             return encode_by_reference(documents)
         stream, lengths = self._gather(self._words(text, starts))
@@ -115,21 +116,37 @@ class BatchTokenizer:
         return self.tokens[places], np.diff(np.append(marks, total)).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The classes of the characters of a text, byte by byte: each byte has its character's."""
+
+    of_bytes: NDArray[np.uint8]
+    wide: NDArray[np.int64]  # first bytes of the characters of several bytes
+    sizes: NDArray[np.int64]  # how many bytes each of these has
+    of_wide: NDArray[np.uint8]
+
+
+def character_classes(data: NDArray[np.uint8]) -> Classes:
+    """`data` is UTF-8 with marks between documents."""
+    classes = _byte_classes()[data]
+    wide = np.flatnonzero((data >= 0xC0) & (data != MARK_BYTE))
+    sizes = 2 + (data[wide] >= 0xE0).astype(np.int64) + (data[wide] >= 0xF0)
+    of_wide = _classes(_code_points(data, wide))
+    for k in range(4):
+        inside = sizes > k
+        classes[wide[inside] + k] = of_wide[inside]
+    return Classes(classes, wide, sizes, of_wide)
+
+
 def word_starts(text: bytes) -> NDArray[np.int32] | None:
     """Where the words of marked documents start, in bytes; None where only tiktoken can tell."""
     data = np.frombuffer(text, dtype=np.uint8)
-    classes = _byte_classes()[data]
-    wide = np.flatnonzero((data >= 0xC0) & (data != MARK_BYTE))  # first bytes of longer characters
-    sizes = 2 + (data[wide] >= 0xE0) + (data[wide] >= 0xF0)
-    wide_classes = _classes(_code_points(data, wide))
-    if (wide_classes == UNKNOWN).any():
+    classes = character_classes(data)
+    if (classes.of_wide == UNKNOWN).any():
         return None
-    for k in range(4):  # every byte of a character has the character's class
-        inside = sizes > k
-        classes[wide[inside] + k] = wide_classes[inside]
-    starts = _starts(data, classes)
-    blanks = wide[wide_classes == SPACE]
-    _move_to_first_byte(starts, blanks, sizes[wide_classes == SPACE])
+    starts = _starts(data, classes.of_bytes)
+    blank = classes.of_wide == SPACE
+    _move_to_first_byte(starts, classes.wide[blank], classes.sizes[blank])
     return np.flatnonzero(starts).astype(np.int32)
 
 
@@ -141,7 +158,7 @@ def _move_to_first_byte(starts: NDArray[np.bool_], at: NDArray[np.int64], sizes:
     starts[at[split]] = True
 
 
-def _is_utf8(text: bytes) -> bool:
+def is_utf8(text: bytes) -> bool:
     try:
         text.decode()
     except UnicodeDecodeError:
@@ -165,9 +182,7 @@ def _starts(data: NDArray[np.uint8], classes: NDArray[np.uint8]) -> NDArray[np.b
     return starts
 
 
-def _mark_contractions(
-    starts: NDArray[np.bool_], data: NDArray[np.uint8], classes: NDArray[np.uint8]
-) -> None:
+def _mark_contractions(starts: NDArray[np.bool_], data: NDArray[np.uint8], classes: NDArray[np.uint8]) -> None:
     """'s 'd 'm 't 'll 've 're are words, unless a blank or a run of others has taken their apostrophe."""
     padded = np.append(data, np.zeros(3, np.uint8))
     at = np.flatnonzero(data == ord("'"))

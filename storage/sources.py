@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -166,9 +166,7 @@ def hub_place(corpus: str) -> HubPlace | None:
     if base in HUB_FOLDERS:
         return HubPlace(base, *HUB_FOLDERS[base], revision, files)
     if crawl := re.fullmatch(r"fineweb-edu:(CC-MAIN-[\w-]+)", base):
-        return HubPlace(
-            f"fineweb-edu-{crawl[1]}", FINEWEB_EDU, f"data/{crawl[1]}", ".parquet", revision, files
-        )
+        return HubPlace(f"fineweb-edu-{crawl[1]}", FINEWEB_EDU, f"data/{crawl[1]}", ".parquet", revision, files)
     if place := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/?(.*)", base):
         return HubPlace(safe_name(base.split("/", 3)[3]), place[1], place[2], ".parquet", revision, files)
     return None
@@ -252,9 +250,7 @@ def _check_file(url: str) -> str:
     schema = metadata.schema.to_arrow_schema()
     if TEXT not in schema.names or not _is_text(schema.field(TEXT).type):
         columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
-        raise ValueError(
-            f"{url} has no column `{TEXT}` of strings, only {columns}: rename the one with the text"
-        )
+        raise ValueError(f"{url} has no column `{TEXT}` of strings, only {columns}: rename the one with the text")
     with objects.open_file(url) as f:
         f.seek(0, os.SEEK_END)
         f.seek(max(0, f.tell() - FOOTER_BYTES))
@@ -271,9 +267,7 @@ def read_metadata(url: str) -> pq.FileMetaData:
         try:
             return pq.ParquetFile(f).metadata
         except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{url} is no whole parquet file ({error}): fetch it again or remove it"
-            ) from error
+            raise ValueError(f"{url} is no whole parquet file ({error}): fetch it again or remove it") from error
 
 
 def total_text_bytes(files: Sequence[str]) -> int:
@@ -302,6 +296,23 @@ def read_groups(url: str, groups: Sequence[int] | None) -> Iterator[pa.RecordBat
         parquet = pq.ParquetFile(f, buffer_size=2**20, pre_buffer=False)
         columns = [name for name in COLUMNS if name in parquet.schema_arrow.names]
         yield from parquet.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
+
+
+def text_batches(read: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[list[bytes], list[pa.RecordBatch]]]:
+    """Documents in batches of about `size` bytes of text: (texts, their other columns)."""
+    found: list[bytes] = []
+    others: list[pa.RecordBatch] = []
+    held = 0
+    for batch in read:
+        here = text_bytes(batch)
+        found += here
+        others.append(batch.drop_columns([TEXT]))
+        held += sum(map(len, here))
+        if held >= size:
+            yield found, others
+            found, others, held = [], [], 0
+    if found:
+        yield found, others
 
 
 def text_bytes(batch: pa.RecordBatch) -> list[bytes]:

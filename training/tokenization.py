@@ -159,9 +159,7 @@ def _group_runs(text_bytes: list[int]) -> Iterator[tuple[tuple[int, ...], int]]:
         yield tuple(run), sum(text_bytes[g] for g in run)
 
 
-def _start_anew_if_changed(
-    out: str, work: str, corpus: str, shard_tokens: int, pieces: Sequence[Piece]
-) -> None:
+def _start_anew_if_changed(out: str, work: str, corpus: str, shard_tokens: int, pieces: Sequence[Piece]) -> None:
     """Remove what another corpus or shard size has left in `out` and `work`; keep what this one has begun."""
     plan = {"corpus": corpus, "shard_tokens": shard_tokens, "pieces": [p.key for p in pieces]}
     if not _has_plan(out, plan):
@@ -181,9 +179,7 @@ def _has_plan(folder: str, plan: dict[str, object]) -> bool:
 class _Job:
     """The state of one run: which pieces and shards are there, and what can be done next."""
 
-    def __init__(
-        self, out: str, corpus: str, shard_tokens: int, work: str, pieces: list[Piece], progress: Progress
-    ):
+    def __init__(self, out: str, corpus: str, shard_tokens: int, work: str, pieces: list[Piece], progress: Progress):
         self.out, self.corpus, self.shard_tokens, self.work = out, corpus, shard_tokens, work
         self.pieces, self.progress = pieces, progress
         self.encoded = {p.index: e for p in pieces if (e := read_encoded(work, p))}
@@ -287,9 +283,7 @@ def encode_piece(work: str, piece: Piece) -> tuple[Piece, Encoded]:
     try:
         return piece, _encode_piece(work, piece, batch_tokenizer().encode)
     except Mismatch as mismatch:
-        log.warning(
-            "the fast tokenizer is wrong on %s (%s): tiktoken encodes this piece", piece.url, mismatch
-        )
+        log.warning("the fast tokenizer is wrong on %s (%s): tiktoken encodes this piece", piece.url, mismatch)
         return piece, _encode_piece(work, piece, encode_by_reference)
 
 
@@ -298,7 +292,8 @@ def _encode_piece(work: str, piece: Piece, encode: Encode) -> Encoded:
     Path(partial).parent.mkdir(parents=True, exist_ok=True)
     lengths, described = [], []
     with open(partial, "wb") as f:
-        for texts, descriptions in _batches(piece):
+        read = sources.read_groups(piece.url, piece.groups)
+        for texts, descriptions in sources.text_batches(read, BATCH_TEXT):
             tokens, counts = encode(texts)
             tokens.tofile(f)
             lengths.append(counts)
@@ -312,30 +307,13 @@ def _encode_piece(work: str, piece: Piece, encode: Encode) -> Encoded:
     return encoded
 
 
-def _batches(piece: Piece) -> Iterator[tuple[list[bytes], list[pa.RecordBatch]]]:
-    """The documents of a piece in batches of about BATCH_TEXT: (texts, their other columns)."""
-    texts: list[bytes] = []
-    descriptions: list[pa.RecordBatch] = []
-    size = 0
-    for batch in sources.read_groups(piece.url, piece.groups):
-        read = sources.text_bytes(batch)
-        texts += read
-        descriptions.append(batch.drop_columns([sources.TEXT]))
-        size += sum(map(len, read))
-        if size >= BATCH_TEXT:
-            yield texts, descriptions
-            texts, descriptions, size = [], [], 0
-    yield texts, descriptions
-
-
 def _piece_index(piece: Piece, lengths: np.ndarray, described: list[pa.RecordBatch]) -> pa.Table:
     """The documents of a piece; `position` counts from the piece's first token."""
     rows = len(lengths)
     known = pa.Table.from_batches(described) if described else pa.table({})
     absent = pa.nulls(rows, pa.string())
     columns = {
-        name: known[name].cast(pa.string()) if name in known.column_names else absent
-        for name in ("id", "url", "dump")
+        name: known[name].cast(pa.string()) if name in known.column_names else absent for name in ("id", "url", "dump")
     }
     columns["file"] = pa.array([piece.url] * rows, pa.string()).dictionary_encode().cast(pa.string())
     columns["row"] = pa.array(np.arange(piece.first_row, piece.first_row + rows))

@@ -1,0 +1,235 @@
+"""What is in a corpus: does it hold the eval items, how much of it is there twice, how long are its documents?
+
+Everything reads the corpus once, batch by batch, in bounded memory. Overlap is what contamination reports in
+papers count: a run of 13 words of an item (its context and right ending) that stands in a training document.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from storage import objects, shards, sources, tokenizer
+from storage.shingles import Hashes, Words, shingles, words_of
+
+OVERLAP_WORDS = 13  # as in GPT-3's appendix C
+BATCH_TEXT = 2 * 2**20  # bytes of text looked at together
+EXAMPLES = 20
+FILTER_BITS = 24  # of a hash: a table of 16 MiB tells most shingles of no item apart before any search
+NEAR_WORDS = 5  # a shingle of the near-duplicate check
+NEAR_SHARE = 0.8  # of shingles in common (estimated Jaccard similarity) makes a near duplicate
+PERMUTATIONS, BANDS = 128, 16
+MOST_SIGNED = 1_000_000  # documents compared with each other: 512 MB of signatures
+MOST_VALIDATION = 2_000  # documents of the validation shard that are looked for in the rest
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """An item and the training document that shares a run of words with it."""
+
+    item: str
+    document: str  # its id, or "file row N" where it has none
+    words: str
+
+
+@dataclass(frozen=True)
+class Contamination:
+    items: int
+    too_short: int  # items of fewer than 13 words, which can't be judged
+    contaminated: list[str]  # items found in the corpus
+    documents: int  # read
+    documents_with_items: int
+    examples: list[Overlap] = field(default_factory=list)
+
+
+class _Sought:
+    """The shingles of the items, laid out for quick rejection of those of other texts."""
+
+    def __init__(self, items: Sequence[tuple[str, str]], length: int):
+        self.names = [name for name, _ in items]
+        self.length = length
+        self.words = words_of([text.encode("utf-8", "replace") for _, text in items])
+        hashes, first = shingles(self.words, length)
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, self.first = hashes[order], first[order]
+        self.filter = np.zeros(1 << FILTER_BITS, dtype=bool)
+        self.filter[_low_bits(hashes)] = True
+        self.judged = set(self.words.documents[first].tolist())
+
+    def found_in(self, words: Words) -> list[tuple[int, int, str]]:
+        """(number of the item, number of the document, the words) of each overlap."""
+        hashes, first = shingles(words, self.length)
+        likely = np.flatnonzero(self.filter[_low_bits(hashes)])
+        left = np.searchsorted(self.hashes, hashes[likely], side="left")
+        right = np.searchsorted(self.hashes, hashes[likely], side="right")
+        found = []
+        for at, low, high in zip(likely[left < right], left[left < right], right[left < right], strict=True):
+            run = words.run(first[at], self.length)
+            for place in self.first[low:high]:
+                if self.words.run(place, self.length) == run:
+                    found.append((int(self.words.documents[place]), int(words.documents[first[at]]), run))
+        return found
+
+
+def _low_bits(hashes: Hashes) -> NDArray[np.int64]:
+    return (hashes & np.uint64((1 << FILTER_BITS) - 1)).astype(np.int64)
+
+
+def contamination(
+    files: Sequence[str],
+    items: Iterable[tuple[str, str]],
+    leave_out: Collection[str] = (),
+    length: int = OVERLAP_WORDS,
+) -> Contamination:
+    """Which items, (name, text), share a run of `length` words with a document of the parquet `files`.
+
+    Documents whose id is in `leave_out` are not looked at.
+    """
+    sought = _Sought(list(items), length)
+    contaminated: dict[int, None] = {}
+    examples: list[Overlap] = []
+    documents, hit = 0, 0
+    for texts, names in _named_batches(files):
+        found = [f for f in sought.found_in(words_of(texts)) if names[f[1]] not in leave_out]
+        documents += sum(name not in leave_out for name in names)
+        hit += len({document for _, document, _ in found})
+        for item, document, run in found:
+            if item not in contaminated and len(examples) < EXAMPLES:
+                examples.append(Overlap(sought.names[item], names[document], run))
+            contaminated[item] = None
+    bad = [sought.names[item] for item in sorted(contaminated)]
+    short = len(sought.names) - len(sought.judged)
+    return Contamination(len(sought.names), short, bad, documents, hit, examples)
+
+
+def _named_batches(files: Sequence[str]) -> Iterable[tuple[list[bytes], list[str]]]:
+    """Batches of texts with the names of their documents."""
+    for url in files:
+        row = 0
+        for texts, others in sources.text_batches(sources.read_groups(url, None), BATCH_TEXT):
+            table = pa.Table.from_batches(others)
+            ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(texts)
+            yield texts, [str(name) if name else f"{url} row {row + n}" for n, name in enumerate(ids)]
+            row += len(texts)
+
+
+def validation_overlap(files: Sequence[str], tokens_folder: str, most: int = MOST_VALIDATION) -> Contamination:
+    """Which documents of the validation shard share 13 words with a training document."""
+    shard = shards.shard_paths(tokens_folder, "val")[0]
+    tokens = shards.open_shard(shard)
+    index = _index(shard.removesuffix(".bin") + ".documents.parquet").to_pylist()
+    names = [row["id"] or f"{row['file']} row {row['row']}" for row in index]
+    items = [
+        (name, tokenizer.decode(tokens[row["start"] + 1 : row["start"] + row["tokens"]]))
+        for name, row in zip(names[:most], index, strict=False)
+    ]
+    return contamination(files, items, leave_out=set(names))
+
+
+def item_texts(items: Iterable[dict[str, Any]], suite: str) -> list[tuple[str, str]]:
+    """Multiple-choice items as what must not stand in the corpus: the context and the right ending."""
+    return [(f"{suite} {i['ind']}", f"{i['ctx']} {i['endings'][i['label']]}") for i in items]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    documents: int
+    exact: int  # documents whose text stood in an earlier one
+    compared: int  # documents compared for near duplicates: the first so many of the corpus
+    near: int  # of these, documents nearly the same as an earlier one, exact ones included
+
+
+def duplicates(files: Sequence[str], most: int = MOST_SIGNED) -> Duplicates:
+    """How many documents are there twice, exactly or nearly (MinHash over 5-word shingles, rensa's)."""
+    digests, signatures, documents = [], [], 0
+    for texts, _ in _named_batches(files):
+        digests.append(np.array([_digest(text) for text in texts], dtype=np.uint64))
+        if documents < most:
+            signatures.append(_signatures(words_of(texts[: most - documents]), len(texts[: most - documents])))
+        documents += len(texts)
+    exact = documents - len(np.unique(np.concatenate([np.zeros(0, np.uint64), *digests])))
+    signed = np.concatenate([np.zeros((0, PERMUTATIONS), np.uint32), *signatures])
+    return Duplicates(documents, exact, len(signed), _near_duplicates(signed))
+
+
+def _digest(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _signatures(words: Words, documents: int) -> NDArray[np.uint32]:
+    """MinHash signatures (documents, PERMUTATIONS)."""
+    from rensa import RMinHash  # here alone: it is only installed where corpora are inspected
+
+    hashes, first = shingles(words, NEAR_WORDS)
+    bounds = np.searchsorted(words.documents[first], np.arange(documents + 1))
+    flat = np.ascontiguousarray(hashes)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, bounds.astype(np.uint64), PERMUTATIONS, 42)
+    rows = np.array(matrix.to_rows(), dtype=np.uint32).reshape(documents, PERMUTATIONS)
+    short = np.diff(bounds) == 0  # too few words for a shingle: like no other document
+    rows[short] = np.arange(short.sum() * PERMUTATIONS, dtype=np.uint32).reshape(-1, PERMUTATIONS)
+    return rows
+
+
+def _near_duplicates(signatures: NDArray[np.uint32]) -> int:
+    """Rows that agree with an earlier row of a bucket of theirs in NEAR_SHARE of all places."""
+    near = np.zeros(len(signatures), dtype=bool)
+    width = PERMUTATIONS // BANDS
+    for band in range(BANDS):
+        keys = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
+        _, first, bucket = np.unique(
+            keys.view([("", np.uint32)] * width).ravel(), return_index=True, return_inverse=True
+        )
+        earlier = first[bucket]
+        candidates = np.flatnonzero((earlier < np.arange(len(signatures))) & ~near)
+        same = (signatures[candidates] == signatures[earlier[candidates]]).mean(axis=1)
+        near[candidates[same >= NEAR_SHARE]] = True
+    return int(near.sum())
+
+
+@dataclass(frozen=True)
+class Lengths:
+    documents: int
+    tokens: int
+    quantiles: dict[str, int]  # tokens a document: shortest, p10, median, p90, longest
+    histogram: list[tuple[int, int]]  # (tokens, documents of at least that many and fewer than twice that)
+    tokens_by_dump: list[tuple[str, int]]  # the largest first
+
+
+def lengths(tokens_folder: str, dumps: int = 30) -> Lengths:
+    """How long the documents of a folder of shards are, and where they come from, by its document indexes."""
+    names = [s.path for s in objects.list_files(tokens_folder, ".documents.parquet")]
+    if not names:
+        raise ValueError(f"{tokens_folder} has no document indexes: make its token shards first")
+    with duckdb.connect() as connection:
+        tables = [_index(objects.join(tokens_folder, name)) for name in names]
+        connection.register("read", pa.concat_tables(tables))
+        connection.execute("CREATE TABLE d AS SELECT * FROM read WHERE start >= 0")  # each where it begins
+        return _lengths(connection, dumps)
+
+
+def _index(url: str) -> pa.Table:
+    with objects.open_file(url) as f:
+        return pq.ParquetFile(f).read(use_threads=False)
+
+
+def _lengths(connection: duckdb.DuckDBPyConnection, dumps: int) -> Lengths:
+    numbers = connection.execute(
+        "SELECT count(*), coalesce(sum(tokens), 0)::BIGINT, coalesce(min(tokens), 0), "
+        "coalesce(quantile_disc(tokens, 0.1), 0), coalesce(quantile_disc(tokens, 0.5), 0), "
+        "coalesce(quantile_disc(tokens, 0.9), 0), coalesce(max(tokens), 0) FROM d"
+    ).fetchone()
+    assert numbers is not None
+    histogram = connection.execute(
+        "SELECT (2 ** floor(log2(tokens)))::BIGINT AS size, count(*) FROM d GROUP BY size ORDER BY size"
+    ).fetchall()
+    by_dump = connection.execute(
+        "SELECT coalesce(dump, ''), sum(tokens)::BIGINT AS n FROM d GROUP BY 1 ORDER BY n DESC, 1 LIMIT ?", [dumps]
+    ).fetchall()
+    quantiles = dict(zip(("shortest", "p10", "median", "p90", "longest"), numbers[2:], strict=True))
+    return Lengths(numbers[0], numbers[1], quantiles, histogram, by_dump)
