@@ -47,6 +47,10 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def checkpoint_folder(run: str, step: int) -> Path:
+    return Path(run, FOLDER, step_name(step))
+
+
 def complete(run: str) -> list[int]:
     """Steps of the complete checkpoints in a run folder (or URL), oldest first."""
     found = objects.list_files(objects.join(run, FOLDER), DONE)
@@ -60,7 +64,7 @@ def newest(run: str) -> Path | None:
     for folder in sorted(Path(run, FOLDER).glob("*step_*")):
         if not (folder / DONE).exists():
             log.warning("passed over %s: it was not written to its end", folder.name)
-    return Path(run, FOLDER, step_name(steps[-1])) if steps else None
+    return checkpoint_folder(run, steps[-1]) if steps else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -161,6 +165,24 @@ class Checkpointer:
         if self.failure is not None:
             raise self.failure
 
+    def settle(self) -> None:
+        """Until the last save is published, as seen by every rank."""
+        self.wait()
+        self.world.barrier()
+
+    def drop_after(self, step: int) -> None:
+        """Remove every later checkpoint; no rank goes on before that is done."""
+        if self.world.is_first:
+            self._remove(lambda steps: [s for s in steps if s > step])
+        self.world.barrier()
+
+    def _remove(self, unwanted: Callable[[list[int]], list[int]]) -> None:
+        """DONE goes first: a removal that is cut off leaves a torn checkpoint, never half a complete one."""
+        for place in filter(None, [self.run, self.mirror]):
+            for step in unwanted(complete(place)):
+                objects.remove(objects.join(place, FOLDER, step_name(step), DONE))
+                objects.remove_tree(objects.join(place, FOLDER, step_name(step)))
+
     def _guarded(self, *args: Any) -> None:
         try:
             self._write(*args)
@@ -186,6 +208,7 @@ class Checkpointer:
     def _publish(self, step: int, hidden: Path) -> None:
         final = hidden.with_name(step_name(step))
         if final.exists():
+            (final / DONE).unlink(missing_ok=True)
             shutil.rmtree(final)
         hidden.rename(final)
         (final / DONE).touch()
@@ -193,9 +216,7 @@ class Checkpointer:
         log.info("saved %s", final)
         if self.mirror:
             upload(str(final), objects.join(self.mirror, FOLDER, final.name))
-        for place in filter(None, [self.run, self.mirror]):
-            for old in self.keep.drops(complete(place)):
-                objects.remove_tree(objects.join(place, FOLDER, step_name(old)))
+        self._remove(self.keep.drops)
 
 
 def upload(folder: str, url: str) -> None:

@@ -119,6 +119,7 @@ class TrainConfig:
     keep_every: int = 0  # -nm: checkpoints of each such step are never deleted; 0: none
     skip_loss_z: float = 0.0  # -sl: skip updates whose loss has a higher z-score; 0: off
     skip_grad_z: float = 0.0  # -sg: the same for the gradient norm
+    on_divergence: Literal["stop", "rewind"] = "stop"  # rewind: to an earlier checkpoint, past the data since
 
     def __post_init__(self) -> None:
         counts = ("val_batches", "val_sequences", "checkpoint_every", "keep_checkpoints")

@@ -29,11 +29,16 @@ class RunLog:
     """The two files of a run folder; on ranks other than the first, a log that goes nowhere."""
 
     def __init__(self, folder: str | None, step: int) -> None:
-        if folder is not None:
-            _cut_back(Path(folder, MAIN_LOG), lambda line: int(line.split()[0].removeprefix("s:")) < step)
-            _cut_back(Path(folder, METRICS), lambda line: json.loads(line)["step"] < step)
-        self.main = _append(folder, MAIN_LOG)
-        self.lines = _append(folder, METRICS)
+        self.folder = folder
+        self.cut_back(step)
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was written at `step` and later."""
+        if self.folder is not None:
+            _cut_back(Path(self.folder, MAIN_LOG), lambda line: int(line.split()[0].removeprefix("s:")) < step)
+            _cut_back(Path(self.folder, METRICS), lambda line: json.loads(line)["step"] < step)
+        self.main = _append(self.folder, MAIN_LOG)
+        self.lines = _append(self.folder, METRICS)
 
     def training(self, step: int, loss: float, lr: float, norm: float) -> None:
         _write(self.main, f"s:{step} trl:{loss:.6f} lr:{lr:.6e} norm:{norm:.4f}")

@@ -1,9 +1,12 @@
 """How unusual is a loss or a gradient norm? A z-score over the last values, as in llm.c."""
 
 import math
+import statistics
 from dataclasses import dataclass, field
 
 WINDOW = 128  # values
+MOST_SKIPS = 8  # in a row
+RISE = 4.0  # standard deviations
 
 
 @dataclass
@@ -33,3 +36,20 @@ class OutlierWindow:
 def is_outlier(z: float, limit: float) -> bool:
     """Whether to skip an update with this score. A limit of 0 is off, but never for values not finite."""
     return z == math.inf or (limit > 0 and math.isfinite(z) and z > limit)
+
+
+def divergence(skips_in_a_row: int, losses: OutlierWindow) -> str:
+    """Why a run has to be taken for diverged; "" while it has not.
+
+    Skipped updates in a row; or a sustained rise: the mean of the window's newest quarter lies above that of its
+    older half by more than RISE of that half's standard deviations.
+    """
+    if skips_in_a_row >= MOST_SKIPS:
+        return f"{skips_in_a_row} updates in a row were outliers"
+    if len(losses.values) < losses.size:
+        return ""
+    older, newer = losses.values[: losses.size // 2], losses.values[-losses.size // 4 :]
+    rise, deviation = statistics.fmean(newer) - statistics.fmean(older), statistics.pstdev(older)
+    if deviation > 0 and rise > RISE * deviation:
+        return f"the loss rose by {rise:.3f}, {rise / deviation:.1f} standard deviations"
+    return ""

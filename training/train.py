@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,8 +28,12 @@ from training.checkpoint import (
     Checkpointer,
     Keep,
     check_definition,
+    checkpoint_folder,
+    complete,
     definition,
     fetch_newest,
+    load_model,
+    load_optimizer,
     newest,
     read_state,
 )
@@ -38,8 +42,12 @@ from training.distributed import World
 from training.launch import INTERRUPTED, die_with_parent, report_status
 from training.loader import training_loader, validation_loader
 from training.metrics import RunLog, utilization
-from training.outliers import OutlierWindow, is_outlier
+from training.outliers import OutlierWindow, divergence, is_outlier
 from training.schedule import learning_rate
+
+DIVERGED = 1  # exit status
+MOST_REWINDS = 3
+REWIND_STEPS = 32  # a divergence may have begun this many steps before it is seen
 
 log = logging.getLogger("gpt2.train")
 
@@ -51,14 +59,17 @@ class Progress:
     step: int = 0  # updates tried so far; also the number of the next one
     position: int = 0  # sequences of the order that are used up
     skipped: int = 0  # updates left out as outliers
+    skips_in_a_row: int = 0
+    rewinds: int = 0  # to an earlier checkpoint, after the run had diverged
     seconds: float = 0.0  # spent in steps
     losses: OutlierWindow = field(default_factory=OutlierWindow)
     norms: OutlierWindow = field(default_factory=OutlierWindow)
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Progress":
-        kept: dict[str, Any] = {key: state[key] for key in ("step", "position", "skipped", "seconds")}
-        return cls(**kept, losses=OutlierWindow(**state["losses"]), norms=OutlierWindow(**state["norms"]))
+        kept = {f.name: state[f.name] for f in fields(cls)}
+        windows = {key: OutlierWindow(**kept[key]) for key in ("losses", "norms")}
+        return cls(**{**kept, **windows})
 
 
 class Stop:
@@ -130,6 +141,34 @@ class Trainer:
             if last:
                 return 0
             self.step()
+            reason = divergence(progress.skips_in_a_row, progress.losses)
+            if reason and not self.rewind(reason):
+                return DIVERGED
+
+    def rewind(self, reason: str) -> bool:
+        """Go back to a checkpoint from before the divergence, and on past the data since -> whether that was done."""
+        p, train = self.progress, self.config.train
+        self.checkpoints.settle()
+        good = [step for step in complete(self.run) if step <= p.step - REWIND_STEPS]
+        if train.on_divergence == "stop" or p.rewinds == MOST_REWINDS or not good:
+            log.error(
+                "diverged at step %d: %s. Nothing was saved since; the checkpoints are of steps %s. Lower lr, set "
+                "skip_loss_z and skip_grad_z, or on_divergence=rewind", p.step, reason, complete(self.run),
+            )  # fmt: skip
+            return False
+        log.warning("diverged at step %d: %s; back to step %d, past the data since", p.step, reason, good[-1])
+        self.checkpoints.drop_after(good[-1])
+        checkpoint = checkpoint_folder(self.run, good[-1])
+        load_model(checkpoint, self.model)
+        load_optimizer(checkpoint, self.optimizer)
+        there = Progress.of(read_state(checkpoint))
+        for name in ("step", "skipped", "skips_in_a_row", "losses", "norms"):
+            setattr(p, name, getattr(there, name))
+        p.rewinds += 1
+        self.log.cut_back(p.step)
+        self.saved = -1  # the checkpoint is written anew, with the position past the data
+        self.save()
+        return True
 
     def step(self) -> None:
         """One optimizer step over `batch_tokens` tokens."""
@@ -142,8 +181,10 @@ class Trainer:
         train = self.config.train
         if is_outlier(loss_z, train.skip_loss_z) or is_outlier(norm_z, train.skip_grad_z):
             p.skipped += 1
+            p.skips_in_a_row += 1
             self.log.skip(p.step, max(loss_z, norm_z))
         else:
+            p.skips_in_a_row = 0
             self.optimizer.step(p.step, lr, scale=min(1.0, train.clip / norm) if norm > 0 else 1.0)
         self.log.training(p.step, loss, lr, norm)
         self.report(loss, lr, norm, time.perf_counter() - started)
@@ -266,8 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_status(2)
         return 2
     status = trainer.loop()
-    trainer.checkpoints.wait()
-    trainer.world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
+    trainer.checkpoints.settle()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
     report_status(status)
     distributed.leave()
     return status
