@@ -1,5 +1,6 @@
 """What every test may use: a real S3 server on loopback, and the real data where it is at hand."""
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,3 +63,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set GPT2_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    store = str(folder / "store")
+    done = gpt2("run", "--name", "tiny", *TINY_SETTINGS, "--store", store, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return Finished(store, json.loads(done.stdout))

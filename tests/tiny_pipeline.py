@@ -1,0 +1,50 @@
+"""The whole chain in a test: a run small enough to be made once and looked at by many tests."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.places import places
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# A run small enough for a test, with every stage of a large one.
+TINY = {
+    "steps": "6",
+    "batch_tokens": "512",
+    "layers": "1",
+    "channels": "32",
+    "heads": "2",
+    "context": "64",
+    "warmup_steps": "2",
+    "val_every": "3",
+    "val_sequences": "8",
+    "checkpoint_every": "2",
+    "sample_tokens": "8",
+    "completion_items": "12",
+    "harness_items": "8",
+}
+TINY_SETTINGS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A store in which `gpt2 run` has made the run `tiny`, and what the command answered."""
+
+    store: str
+    answer: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | places(self.store).variables()
+
+
+def gpt2(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The `gpt2` command as a user runs it."""
+    command = [sys.executable, "-m", "pipeline.commands.main", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment)
