@@ -31,6 +31,7 @@ from training.distributed import World
 from training.optim import ShardedAdamW
 
 SCHEMA = 1
+LOGS = ("main.log", "metrics.jsonl", "train.log", "samples.txt")  # copied to the mirror beside checkpoints
 FOLDER, DONE, MODEL, STATE = "checkpoints", "DONE", "model.safetensors", "state.json"
 # Fields of TrainConfig that leave the weights as they are.
 WITHOUT_EFFECT = ("val_every", "val_batches", "val_sequences", "sample_every", "sample_tokens") + (
@@ -147,6 +148,7 @@ class Checkpointer:
         if world.is_first:
             for torn in Path(run, FOLDER).glob(".step_*"):
                 shutil.rmtree(torn)
+            self.upload()  # the last end may have come before it
         world.barrier()
 
     def save(self, step: int, model: nn.Module, optimizer: ShardedAdamW, state: dict[str, Any]) -> None:
@@ -214,13 +216,21 @@ class Checkpointer:
         (final / DONE).touch()
         _sync(final.parent)
         log.info("saved %s", final)
-        if self.mirror:
-            upload(str(final), objects.join(self.mirror, FOLDER, final.name))
+        self.upload()
         self._remove(self.keep.drops)
 
+    def upload(self) -> None:
+        """Copy to the mirror what it lacks: the newest checkpoint, DONE last, and the logs as they are now."""
+        if self.mirror and self.world.is_first:
+            here, there = complete(self.run), complete(self.mirror)
+            if here and here[-1] not in there:
+                name = step_name(here[-1])
+                _upload(str(checkpoint_folder(self.run, here[-1])), objects.join(self.mirror, FOLDER, name))
+            for log_file in filter(lambda name: Path(self.run, name).exists(), LOGS):
+                objects.publish_file(str(Path(self.run, log_file)), objects.join(self.mirror, log_file))
 
-def upload(folder: str, url: str) -> None:
-    """Copy a complete checkpoint, DONE last."""
+
+def _upload(folder: str, url: str) -> None:
     for found in objects.list_files(folder):
         if found.path != DONE:
             objects.publish_file(objects.join(folder, found.path), objects.join(url, found.path))
@@ -228,16 +238,23 @@ def upload(folder: str, url: str) -> None:
 
 
 def fetch_newest(mirror: str, run: str) -> None:
-    """Copy the mirror's newest complete checkpoint where the run folder has none so new."""
+    """Copy the mirror's newest complete checkpoint, and the logs with it, where the run folder has none so new."""
     there, here = complete(mirror), complete(run)
-    if there and (not here or here[-1] < there[-1]):
-        name = step_name(there[-1])
-        log.info("fetching %s from %s", name, mirror)
-        hidden = Path(run, FOLDER, f".{name}")
-        objects.copy_tree(objects.join(mirror, FOLDER, name), str(hidden))
-        (hidden / DONE).unlink()
-        hidden.rename(hidden.with_name(name))
-        (hidden.with_name(name) / DONE).touch()
+    if not there or (here and here[-1] >= there[-1]):
+        return
+    name = step_name(there[-1])
+    log.info("fetching %s from %s", name, mirror)
+    hidden = Path(run, FOLDER, f".{name}")
+    objects.copy_tree(objects.join(mirror, FOLDER, name), str(hidden))
+    (hidden / DONE).unlink()
+    final = checkpoint_folder(run, there[-1])
+    if final.exists():  # torn: it has no DONE
+        shutil.rmtree(final)
+    hidden.rename(final)
+    (final / DONE).touch()
+    for log_file in LOGS:
+        if objects.exists(objects.join(mirror, log_file)):
+            objects.publish_bytes(str(Path(run, log_file)), objects.read_bytes(objects.join(mirror, log_file)))
 
 
 def _optimizer_tensors(optimizer: ShardedAdamW) -> dict[str, Tensor]:

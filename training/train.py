@@ -307,7 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_status(2)
         return 2
     status = trainer.loop()
-    trainer.checkpoints.settle()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
+    trainer.checkpoints.wait()
+    trainer.checkpoints.upload()
+    trainer.world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
     report_status(status)
     distributed.leave()
     return status
