@@ -81,9 +81,7 @@ class HarnessModel(TemplateLM):
     def _generate(self, request: Instance) -> str:
         context, options = request.args
         if options.get("do_sample") or options.get("temperature", 0.0) > 0.0:
-            raise ValueError(
-                f"{request.task_name} wants sampled text ({options}): only greedy generation is scored"
-            )
+            raise ValueError(f"{request.task_name} wants sampled text ({options}): only greedy generation is scored")
         until = options.get("until", [])
         until = [until] if isinstance(until, str) else until
         return _greedy(self, context, until, options.get("max_gen_toks", 256))
@@ -112,9 +110,7 @@ def _greedy(harness: HarnessModel, context: str, until: Sequence[str], most: int
     return harness.model.decode(made)
 
 
-def _rolling(
-    tokens: Sequence[int], start: int, context: int
-) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(context, continuation) pieces that predict each token once, as lm-eval's rolling windows do."""
     line = (start, *tokens)
     for at in range(0, len(tokens), context):
@@ -137,9 +133,7 @@ def evaluate(
     manager = TaskManager(include_path=task_path, include_defaults=True)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
-        raise ValueError(
-            f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}: see `lm-eval ls tasks`"
-        )
+        raise ValueError(f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}: see `lm-eval ls tasks`")
     return _run(model, scorer, list(tasks), manager, limit, shots, progress, suite)
 
 
@@ -171,8 +165,7 @@ def _task(name: str, items: Path, scratch: Path) -> dict[str, Any]:
         "doc_to_target": "{{label}}",
         "doc_to_choice": "choices",
         "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in ("acc", "acc_norm")
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
         ],
         "metadata": {"version": 1.0},
     }

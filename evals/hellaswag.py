@@ -52,24 +52,16 @@ def read_items(url: str, limit: int = 0) -> list[Item]:
 
 def parse_item(raw: dict[str, Any], name: str) -> Item:
     endings = raw.get("endings")
-    if (
-        not isinstance(endings, list)
-        or len(endings) < 2
-        or not all(isinstance(e, str) and e for e in endings)
-    ):
+    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
         raise ValueError(f"{name}: `endings` must be a list of at least two texts, not {endings!r}")
     label = int(raw["label"]) if str(raw.get("label", "")).isdigit() else -1
     if not 0 <= label < len(endings):
-        raise ValueError(
-            f"{name}: `label` {raw.get('label')!r} must be an ending's number, 0 to {len(endings) - 1}"
-        )
+        raise ValueError(f"{name}: `label` {raw.get('label')!r} must be an ending's number, 0 to {len(endings) - 1}")
     context = raw.get("ctx") or " ".join(part for part in (raw.get("ctx_a"), raw.get("ctx_b")) if part)
     if not context:
         raise ValueError(f"{name}: no context: `ctx`, or `ctx_a` and `ctx_b`, must hold text")
     a, b = (raw["ctx_a"], raw["ctx_b"]) if "ctx_a" in raw and "ctx_b" in raw else split_context(context)
-    return Item(
-        name, int(raw.get("ind", -1)), raw.get("activity_label", ""), context, a, b, tuple(endings), label
-    )
+    return Item(name, int(raw.get("ind", -1)), raw.get("activity_label", ""), context, a, b, tuple(endings), label)
 
 
 def split_context(context: str) -> tuple[str, str]:
@@ -91,9 +83,7 @@ def prompt(item: Item, protocol: str) -> tuple[str, tuple[str, ...]]:
     return harness_text(context), tuple(harness_text(ending) for ending in item.endings)
 
 
-def requests(
-    items: Sequence[Item], protocol: str, encode: Callable[[Sequence[str]], list[list[int]]]
-) -> list[Request]:
+def requests(items: Sequence[Item], protocol: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> list[Request]:
     """Four requests an item, in order. Raises ValueError for an item whose tokens leave nothing to score."""
     prompts = [prompt(item, protocol) for item in items]
     if protocol == "completion":

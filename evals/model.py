@@ -66,9 +66,7 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
     encode, decode, eot = _tokenizer(name)
     config = module.config.get_text_config()
     context: int = config.max_position_embeddings  # GPT-2 maps its n_positions to it
-    return LoadedModel(
-        name, module, encode, decode, eot, context, encode(["Hello world"]) == [HELLO] and eot == 50256
-    )
+    return LoadedModel(name, module, encode, decode, eot, context, encode(["Hello world"]) == [HELLO] and eot == 50256)
 
 
 def pick_device(device: str) -> torch.device:

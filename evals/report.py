@@ -127,9 +127,7 @@ def _optimisation(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> Pictur
     skipped = {step for step, _ in logs[0].skipped}
     at = _points(runs[0], [(step, norm) for step, norm in logs[0].norm if step in skipped])
     drawing = report_plots.optimisation([_curve(run, log.lr) for run, log in pairs], norms, at)
-    return Picture(
-        "optimisation", "Learning rate, gradient norm and skipped updates", report_plots.render(drawing)
-    )
+    return Picture("optimisation", "Learning rate, gradient norm and skipped updates", report_plots.render(drawing))
 
 
 def _throughput(runs: Sequence[ReportData]) -> Picture:
@@ -189,9 +187,7 @@ def score_bars(run: ReportData) -> list[Bar]:
             if "acc" not in name:
                 continue
             marks = [Line(c.against, c.reference) for c in _all_comparisons(run, suite, name, other)]
-            bars.append(
-                Bar(f"{suite}: {name.replace('_', ' ')}", score["value"], score["stderr"], tuple(marks))
-            )
+            bars.append(Bar(f"{suite}: {name.replace('_', ' ')}", score["value"], score["stderr"], tuple(marks)))
     return bars
 
 

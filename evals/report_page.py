@@ -29,9 +29,7 @@ def page(
         _header(lead, title),
         _tiles(lead, logs[0]),
         _section("Training", _panes(by_name, ("loss", "hellaswag")) + _panes(by_name, ("optimisation",))),
-        _section(
-            "Scores", _panes(by_name, ("scores",)) + _scores_table(runs) + _comparison_table(comparisons)
-        ),
+        _section("Scores", _panes(by_name, ("scores",)) + _scores_table(runs) + _comparison_table(comparisons)),
         _section("Samples", _samples(lead.samples)),
         _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(lead.records)),
         _section("Lineage", report_lineage.picture(lead.records) + _records_table(lead.records)),
@@ -64,10 +62,7 @@ def _header(run: "ReportData", title: str) -> str:
         _commit(run.records),
     ]
     line = " · ".join(_text(fact) for fact in facts if fact)
-    return (
-        f"<header><p class='kind'>Training report</p><h1>{_text(title)}</h1>"
-        f"<p class='facts'>{line}</p></header>\n"
-    )
+    return f"<header><p class='kind'>Training report</p><h1>{_text(title)}</h1><p class='facts'>{line}</p></header>\n"
 
 
 def _commit(records: Iterable[Mapping[str, Any]]) -> str:
@@ -119,9 +114,7 @@ def _panes(pictures: "Mapping[str, Picture]", names: Sequence[str]) -> str:
 
 
 def _picture(picture: "Picture") -> str:
-    sources = {
-        theme: "data:image/png;base64," + base64.b64encode(png).decode() for theme, png in picture.png.items()
-    }
+    sources = {theme: "data:image/png;base64," + base64.b64encode(png).decode() for theme, png in picture.png.items()}
     return (
         f"<figure><picture><source media='(prefers-color-scheme: dark)' srcset='{sources['dark']}'>"
         f"<img src='{sources['light']}' alt='{_text(picture.caption)}'></picture></figure>"
@@ -180,8 +173,7 @@ def _samples(text: str) -> str:
     parts = [("", blocks[0])] if blocks[0].strip() else []
     parts += list(zip(blocks[1::2], blocks[2::2], strict=True))
     quotes = [
-        f"<figure class='sample'><figcaption>{_text(head)}</figcaption>"
-        f"<pre>{_text(body.strip())}</pre></figure>"
+        f"<figure class='sample'><figcaption>{_text(head)}</figcaption><pre>{_text(body.strip())}</pre></figure>"
         for head, body in parts[::-1]
         if body.strip()
     ]
@@ -205,9 +197,7 @@ def _cost_table(records: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     if rows:
-        sums = {
-            k: sum((r.get("cost") or {}).get(k) or 0.0 for r in records) for k in ("gpu_hours", "dollars")
-        }
+        sums = {k: sum((r.get("cost") or {}).get(k) or 0.0 for r in records) for k in ("gpu_hours", "dollars")}
         rows.append(
             [
                 "<b>together</b>",
@@ -243,9 +233,7 @@ def _configuration(runs: "Sequence[ReportData]") -> str:
         cells = [f"<span class='differs'>{v}</span>" for v in values] if len(set(values)) > 1 else values
         rows.append([_text(key), *cells])
     table = _table(["key", *(run.name for run in runs)], rows)
-    return (
-        f"<details{' open' if len(runs) > 1 else ''}><summary>{len(keys)} values</summary>{table}</details>"
-    )
+    return f"<details{' open' if len(runs) > 1 else ''}><summary>{len(keys)} values</summary>{table}</details>"
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

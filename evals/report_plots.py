@@ -116,9 +116,7 @@ def accuracy(curves: Sequence[Curve], lines: Sequence[Line]) -> Drawing:
         figure, axes = _figure(theme, 5.6, 4.0)
         for number, curve in enumerate(curves):
             colour = theme.series[number % len(theme.series)]
-            axes.plot(
-                *curve.points, "-o", color=colour, lw=1.7, ms=4, mec=theme.paper, mew=0.7, label=curve.name
-            )
+            axes.plot(*curve.points, "-o", color=colour, lw=1.7, ms=4, mec=theme.paper, mew=0.7, label=curve.name)
         values = [v for c in curves for v in c.points[1]] + [line.value for line in lines] + [0.25]
         axes.set_ylim(min(values) - 0.3 * (max(values) - min(values)), max(values) + 0.012)
         _levels(axes, [*lines, Line("chance", 0.25)], theme, [*theme.series[2 : 2 + len(lines)], theme.muted])
@@ -177,9 +175,7 @@ def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
             _title(axes, title, theme)
             axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(
-                PercentFormatter(1.0) if "share" in unit else FuncFormatter(_count)
-            )
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0) if "share" in unit else FuncFormatter(_count))
             _tokens_axis(axes)
         if len(speeds) > 1:
             _legend(panes[0], theme, "lower right")

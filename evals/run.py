@@ -29,16 +29,12 @@ class Inputs:
 
 
 def main(
-    model: Annotated[
-        str, typer.Argument(help="A Hugging Face model folder, or a hub name where there is a network.")
-    ],
+    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub name where there is a network.")],
     suite: Annotated[str, typer.Option(help="One of: " + ", ".join(SUITES))],
     out: Annotated[str, typer.Option(help="The score's JSON file (a path or an s3:// URL).")],
     items: Annotated[str, typer.Option(help="Items in HellaSwag's format: jsonl or jsonl.gz.")] = "",
     shard: Annotated[str, typer.Option(help="A token shard, for validation_loss.")] = "",
-    tasks: Annotated[
-        str, typer.Option(help="lm-eval tasks, comma-separated, for eleuther without --items.")
-    ] = "",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated, for eleuther without --items.")] = "",
     task_path: Annotated[str, typer.Option(help="A folder of lm-eval task files of your own.")] = "",
     limit: Annotated[int, typer.Option(help="Only the first items (validation_loss: tokens); 0: all.")] = 0,
     batch: Annotated[int, typer.Option(help="Tokens in a batch; 0: by device. Never changes a score.")] = 0,
@@ -66,9 +62,7 @@ def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: st
 
     started = time.monotonic()
     loaded = load(model, device, dtype)
-    events.emit(
-        "note", message=f"{suite}: {model} on {loaded.device}, loaded in {time.monotonic() - started:.1f} s"
-    )
+    events.emit("note", message=f"{suite}: {model} on {loaded.device}, loaded in {time.monotonic() - started:.1f} s")
     result = _evaluate(loaded, Scorer(loaded, batch), suite, inputs, _progress(suite))
     page = results.publish(result, out, time.monotonic() - started)
     for name, score in result.scores.items():
@@ -112,9 +106,7 @@ def _evaluate(model, scorer, suite: str, inputs: Inputs, progress: Callable[[int
     if inputs.items:
         items = hellaswag.read_items(inputs.items, inputs.limit)
         return harness.evaluate_items(model, scorer, items, progress=progress)
-    return harness.evaluate(
-        model, scorer, inputs.tasks, inputs.task_path or None, inputs.limit, progress=progress
-    )
+    return harness.evaluate(model, scorer, inputs.tasks, inputs.task_path or None, inputs.limit, progress=progress)
 
 
 def _progress(suite: str) -> Callable[[int, int], None]:

@@ -7,7 +7,7 @@ part of a small model, runs on the positions that predict a continuation and on 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,15 +60,13 @@ class Scorer:
         self.model = model
         on_gpu = model.device.type == "cuda"
         self.batch_tokens = batch_tokens or (65_536 if on_gpu else 4_096)
-        self.head_rows = (
-            4_096 if on_gpu else 256
-        )  # positions a chunk of logits: 51 MB on a CPU, 0.8 GB on a GPU
+        # positions and vocabulary entries of a piece of logits: 8 MB stay in a CPU's cache (30% faster than whole
+        # rows), a GPU wants large matmuls
+        self.piece = (4_096, 65_536) if on_gpu else (512, 4_096)
         self.head = _linear_head(model)
         self.share_prefixes = share_prefixes and _honours_masks(self)
 
-    def score(
-        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
-    ) -> list[Scored]:
+    def score(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Scored]:
         """Scores in the order of the requests. Raises ValueError naming a request that can't be scored."""
         for request in requests:
             _check(request, self.model.context)
@@ -110,12 +108,10 @@ class Scorer:
             states, logits = self._run(tokens, _tree_mask(segments, self.model.module.dtype), positions)
         where, targets = _targets(rows, self.model.device)  # (N, 2), (N,)
         picked = (states if logits is None else logits)[where[:, 0], where[:, 1]]  # (N, C) or (N, V)
-        logprobs, greedy = self._token_logprobs(picked, targets, logits is None)
+        logprobs, greedy = self._token_logprobs(picked, targets)
         return _sum_by_branch(rows, logprobs, greedy)
 
-    def _run(
-        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The last hidden states (B, T, C), and logits (B, T, V) where the head is more than a matrix."""
         attention = {} if mask is None else {"attention_mask": mask, "position_ids": positions}
         if self.head is None:
@@ -123,18 +119,43 @@ class Scorer:
             return logits, logits
         return self.model.module.base_model(tokens, use_cache=False, **attention).last_hidden_state, None
 
-    def _token_logprobs(self, picked: Tensor, targets: Tensor, through_head: bool) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(self, picked: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """fp64 log-probability (N,) of each target, and whether it was the likeliest token."""
-        logprobs, greedy = [], []
-        for rows, wanted in zip(picked.split(self.head_rows), targets.split(self.head_rows), strict=True):
-            logits = (self.head(rows) if through_head and self.head is not None else rows).float()  # (n, V)
-            top = logits.amax(-1, keepdim=True)  # (n, 1)
-            chosen = logits.gather(-1, wanted[:, None])  # (n, 1)
-            # in place: a second tensor of this width costs more than the exp itself
-            total = logits.sub_(top).exp_().sum(-1, keepdim=True).double().log_()
-            logprobs.append((chosen.double() - top.double() - total).squeeze(-1))
-            greedy.append((chosen == top).squeeze(-1))
-        return torch.cat(logprobs).cpu(), torch.cat(greedy).cpu()
+        size = self.piece[0]
+        pairs = [
+            _reduce(self._logits(rows), wanted)
+            for rows, wanted in zip(picked.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat([logprob for logprob, _ in pairs]).cpu(), torch.cat([best for _, best in pairs]).cpu()
+
+    def _logits(self, rows: Tensor) -> Iterator[Tensor]:
+        """fp32 logits (n, V) of the picked positions in pieces of the vocabulary, free to be overwritten."""
+        if self.head is None:  # they are logits already
+            yield rows.float()
+            return
+        weights = self.head.weight.split(self.piece[1])
+        biases = [None] * len(weights) if self.head.bias is None else self.head.bias.split(self.piece[1])
+        for weight, bias in zip(weights, biases, strict=True):
+            yield torch.nn.functional.linear(rows, weight, bias).float()
+
+
+def _reduce(pieces: Iterable[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-softmax at the wanted tokens (n,) over logits that come in pieces: a running maximum and sum."""
+    wanted = wanted[:, None]  # (n, 1)
+    top = torch.full(wanted.shape, -torch.inf, device=wanted.device)
+    chosen = torch.full_like(top, -torch.inf)
+    total = torch.zeros_like(top, dtype=torch.float64)
+    start = 0
+    for logits in pieces:
+        width = logits.shape[-1]
+        inside = (wanted >= start) & (wanted < start + width)
+        chosen = torch.where(inside, logits.gather(-1, (wanted - start).clamp(0, width - 1)), chosen)
+        highest = torch.maximum(top, logits.amax(-1, keepdim=True))
+        # in place: a second tensor of this size costs more than the exp itself
+        sums = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+        total = total * (top - highest).double().exp() + sums
+        top, start = highest, start + width
+    return (chosen.double() - top.double() - total.log()).squeeze(-1), (chosen == top).squeeze(-1)
 
 
 def _check(request: Request, context: int) -> None:
@@ -248,13 +269,13 @@ def _sum_by_branch(rows: list[Row], logprobs: Tensor, greedy: Tensor) -> list[tu
 
 
 @torch.inference_mode()
-def _linear_head(model: LoadedModel) -> torch.nn.Module | None:
+def _linear_head(model: LoadedModel) -> torch.nn.Linear | None:
     """The output matrix, if the logits are its product with the last hidden states and nothing else.
 
     Some architectures scale or cap their logits after it; those go through the whole model.
     """
     head = model.module.get_output_embeddings()
-    if head is None or model.module.base_model is model.module:
+    if not isinstance(head, torch.nn.Linear) or model.module.base_model is model.module:
         return None
     probe = torch.tensor([[model.eot, 0, 1, 2]], device=model.device)
     states = model.module.base_model(probe, use_cache=False).last_hidden_state
@@ -272,8 +293,7 @@ def _honours_masks(scorer: Scorer) -> bool:
     alone = scorer._score_batch(_rows(requests, scorer.model.context, False))
     tolerance = 1e-4 if scorer.model.module.dtype == torch.float32 else 0.1
     apart = max(
-        abs(a[1] - b[1])
-        for a, b in zip(*(sorted(s, key=lambda x: x[0].request) for s in (shared, alone)), strict=True)
+        abs(a[1] - b[1]) for a, b in zip(*(sorted(s, key=lambda x: x[0].request) for s in (shared, alone)), strict=True)
     )
     if apart > tolerance:
         log.warning("%s does not take a mask of its own: prefixes are not shared", scorer.model.name)

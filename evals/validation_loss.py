@@ -23,9 +23,7 @@ def evaluate(
     `limit` is in tokens. The standard error is over windows: tokens of one window are not independent.
     """
     if not model.gpt2_vocabulary:
-        raise ValueError(
-            f"{model.name} has another vocabulary than GPT-2's: the tokens of {shard} mean nothing to it"
-        )
+        raise ValueError(f"{model.name} has another vocabulary than GPT-2's: the tokens of {shard} mean nothing to it")
     asked = windows(shard, model.context, limit)
     scored = scorer.score(asked, progress)
     sizes = token_bytes()
@@ -35,9 +33,7 @@ def evaluate(
         rows.append({"window": number, "tokens": score.tokens, "bytes": size, "logprob": score.logprob})
     scores = {"loss": loss(rows), "bits_per_byte": bits_per_byte(rows), "perplexity": perplexity(rows)}
     details = {"shard": shard, "window": model.context, "tokens": sum(row["tokens"] for row in rows)}
-    return EvalResult(
-        "validation_loss", "token windows", model.describe(), scores, len(rows), 0, rows, details
-    )
+    return EvalResult("validation_loss", "token windows", model.describe(), scores, len(rows), 0, rows, details)
 
 
 def windows(shard: str, context: int, limit: int = 0) -> list[Request]:
