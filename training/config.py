@@ -112,6 +112,7 @@ class TrainConfig:
     val_every: int = 250  # -v: steps; 0: only at the end
     val_batches: int = 20  # -m: batches of val_sequences x T tokens each, or as many as the split holds
     val_sequences: int = 128  # a batch of -m: 16 sequences on each of 8 GPUs in the run to reproduce
+    hellaswag: bool = False  # -h: HellaSwag's accuracy with each validation loss
     sample_every: int = 0  # -s: steps; 0: only at the end
     sample_tokens: int = 384  # -g
     checkpoint_every: int = 2000  # -n: steps; the last step always

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from storage import events, objects
-from training import distributed, plan, sample
+from storage.shards import Choice, read_choices
+from training import distributed, plan, sample, validation
 from training.assemble import assemble
 from training.checkpoint import (
     Checkpointer,
@@ -93,6 +94,7 @@ class Trainer:
         world: World,
         stop: Stop,
         mirror: str | None = None,
+        items: str | None = None,
         anyway: bool = False,
     ) -> None:
         self.config = config = fitted(config, world)
@@ -104,6 +106,7 @@ class Trainer:
         checkpoint = newest(run)
         self.definition = definition(config, world.device_name, self.load.order.shard_tokens)
         self.progress = self.resume(checkpoint, anyway)
+        self.items = _items(config, items)
         self.load_validation = validation_loader(tokens, config.model.context, world.device)
         self.model, self.optimizer = assemble(config, world, checkpoint)
         keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
@@ -210,20 +213,15 @@ class Trainer:
             total += loss.detach()
         return total
 
-    @torch.no_grad()
     def validate(self) -> None:
-        """The mean loss over the validation split's first sequences, for any number of ranks the same."""
-        train = self.config.train
-        count = min(train.val_batches * train.val_sequences, self.load_validation.order.sequences_per_epoch)
-        mine = range(self.world.rank, count, self.world.size)
-        total = torch.zeros((), device=self.world.device)
-        for at in range(0, len(mine), self.micro_batch):
-            positions = mine[at : at + self.micro_batch]
-            total += self.model(*self.load_validation(positions)) * len(positions)
-        loss = self.world.sums([total])[0] / count
-        self.log.validation(self.progress.step, loss)
+        step, train = self.progress.step, self.config.train
+        sequences = train.val_batches * train.val_sequences
+        loss = validation.mean_loss(self.model, self.load_validation, sequences, self.micro_batch, self.world)
+        self.log.validation(step, loss)
         if self.world.is_first:
-            events.emit("validation", step=self.progress.step, loss=loss)
+            events.emit("validation", step=step, loss=loss)
+        if train.hellaswag:
+            self.log.accuracy(step, validation.choice_accuracy(self.model, self.items, self.world))
 
     def sample(self) -> None:
         if self.world.is_first:
@@ -287,6 +285,14 @@ def _nearest(config: RunConfig, what: str, value: int) -> str:
     return f"batch_tokens={total} does not divide into {value} {what}: the nearest that do are {near}"
 
 
+def _items(config: RunConfig, path: str | None) -> list[Choice]:
+    if not config.train.hellaswag:
+        return []
+    if path is None:
+        raise ValueError("hellaswag=true needs --items, the file of HellaSwag's items")
+    return read_choices(path)
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
@@ -296,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="folder with config.json")
     parser.add_argument("--tokens", required=True, help="folder with token shards")
     parser.add_argument("--mirror", help="location that every checkpoint is copied to, and fetched from")
+    parser.add_argument("--items", help="HellaSwag's items in llm.c's format, for hellaswag=true")
     parser.add_argument("--resume-anyway", action="store_true", help="from a checkpoint of another configuration")
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())
@@ -322,7 +329,8 @@ def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
     if options.mirror and world.is_first:
         fetch_newest(options.mirror, options.run)
     world.barrier()
-    return Trainer(config, options.run, options.tokens, world, stop, options.mirror, options.resume_anyway)
+    given = (options.mirror, options.items, options.resume_anyway)
+    return Trainer(config, options.run, options.tokens, world, stop, *given)
 
 
 def _log_to(run: str, world: World) -> None:
