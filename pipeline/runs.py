@@ -82,8 +82,8 @@ def check_possible(places: Places, config: RunConfig) -> None:
     check_batch(config)
     if config.evals.hellaswag and not objects.exists(config.evals.hellaswag):
         raise ValueError(f"evals.hellaswag={config.evals.hellaswag}: there is no such file")
-    objects.check_writable(places.store)
     check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))
+    objects.check_writable(places.store)  # last: it makes the store's folder
 
 
 def check_batch(config: RunConfig) -> None:

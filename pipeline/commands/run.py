@@ -68,10 +68,11 @@ def run(
     run_name = name or runs.default_name(config)
     runs.check_name(run_name)
     runs.check_unchanged(place, run_name, config)
+    names = _stages(only or [])
     runs.check_possible(place, config)
     instance.prepare(place)
     objects.publish_json(runs.config_url(place, run_name), to_dict(config))
-    _execute(place, "full_pipeline", run_name, only or [], as_json)
+    _execute(place, "full_pipeline", run_name, names, as_json)
 
 
 def evals(
@@ -85,15 +86,24 @@ def evals(
     if runs.stored(place, name) is None:
         known = ", ".join(runs.known_runs(place)) or "none"
         raise ValueError(f"there is no run {name!r} in {place.store}: the runs there are {known}")
+    names = _stages([*suite, "report"] if suite else ["evals"])
     instance.prepare(place)
-    _execute(place, "evals_only", name, [*suite, "report"] if suite else ["evals"], as_json)
+    _execute(place, "evals_only", name, names, as_json)
 
 
-def _execute(place: Places, job: str, run_name: str, only: list[str], as_json: bool) -> None:
-    from pipeline import execution  # Dagster takes a second to load, which bad input need not wait for
+def _stages(only: list[str]) -> list[str]:
+    """The assets that were named; empty for all of them."""
+    if not only:
+        return []
+    from pipeline import execution  # Dagster takes a second to load, which most bad input need not wait for
+
+    return execution.stages(only)
+
+
+def _execute(place: Places, job: str, run_name: str, names: list[str], as_json: bool) -> None:
+    from pipeline import execution
     from pipeline.terminal import Terminal, quiet_output, results_table
 
-    names = execution.stages(only)
     rescored = [n for n in names if n in execution.stages(["evals"])]
     with quiet_output() as console:
         quiet = Console(stderr=True, quiet=True) if as_json else console

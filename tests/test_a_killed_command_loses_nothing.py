@@ -1,0 +1,99 @@
+"""Kill the command at any moment: no process lives on, no run stays started, and the next run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
+
+from storage.places import places
+
+LONG = ["run", "--name", "long", *TINY_SETTINGS, "--set", "steps=400", "--set", "checkpoint_every=5"]
+
+
+def processes_of(store: Path) -> list[int]:
+    """Pids of the live processes whose command line names the store."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+                continue
+            if any(str(store) in word for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for(what: str, done, seconds: float = 120) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(int(seconds * 10)):
+        if done():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A `gpt2 run` that has saved its first checkpoint and is training on."""
+    store = tmp_path / "store"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.commands.main", *LONG, "--store", str(store)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = store / "runs/long/checkpoints/step_000005/DONE"
+    wait_for("the first checkpoint", lambda: checkpoint.exists() or process.poll() is not None)
+    assert process.poll() is None
+    yield store, process
+    process.kill()
+
+
+def statuses(store: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("DAGSTER_HOME", str(places(str(store)).dagster_home))
+    with dg.DagsterInstance.get() as instance:
+        return [run.status.value for run in instance.get_runs()]
+
+
+@pytest.mark.slow
+def test_kill_9_ends_every_rank_after_a_checkpoint_and_the_next_run_goes_on(
+    training: tuple[Path, subprocess.Popen[bytes]], finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, process = training
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for("the ranks to end", lambda: not processes_of(store))
+    assert statuses(store, monkeypatch) == ["STARTED"]  # nobody was left to say otherwise
+    saved = sorted(path.parent.name for path in (store / "runs/long/checkpoints").glob("*/DONE"))
+    done = gpt2(*LONG, "--store", str(store), "--json", cwd=store.parent)
+    assert done.returncode == 0, done.stderr
+    assert statuses(store, monkeypatch) == ["SUCCESS", "FAILURE"]
+    assert f"resumed from {store}/runs/long/checkpoints/{saved[-1]}" in (store / "runs/long/train.log").read_text()
+    steps = [line for line in (store / "runs/long/main.log").read_text().splitlines() if " trl:" in line]
+    assert [int(line.split()[0][2:]) for line in steps] == list(range(400))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(
+    number: signal.Signals,
+    training: tuple[Path, subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, process = training
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 1
+    assert not processes_of(store)
+    assert "STARTED" not in statuses(store, monkeypatch)
+    newest = sorted((store / "runs/long/checkpoints").glob("*/DONE"))[-1].parent
+    state = json.loads((newest / "state.json").read_text())
+    last = (store / "runs/long/main.log").read_text().splitlines()[-1]
+    assert state["step"] == int(last.split()[0][2:]) + 1  # no step was lost

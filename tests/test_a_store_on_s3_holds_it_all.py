@@ -1,0 +1,39 @@
+"""The whole chain on S3: a real server on loopback, the same outputs as on a disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+
+from storage import objects, records
+
+
+@pytest.mark.slow
+def test_the_chain_runs_on_s3_and_is_reused_from_there(s3_store: str, finished: Finished, tmp_path: Path) -> None:
+    arguments = ("run", "--name", "tiny", *TINY_SETTINGS, "--store", s3_store, "--json")
+    done = gpt2(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    there = {output["key"]: output for output in json.loads(done.stdout)["outputs"]}
+    local = {output["key"]: output for output in finished.answer["outputs"]}
+    assert there.keys() == local.keys()
+    for key, output in there.items():
+        record, twin = records.read_record(s3_store, key), records.read_record(finished.store, key)
+        assert record is not None and twin is not None
+        assert record.fingerprint == twin.fingerprint
+        assert all(records.file_problem(s3_store, key, file) is None for file in record.files)
+        if key == "runs/tiny" or key.startswith("tokens/"):
+            assert output["metrics"].get("loss") == local[key]["metrics"].get("loss")
+    assert (
+        objects.read_text(objects.join(s3_store, "runs/tiny/main.log"))
+        == Path(finished.store, "runs/tiny/main.log").read_text()
+    )
+
+    other_machine = tmp_path / "other-machine"  # with nothing in its home
+    other_machine.mkdir()
+    again = gpt2(*arguments, cwd=other_machine)
+    assert again.returncode == 0, again.stderr
+    assert all(output["reused"] for output in json.loads(again.stdout)["outputs"])
+    rescored = gpt2("evals", "tiny", "--store", s3_store, "--json", cwd=other_machine)
+    assert rescored.returncode == 0, rescored.stderr
+    assert len(json.loads(rescored.stdout)["outputs"]) == 4

@@ -1,0 +1,114 @@
+"""Bad input ends at once with status 2 and one line that names the value and the fix; nothing is left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+
+
+def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
+    """The one line that a refused command says; the store must be as it was."""
+    done = gpt2(*arguments, "--store", str(store), cwd=cwd, timeout=60)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert not os.path.exists(store), f"{store} was made for a command that was refused"
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gpt2_124m"], "unknown recipe 'gpt2_124m': did you mean gpt2-124m"),
+        (["demo", "--set", "stps=3"], "unknown key 'stps' (did you mean steps?)"),
+        (["demo", "--set", "steps=many"], "steps='many' is not a whole number"),
+        (["demo", "--set", "schedule=cosin"], "schedule='cosin' is none of cosine, linear, constant, wsd"),
+        (["demo", "--set", "steps"], "write key=value"),
+        (["demo", "--set", "batch_tokens=1000"], "the nearest that are 768 and 1024"),
+        (["demo", "--set", "evals.hellaswag=absent.jsonl"], "absent.jsonl: there is no such file"),
+        (["demo", "--corpus", "embeded"], "no corpus 'embeded': did you mean embedded?"),
+        (["demo", "--corpus", "absent/folder"], "no corpus 'absent/folder'"),
+        (["demo", "--name", "a/b"], "--name 'a/b' is not a good name"),
+        (["demo", "--only", "eval"], "--only eval: choose from data, training, evals"),
+        (["demo", "--gpus", "3"], "the nearest that do are 768 or 1536"),
+    ],
+)
+def test_a_value_that_is_not_known(arguments: list[str], said: str, tmp_path: Path) -> None:
+    assert said in refuse("run", *arguments, cwd=tmp_path, store=tmp_path / "store")
+
+
+def test_a_folder_without_parquet(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    said = refuse("run", "--corpus", "texts", cwd=tmp_path, store=tmp_path / "store")
+    assert "texts holds no .parquet file" in said
+
+
+def test_a_parquet_file_without_text(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    pq.write_table(pa.table({"content": ["hello"], "id": ["1"]}), tmp_path / "texts/a.parquet")
+    said = refuse("run", "--corpus", "texts", cwd=tmp_path, store=tmp_path / "store")
+    assert "texts/a.parquet" in said
+    assert "content" in said and "text" in said
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.parquet").write_bytes(b"PAR1 but then something else")
+    said = refuse("run", "--corpus", "texts", cwd=tmp_path, store=tmp_path / "store")
+    assert "texts/a.parquet" in said
+
+
+def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = refuse("run", cwd=tmp_path, store=tmp_path / "file" / "store")
+    assert "file/store can't be written" in said and "--store" in said
+
+
+def test_a_bucket_that_is_not_there(s3_store: str, tmp_path: Path) -> None:
+    said = refuse("run", cwd=tmp_path, store="s3://no-such-bucket-anywhere/store")
+    assert "s3://no-such-bucket-anywhere/store can't be written" in said
+
+
+def test_a_disk_without_space(tmp_path: Path) -> None:
+    settings = ["--set", "layers=4096", "--set", "channels=16384", "--set", "heads=128"]
+    said = refuse("run", *settings, cwd=tmp_path, store=tmp_path / "store")
+    assert "GiB free, this run needs about" in said
+
+
+def test_a_run_of_another_definition_keeps_its_name(finished: Finished, tmp_path: Path) -> None:
+    done = gpt2("run", "--name", "tiny", *TINY_SETTINGS, "--set", "lr=0.1", "--store", finished.store, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "run 'tiny' exists with train.lr=0.005 (now 0.1): give the new one another name" in done.stderr
+
+
+def test_evals_of_a_run_that_is_not_there(finished: Finished, tmp_path: Path) -> None:
+    done = gpt2("evals", "tinny", "--store", finished.store, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no run 'tinny'" in done.stderr and "the runs there are tiny" in done.stderr
+
+
+def test_a_broken_shard_is_named_by_the_trainer(finished: Finished, tmp_path: Path) -> None:
+    """Also where somebody trains by hand, without a pipeline that would make the shard anew."""
+    source = next(Path(finished.store, "tokens").iterdir())
+    (tmp_path / "tokens").mkdir()
+    for path in source.glob("*.bin"):
+        data = path.read_bytes()
+        (tmp_path / "tokens" / path.name).write_bytes(b"junk" + data[4:] if "train_000001" in path.name else data)
+    (tmp_path / "run").mkdir()
+    config = Path(finished.store, "runs/tiny/config.json").read_text()
+    (tmp_path / "run/config.json").write_text(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "training.launch", "--gpus", "1", "training.train"]
+        + [str(tmp_path / "run"), "--tokens", str(tmp_path / "tokens")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "train_000001.bin" in done.stderr
