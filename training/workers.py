@@ -1,69 +1,101 @@
-"""Who does the independent pieces of a job: this process, or several of them?
+"""Who does the independent pieces of a job: this process, several of them, or the tasks of a Ray cluster?
 
-One worker is this process itself. More are spawned processes that end with it, however it ends, so that a
-killed run leaves nobody behind who works on.
+One worker is this process itself. More are spawned processes that end with it, however it ends, so that a killed
+run leaves nobody behind who works on. Ray's tasks run on the cluster that RAY_ADDRESS names, else on a local one.
 """
 
+import logging
 import multiprocessing
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from types import TracebackType
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 PARENT_CHECK = 0.5  # seconds between two looks whether the parent still lives
 
+Call = Callable[..., Any]
 
-class Engine:
-    """Runs submitted calls on `workers` workers and hands back their results as they come."""
 
-    def __init__(self, workers: int):
-        if workers < 1:
-            raise ValueError(f"workers={workers} must be at least 1")
-        self.workers = workers
-        self.calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self.futures: set[Future[Any]] = set()
-        self.pool: ProcessPoolExecutor | None = None
+class Engine(Protocol):
+    """Runs submitted calls and hands back their results as they come."""
 
-    def __enter__(self) -> "Engine":
-        return self
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
-        if self.workers == 1:
-            self.calls.append((function, arguments))
-        else:
-            self.futures.add(self._started_pool().submit(function, *arguments))
-
-    def _started_pool(self) -> ProcessPoolExecutor:
-        if self.pool is None:
-            context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
-            self.pool = ProcessPoolExecutor(self.workers, context, _end_with_parent, (os.getpid(),))
-        return self.pool
+    def submit(self, function: Call, *arguments: Any) -> None: ...
 
     def free(self) -> bool:
         """Whether one more call keeps a worker from idling: one is queued ahead for each worker."""
-        return len(self.calls) < 1 if self.workers == 1 else len(self.futures) < 2 * self.workers
+        ...
 
-    def busy(self) -> bool:
-        return bool(self.calls or self.futures)
+    def busy(self) -> bool: ...
 
     def next_result(self) -> Any:
         """The result of some call, once there is one. Raises what that call raised."""
-        if self.calls:
-            function, arguments = self.calls.popleft()
-            return function(*arguments)
+        ...
+
+
+@contextmanager
+def engine(name: str, workers: int) -> Iterator[Engine]:
+    """`name` is "processes" or "ray"."""
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    if name == "ray":
+        with _ray(workers) as ray:
+            yield ray
+    elif name != "processes":
+        raise ValueError(f"no engine {name!r}: choose processes or ray")
+    elif workers == 1:
+        yield Here()
+    else:
+        context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
+        with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
+            try:
+                yield Processes(pool, workers)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+class Here:
+    """This process: a call runs when its result is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: deque[tuple[Call, tuple[Any, ...]]] = deque()
+
+    def submit(self, function: Call, *arguments: Any) -> None:
+        self.calls.append((function, arguments))
+
+    def free(self) -> bool:
+        return not self.calls
+
+    def busy(self) -> bool:
+        return bool(self.calls)
+
+    def next_result(self) -> Any:
+        function, arguments = self.calls.popleft()
+        return function(*arguments)
+
+
+class Processes:
+    def __init__(self, pool: ProcessPoolExecutor, workers: int):
+        self.pool, self.workers = pool, workers
+        self.futures: set[Future[Any]] = set()
+
+    def submit(self, function: Call, *arguments: Any) -> None:
+        self.futures.add(self.pool.submit(function, *arguments))
+
+    def free(self) -> bool:
+        return len(self.futures) < 2 * self.workers
+
+    def busy(self) -> bool:
+        return bool(self.futures)
+
+    def next_result(self) -> Any:
         done = next(iter(wait(self.futures, return_when=FIRST_COMPLETED).done))
         self.futures.remove(done)
         return done.result()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -74,3 +106,44 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK)
     os._exit(1)
+
+
+@contextmanager
+def _ray(workers: int) -> Iterator[Engine]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ValueError("the engine ray is not installed: pip install 'gpt2-pipeline[ray]'") from error
+
+    root = Path(__file__).resolve().parent.parent
+    if address := os.environ.get("RAY_ADDRESS"):
+        modules = [str(root / "storage"), str(root / "training")]  # the cluster may have no checkout of ours
+        ray.init(address, runtime_env={"py_modules": modules}, logging_level=logging.WARNING)
+    else:
+        ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        yield RayTasks(ray, int(ray.cluster_resources()["CPU"]))
+    finally:
+        ray.shutdown()
+
+
+class RayTasks:
+    """Core tasks, each on one CPU; a task whose machine dies is run again by Ray."""
+
+    def __init__(self, ray: Any, workers: int):
+        self.ray, self.workers = ray, workers
+        self.running: list[Any] = []
+
+    def submit(self, function: Call, *arguments: Any) -> None:
+        self.running.append(self.ray.remote(function).remote(*arguments))
+
+    def free(self) -> bool:
+        return len(self.running) < 2 * self.workers
+
+    def busy(self) -> bool:
+        return bool(self.running)
+
+    def next_result(self) -> Any:
+        done, self.running = self.ray.wait(self.running, num_returns=1)
+        return self.ray.get(done[0])

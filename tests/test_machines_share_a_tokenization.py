@@ -1,0 +1,145 @@
+"""Several machines make one corpus's shards in one store, each piece by one of them, and the dead are replaced."""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage import objects
+from training import claims, pieces, tokenization
+from training.claims import Claims
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+SHARD_TOKENS = 5_000
+CHILD = """
+import sys, time
+from training import claims, pieces, tokenization
+claims.LEASE, pieces.PIECE_TEXT, tokenization.POLL = 1.0, 20_000, 0.1
+if __name__ == "__main__":
+    out, work, slow, files = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:]
+    encode = tokenization.encode_piece
+    def slowly(place, piece):
+        if pieces.read_encoded(place, piece) is None:
+            print(piece.index, flush=True)
+            time.sleep(slow)
+        return encode(place, piece)
+    tokenization.encode_piece = slowly
+    tokenization.tokenize(files, out, "c", 5_000, work, 1, lambda *_: None, shared=True)
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path) -> list[str]:
+    choose = random.Random(4)
+    paths = []
+    for number in range(3):
+        texts = [" ".join(choose.choices(["red", "green", "blue", "of", "the"], k=200)) for _ in range(60)]
+        paths.append(str(tmp_path / f"{number:03d}.parquet"))
+        pq.write_table(pa.table({"text": texts}), paths[-1], row_group_size=10)
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_TEXT", 20_000)
+    monkeypatch.setattr(claims, "LEASE", 1.0)
+    monkeypatch.setattr(tokenization, "POLL", 0.1)
+
+
+def alone(corpus: list[str], folder: Path) -> dict[str, str]:
+    out = str(folder / "alone")
+    tokenization.tokenize(corpus, out, "c", SHARD_TOKENS, str(folder / "work"), 1, lambda *_: None)
+    return digests(out)
+
+
+def digests(out: str) -> dict[str, str]:
+    return {s.path: objects.sha256(f"{out}/{s.path}") for s in objects.list_files(out) if s.path.startswith("c_")}
+
+
+def machine(folder: Path, number: int, out: str, files: list[str], slow: float = 0.05) -> subprocess.Popen[str]:
+    script = folder / "child.py"
+    script.write_text(CHILD)
+    command = [sys.executable, str(script), out, str(folder / f"work-{number}"), str(slow), *files]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ROOT})
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_machines_divide_the_pieces_and_give_the_same_bytes(corpus, tmp_path, where, request):
+    out = f"{request.getfixturevalue('s3_store')}/tokens" if where == "s3" else str(tmp_path / "shared")
+    machines = [machine(tmp_path, number, out, corpus) for number in range(2)]
+    encoded = [list(map(int, m.communicate()[0].split())) for m in machines]
+    assert [m.returncode for m in machines] == [0, 0]
+    assert sorted(encoded[0] + encoded[1]) == list(range(18))
+    assert all(encoded)
+    assert digests(out) == alone(corpus, tmp_path)
+
+
+def test_a_dead_machines_piece_is_taken_over(corpus, tmp_path):
+    out = str(tmp_path / "shared")
+    dead = machine(tmp_path, 0, out, corpus, slow=60)
+    assert dead.stdout and dead.stdout.readline() == "0\n"
+    dead.kill()
+    dead.communicate()
+    assert objects.list_files(f"{out}/pieces/claims")
+    made = tokenization.tokenize(
+        corpus, out, "c", SHARD_TOKENS, str(tmp_path / "work-1"), 2, lambda *_: None, shared=True
+    )
+    assert digests(out) == alone(corpus, tmp_path) == {f.path: f.sha256 for f in made.files}
+
+
+def test_shards_of_another_corpus_are_not_overwritten(corpus, tmp_path):
+    out = str(tmp_path / "shared")
+    machine(tmp_path, 0, out, corpus).communicate()
+    before = digests(out)
+    with pytest.raises(ValueError, match="holds shards of another corpus or size: remove it"):
+        tokenization.tokenize(corpus[:2], out, "c", 5_000, "", 1, lambda *_: None, shared=True)
+    assert digests(out) == before
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_claim_has_one_owner_until_it_is_released(tmp_path, where, request):
+    place = f"{request.getfixturevalue('s3_store')}/claims" if where == "s3" else str(tmp_path / "claims")
+    with Claims(place) as one, Claims(place) as two:
+        assert one.take("piece-000001") and not two.take("piece-000001")
+        assert two.take("piece-000002") and not one.take("piece-000002")
+        one.release("piece-000001")
+        assert two.take("piece-000001")
+    assert objects.list_files(place) == []
+
+
+def test_a_renewed_claim_outlives_many_leases_and_a_silent_one_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE", 0.2)
+    silent, other = Claims(str(tmp_path)), Claims(str(tmp_path))
+    with Claims(str(tmp_path)) as alive:
+        assert alive.take("renewed") and silent.take("silent")
+        until = time.monotonic() + 1.0
+        taken: set[str] = set()
+        while time.monotonic() < until:
+            taken |= {name for name in ("renewed", "silent") if name not in taken and other.take(name)}
+            time.sleep(0.02)
+        assert taken == {"silent"}
+
+
+def test_ray_gives_the_same_bytes_and_is_missed_by_name(corpus, tmp_path):
+    """On two local worker processes where Ray is installed; it is an extra, so elsewhere its absence is told."""
+    arguments = (corpus, str(tmp_path / "ray"), "c", SHARD_TOKENS, str(tmp_path / "ray-work"), 2, lambda *_: None)
+    if importlib.util.find_spec("ray") is None:
+        with pytest.raises(ValueError, match="the engine ray is not installed: pip install"):
+            tokenization.tokenize(*arguments, engine_name="ray")
+        return
+    tokenization.tokenize(*arguments, engine_name="ray")
+    assert digests(str(tmp_path / "ray")) == alone(corpus, tmp_path)
+
+
+def test_an_unknown_engine_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match="no engine 'spark': choose processes or ray"):
+        tokenization.tokenize(
+            corpus, str(tmp_path / "o"), "c", 5_000, str(tmp_path / "w"), 2, lambda *_: None, engine_name="spark"
+        )

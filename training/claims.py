@@ -1,0 +1,83 @@
+"""Which of several machines does a piece of work, and who takes it over from one that died?
+
+A claim is an object that only one machine can create. Its owner renews it while it works; whoever has seen it
+unchanged for the length of a lease takes the work over with the next claim on it. Clocks are not compared: each
+machine counts by its own. Work done twice is wasted, never wrong: what is claimed here gives the same bytes.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from types import TracebackType
+
+from storage import objects
+
+LEASE = 60.0  # seconds without a renewal after which work is taken over
+RENEWALS = 4  # of a claim during a lease
+
+
+class Claims:
+    """The claims of one process in a place that all machines reach. Use as a context: it renews them."""
+
+    def __init__(self, place: str):
+        self.place, self.lease = place, LEASE
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.lock = threading.Lock()
+        self.held: dict[str, int] = {}  # name → number of our claim on it
+        self.seen: dict[str, tuple[str, float]] = {}  # name → (the last claim on it, since when)
+        self.beats = 0
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._keep_renewing, daemon=True)
+
+    def __enter__(self) -> "Claims":
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ended.set()
+        self.thread.join()
+        for name in list(self.held):
+            self.release(name)
+
+    def take(self, name: str) -> bool:
+        """Whether the work `name` is ours now."""
+        claims = objects.list_files(objects.join(self.place, name))
+        if claims and not self._is_dead(name, claims[-1]):
+            return False
+        number = int(claims[-1].path) + 1 if claims else 0
+        with self.lock:
+            taken = objects.create_exclusive(self._url(name, number), self._content())
+            if taken:
+                self.held[name] = number
+        return taken
+
+    def release(self, name: str) -> None:
+        """Give up a claim, on work that is done or that others may do."""
+        with self.lock:
+            objects.remove(self._url(name, self.held.pop(name)))
+
+    def _url(self, name: str, number: int) -> str:
+        return objects.join(self.place, name, f"{number:06d}")
+
+    def _content(self) -> bytes:
+        self.beats += 1
+        return json.dumps({"owner": self.owner, "beat": self.beats}).encode()
+
+    def _is_dead(self, name: str, last: objects.Stat) -> bool:
+        """Whether the last claim has shown no sign of life for a lease, as long as we have watched it."""
+        now = time.monotonic()
+        state = f"{last.path} {last.modified}"
+        if self.seen.get(name, ("", now))[0] != state:
+            self.seen[name] = (state, now)
+        return now - self.seen[name][1] > self.lease
+
+    def _keep_renewing(self) -> None:
+        while not self.ended.wait(self.lease / RENEWALS):
+            with self.lock:
+                for name, number in self.held.items():
+                    objects.publish_bytes(self._url(name, number), self._content())

@@ -1,0 +1,153 @@
+"""How is one piece of a corpus, a run of row groups of one file, encoded, and how is it known to be whole?
+
+A piece is three files in a place that its workers share: tokens, an index of its documents, and last the counts
+that make it complete. Its name changes when its content would, so what another corpus left is never taken for it.
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage import objects, sources
+from storage.batch_tokenizer import Mismatch, batch_tokenizer, encode_by_reference
+
+log = logging.getLogger(__name__)
+
+EDITION = 1  # of what is written: raise it when the same corpus gives other bytes
+PIECE_TEXT = 64 * 2**20  # bytes of text a piece: a few seconds of work, lost when a worker dies
+BATCH_TEXT = 4 * 2**20  # bytes of text encoded at once
+
+INDEX_SCHEMA = pa.schema(
+    [("id", pa.string()), ("url", pa.string()), ("dump", pa.string())]
+    + [("file", pa.string()), ("row", pa.int64())]  # where the document came from
+    + [("start", pa.int64())]  # of its EOT in this piece or shard; below 0 where it began in an earlier shard
+    + [("position", pa.int64())]  # of its EOT in the whole corpus's stream
+    + [("tokens", pa.int64())]  # its length with the EOT
+)
+
+Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    index: int  # its place in the corpus
+    url: str
+    groups: tuple[int, ...]
+    first_row: int
+    text_bytes: int
+    key: str  # of what defines its content
+
+    def name(self, kind: str) -> str:
+        return f"{self.index:06d}-{self.key}.{kind}"
+
+    def file(self, place: str, kind: str) -> str:
+        return objects.join(place, self.name(kind))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is known of a complete piece."""
+
+    tokens: int
+    documents: int
+
+
+def plan_pieces(files: Sequence[str]) -> list[Piece]:
+    """The pieces of a corpus in its order, from the files' metadata alone."""
+    pieces: list[Piece] = []
+    for url in files:
+        metadata = sources.read_metadata(url)
+        content = f"{EDITION} {url} {objects.stat(url)}"
+        row = 0
+        for groups, text_bytes in _group_runs(sources.group_text_bytes(metadata)):
+            key = hashlib.sha256(f"{content} {groups}".encode()).hexdigest()[:16]
+            pieces.append(Piece(len(pieces), url, groups, row, text_bytes, key))
+            row += sum(metadata.row_group(g).num_rows for g in groups)
+    return pieces
+
+
+def _group_runs(text_bytes: list[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Neighbouring row groups of about PIECE_TEXT together: (their numbers, bytes of text)."""
+    run: list[int] = []
+    size = 0
+    for group, here in enumerate(text_bytes):
+        if run and size + here > PIECE_TEXT:
+            yield tuple(run), size
+            run, size = [], 0
+        run.append(group)
+        size += here
+    if run:
+        yield tuple(run), size
+
+
+def read_encoded(place: str, piece: Piece) -> Encoded | None:
+    url = piece.file(place, "json")
+    return Encoded(**objects.read_json(url)) if objects.exists(url) else None
+
+
+def encode_piece(place: str, piece: Piece) -> tuple[Piece, Encoded]:
+    """Encode a piece into `place`, a local folder or one on S3, unless it is there."""
+    if there := read_encoded(place, piece):
+        return piece, there
+    try:
+        return piece, _encode_piece(place, piece, batch_tokenizer().encode)
+    except Mismatch as mismatch:
+        log.warning("the fast tokenizer is wrong on %s (%s): tiktoken encodes this piece", piece.url, mismatch)
+        return piece, _encode_piece(place, piece, encode_by_reference)
+
+
+def _encode_piece(place: str, piece: Piece, encode: Encode) -> Encoded:
+    lengths, described = [np.zeros(0, dtype=np.int64)], []
+    with scratch_beside(place) as scratch:
+        with open(f"{scratch}/bin", "wb") as f:
+            read = sources.read_groups(piece.url, piece.groups)
+            for texts, descriptions in sources.text_batches(read, BATCH_TEXT):
+                tokens, counts = encode(texts)
+                tokens.tofile(f)
+                lengths.append(counts)
+                described += descriptions
+        counts = np.concatenate(lengths)
+        pq.write_table(_index(piece, counts, described), f"{scratch}/parquet", compression="zstd")
+        for kind in ("bin", "parquet"):
+            publish(f"{scratch}/{kind}", piece.file(place, kind))
+    encoded = Encoded(int(counts.sum()), len(counts))
+    objects.publish_json(piece.file(place, "json"), asdict(encoded))
+    return encoded
+
+
+def scratch_beside(place: str) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder on the disk of `place` if that is local, so that files move there by a rename."""
+    if objects.is_local(place):
+        os.makedirs(place, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=place, prefix="partial-")
+    return tempfile.TemporaryDirectory()
+
+
+def publish(local: str, url: str) -> None:
+    """Move a finished scratch file to where it appears whole."""
+    if objects.is_local(url):
+        os.replace(local, url)
+    else:
+        objects.publish_file(local, url)
+
+
+def _index(piece: Piece, lengths: np.ndarray, described: list[pa.RecordBatch]) -> pa.Table:
+    """The documents of a piece; `start` and `position` count from its first token."""
+    rows = len(lengths)
+    known = pa.Table.from_batches(described) if described else pa.table({})
+    absent = pa.nulls(rows, pa.string())
+    columns = {
+        name: known[name].cast(pa.string()) if name in known.column_names else absent for name in ("id", "url", "dump")
+    }
+    columns["file"] = pa.array([piece.url] * rows, pa.string())
+    columns["row"] = pa.array(np.arange(piece.first_row, piece.first_row + rows))
+    columns["start"] = columns["position"] = pa.array(np.cumsum(lengths) - lengths)
+    columns["tokens"] = pa.array(lengths)
+    return pa.table(columns, schema=INDEX_SCHEMA)
