@@ -34,7 +34,15 @@ SCHEMA = 1
 LOGS = ("main.log", "metrics.jsonl", "train.log", "samples.txt")  # copied to the mirror beside checkpoints
 FOLDER, DONE, MODEL, STATE = "checkpoints", "DONE", "model.safetensors", "state.json"
 # Fields of TrainConfig that leave the weights as they are.
-WITHOUT_EFFECT = ("val_every", "val_batches", "val_sequences", "hellaswag", "sample_every", "sample_tokens") + (
+WITHOUT_EFFECT = (
+    "val_every",
+    "val_batches",
+    "val_sequences",
+    "hellaswag",
+    "sample_every",
+    "sample_tokens",
+    "health_every",
+) + (
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",

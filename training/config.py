@@ -115,6 +115,7 @@ class TrainConfig:
     hellaswag: bool = False  # -h: HellaSwag's accuracy with each validation loss
     sample_every: int = 0  # -s: steps; 0: only at the end
     sample_tokens: int = 384  # -g
+    health_every: int = 100  # steps between two looks at the layers' extremes; 0: never
     checkpoint_every: int = 2000  # -n: steps; the last step always
     keep_checkpoints: int = 2  # -nk: the newest that stay
     keep_every: int = 0  # -nm: checkpoints of each such step are never deleted; 0: none
@@ -127,7 +128,7 @@ class TrainConfig:
         for name in ("steps", "batch_tokens", *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("warmup_steps", "val_every", "sample_every", "sample_tokens", "keep_every"):
+        for name in ("warmup_steps", "val_every", "sample_every", "sample_tokens", "health_every", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.lr <= 0:

@@ -127,6 +127,11 @@ class ShardedAdamW:
         norms = torch._foreach_norm([b.gradient for b in self.buckets], 2, dtype=torch.float32)
         return torch.stack(list(norms)).square().sum() / self.world.replicas.size
 
+    def parameter_norm(self) -> Tensor:
+        """Of all weights as the model sees them."""
+        norms = torch._foreach_norm([b.weights for b in self.buckets], 2, dtype=torch.float32)
+        return torch.stack(list(norms)).square().sum().sqrt()
+
     def step(self, step: int, lr: float, scale: float) -> None:
         """Update number `step` (the first is 0) with the gradients times `scale`."""
         for index, bucket in enumerate(self.buckets):

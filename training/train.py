@@ -40,6 +40,7 @@ from training.checkpoint import (
 )
 from training.config import RunConfig, from_dict, to_dict
 from training.distributed import World
+from training.health import examine
 from training.launch import INTERRUPTED, die_with_parent, report_status
 from training.loader import training_loader, validation_loader
 from training.metrics import RunLog, utilization
@@ -237,18 +238,27 @@ class Trainer:
             self.saved = p.step
 
     def report(self, loss: float, lr: float, norm: float, seconds: float) -> None:
-        p, world = self.progress, self.world
+        p, world, config = self.progress, self.world, self.config
         p.seconds += seconds
-        rate = self.config.train.batch_tokens / seconds
-        speed: dict[str, Any] = {
-            "tokens_per_second": rate,
-            "mfu": utilization(rate, self.config.model.flops_per_token, world.size, world.device_name),
-            "seconds": seconds,
-        }
-        self.log.metrics(p.step, loss=loss, lr=lr, norm=norm, position=p.position, skipped=p.skipped, **speed)
+        rate = config.train.batch_tokens / seconds
+        shown: dict[str, Any] = {"loss": loss, "lr": lr, "norm": norm, "tokens_per_second": rate}
+        shown["mfu"] = utilization(rate, config.model.flops_per_token, world.size, world.device_name)
+        shown["seconds"] = seconds
+        hours = p.seconds / 3600 * world.size
+        kept = {"position": p.position, "skipped": p.skipped, "cost": hours * config.machine.price_per_gpu_hour}
         if world.is_first:
-            steps = self.config.train.steps
-            events.emit("training_step", step=p.step + 1, steps=steps, loss=loss, lr=lr, norm=norm, **speed)
+            self.log.metrics(p.step, **shown, **kept, **self.health())
+            events.emit("training_step", step=p.step + 1, steps=config.train.steps, **shown)
+
+    def health(self) -> dict[str, Any]:
+        every = self.config.train.health_every
+        found: dict[str, Any] = {}
+        if self.world.device.type == "cuda":
+            found["memory"] = torch.cuda.max_memory_allocated()
+        if every and self.progress.step % every == 0:
+            tokens, _ = self.load([self.progress.position])
+            found |= examine(self.model, self.optimizer, tokens)
+        return found
 
 
 def fitted(config: RunConfig, world: World) -> RunConfig:
