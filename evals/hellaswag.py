@@ -6,9 +6,6 @@ ending's log-probabilities (acc), and their mean over tokens (acc_norm).
 sum divided by the ending's length in characters (acc_norm).
 """
 
-import gzip
-import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from typing import Any
 from evals.model import LoadedModel
 from evals.results import EvalResult, Score, mean_score
 from evals.scoring import Request, Scored, Scorer
-from storage import objects
+from storage import items as stored_items
 
 PROTOCOLS = ("completion", "harness")
 # the last sentence, where it starts in lower case: how ctx_b follows ctx_a ("... on a roof. he")
@@ -37,31 +34,22 @@ class Item:
 
 
 def read_items(url: str, limit: int = 0) -> list[Item]:
-    """Items of a jsonl (or .jsonl.gz) in HellaSwag's raw schema, or in the one without ctx_a and ctx_b.
+    """Items in HellaSwag's raw schema, or in the one without ctx_a and ctx_b.
 
-    Raises ValueError naming the file and line of an item that is not whole.
+    Raises ValueError naming the file and the item that is not whole.
     """
-    data = objects.read_bytes(url)
-    text = gzip.decompress(data).decode() if data[:2] == b"\x1f\x8b" else data.decode()
-    lines = [line for line in io.StringIO(text) if line.strip()]
-    if not lines:
+    rows = stored_items.read_items(url)
+    if not rows:
         raise ValueError(f"{url} holds no items")
-    lines = lines[:limit] if limit else lines
-    return [parse_item(json.loads(line), f"{url} line {n}") for n, line in enumerate(lines, start=1)]
+    return [item(row, f"{url} item {n}") for n, row in enumerate(rows[: limit or None], start=1)]
 
 
-def parse_item(raw: dict[str, Any], name: str) -> Item:
-    endings = raw.get("endings")
-    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
-        raise ValueError(f"{name}: `endings` must be a list of at least two texts, not {endings!r}")
-    label = int(raw["label"]) if str(raw.get("label", "")).isdigit() else -1
-    if not 0 <= label < len(endings):
-        raise ValueError(f"{name}: `label` {raw.get('label')!r} must be an ending's number, 0 to {len(endings) - 1}")
-    context = raw.get("ctx") or " ".join(part for part in (raw.get("ctx_a"), raw.get("ctx_b")) if part)
-    if not context:
-        raise ValueError(f"{name}: no context: `ctx`, or `ctx_a` and `ctx_b`, must hold text")
-    a, b = (raw["ctx_a"], raw["ctx_b"]) if "ctx_a" in raw and "ctx_b" in raw else split_context(context)
-    return Item(name, int(raw.get("ind", -1)), raw.get("activity_label", ""), context, a, b, tuple(endings), label)
+def item(row: dict[str, Any], name: str) -> Item:
+    if not all(isinstance(ending, str) and ending.strip() for ending in row["endings"]):
+        raise ValueError(f"{name}: every ending must hold text, got {row['endings']!r}")
+    context = row["ctx"]
+    a, b = (row["ctx_a"], row["ctx_b"]) if "ctx_a" in row and "ctx_b" in row else split_context(context)
+    return Item(name, int(row["ind"]), row["activity_label"], context, a, b, tuple(row["endings"]), row["label"])
 
 
 def split_context(context: str) -> tuple[str, str]:

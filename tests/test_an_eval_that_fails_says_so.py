@@ -34,7 +34,7 @@ def test_an_infinite_log_probability_names_its_item(folder: str, tmp_path: Path)
     with torch.no_grad():
         model.module.transformer.wte.weight[0] = float("nan")
     items = hellaswag.read_items(tiny_gpt2.write_items(tmp_path / "items.jsonl"))
-    with pytest.raises(ValueError, match=r"items.jsonl line \d, ending \d .* can't be scored: .* nan"):
+    with pytest.raises(ValueError, match=r"items.jsonl item \d, ending \d .* can't be scored: .* nan"):
         hellaswag.evaluate(model, scorer, items, "hellaswag")
 
 
@@ -52,18 +52,16 @@ def test_a_continuation_longer_than_the_context_is_an_error(folder: str) -> None
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"label": ""}, "`label` '' must be an ending's number"),
-        ({"label": 4}, "`label` 4 must be"),
-        ({"endings": ["one"]}, "at least two texts"),
-        ({"endings": ["a", "", "c", "d"]}, "at least two texts"),
-        ({"ctx": "", "ctx_a": "", "ctx_b": ""}, "no context"),
+        ({"label": ""}, "item 2, has no label"),
+        ({"label": 4}, "label 4"),
+        ({"endings": ["one"]}, "1 endings"),
+        ({"endings": ["a", " ", "c", "d"]}, "item 2: every ending must hold text"),
+        ({"ctx": ""}, "item 2, has no ctx"),
     ],
 )
 def test_an_item_that_is_not_whole_is_named(change: dict, message: str, tmp_path: Path) -> None:
-    file = tiny_gpt2.write_items(
-        tmp_path / "bad.jsonl", [tiny_gpt2.ITEMS[0], {**tiny_gpt2.ITEMS[1], **change}]
-    )
-    with pytest.raises(ValueError, match=f"bad.jsonl line 2: .*{message}"):
+    file = tiny_gpt2.write_items(tmp_path / "bad.jsonl", [tiny_gpt2.ITEMS[0], {**tiny_gpt2.ITEMS[1], **change}])
+    with pytest.raises(ValueError, match=f"bad.jsonl.*{message}"):
         hellaswag.read_items(file)
 
 
@@ -89,9 +87,7 @@ def test_a_score_that_is_no_number_is_not_written(tmp_path: Path) -> None:
         ("eleuther", nothing(items="x", tasks=("piqa",)), "either --tasks"),
     ],
 )
-def test_missing_inputs_are_refused_before_anything_is_loaded(
-    suite: str, inputs: run.Inputs, message: str
-) -> None:
+def test_missing_inputs_are_refused_before_anything_is_loaded(suite: str, inputs: run.Inputs, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run.check("gpt2", suite, inputs)
 
@@ -120,7 +116,6 @@ def test_the_command_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
     done = command(str(tmp_path), "--suite", "hellaswag", "--items", items, "--out", str(tmp_path / "x.json"))
     assert done.returncode == 2
     assert (
-        done.stderr.strip()
-        == f"{tmp_path} holds no config.json: give a Hugging Face model folder (a run's `export`)"
+        done.stderr.strip() == f"{tmp_path} holds no config.json: give a Hugging Face model folder (a run's `export`)"
     )
     assert not (tmp_path / "x.json").exists()

@@ -18,17 +18,13 @@ from evals.results import mean_score
 )
 def test_verdicts(score: str, ours: float, theirs: float, verdict: str) -> None:
     error = 0.003
-    row = reference.compare(
-        "x", score, {"value": ours, "stderr": error}, {"value": theirs, "stderr": error}, "b", "s"
-    )
+    row = reference.compare("x", score, {"value": ours, "stderr": error}, {"value": theirs, "stderr": error}, "b", "s")
     assert row.verdict == verdict
     assert row.errors == pytest.approx((ours - theirs) / (error * 2**0.5))
 
 
 def test_without_any_error_there_is_no_verdict() -> None:
-    row = reference.compare(
-        "core", "core", {"value": 0.3, "stderr": None}, {"value": 0.2, "stderr": None}, "b", "s"
-    )
+    row = reference.compare("core", "core", {"value": 0.3, "stderr": None}, {"value": 0.2, "stderr": None}, "b", "s")
     assert (row.errors, row.verdict) == (None, "error unknown")
 
 
@@ -36,9 +32,7 @@ def test_published_hellaswag_errors_follow_from_its_items() -> None:
     """REFERENCE: about .005 at this size; the closed form is that of 10,042 zeros and ones."""
     published = reference.published("hellaswag", "harness_acc_norm")["gpt2-xl"]
     ones = round(published.value * 10_042)
-    assert published.stderr == pytest.approx(
-        mean_score([1.0] * ones + [0.0] * (10_042 - ones)).stderr, rel=1e-3
-    )
+    assert published.stderr == pytest.approx(mean_score([1.0] * ones + [0.0] * (10_042 - ones)).stderr, rel=1e-3)
 
 
 def test_every_published_number_names_its_source() -> None:

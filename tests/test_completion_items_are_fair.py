@@ -30,7 +30,7 @@ def test_the_right_ending_follows_its_context_and_the_wrong_ones_come_from_elsew
         assert not any(ending in texts[item["source_id"]] for ending in wrong)
         sources = [{d for d, text in texts.items() if ending in text} for ending in wrong]
         assert len(set.union(*sources)) == 3
-        hellaswag.parse_item(item, "item")  # whole, by the reader that scores it
+        hellaswag.item(item, "item")  # whole, by the reader that scores it
 
 
 def test_same_input_and_seed_give_the_same_items() -> None:
@@ -51,8 +51,6 @@ def test_too_few_documents_are_refused() -> None:
 def test_held_out_documents_are_the_whole_ones_of_a_shard(tmp_path: Path) -> None:
     path = str(tmp_path / "x_val_000000.bin")
     texts = ["tail of a cut document", "one document", "another document", "head of a cut one"]
-    parts = [tokenizer.encode(texts[0])] + [
-        np.concatenate([[tokenizer.EOT], tokenizer.encode(t)]) for t in texts[1:]
-    ]
+    parts = [tokenizer.encode(texts[0])] + [np.concatenate([[tokenizer.EOT], tokenizer.encode(t)]) for t in texts[1:]]
     shards.write_shard(path, np.concatenate(parts).astype(np.uint16))
     assert [text for _, text in completion_items.held_out_documents(path)] == texts[1:3]

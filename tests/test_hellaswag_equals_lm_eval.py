@@ -54,9 +54,7 @@ def agree(result: EvalResult, theirs: dict[str, Any]) -> None:
     scores = theirs["results"]["items"]
     for name in ("acc", "acc_norm"):
         assert result.scores[f"harness_{name}"].value == scores[f"{name},none"]
-        assert result.scores[f"harness_{name}"].stderr == pytest.approx(
-            scores[f"{name}_stderr,none"], rel=1e-9
-        )
+        assert result.scores[f"harness_{name}"].stderr == pytest.approx(scores[f"{name}_stderr,none"], rel=1e-9)
 
 
 def test_raw_items_score_as_in_lm_eval(folder: str, tmp_path: Path) -> None:

@@ -92,9 +92,7 @@ def test_too_long_a_context_loses_tokens_on_the_left_and_is_counted(model: Loade
         assert score.logprob == pytest.approx(expected(reference, request, 128)[0], abs=1e-5)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_halves_the_batch_and_goes_on(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests()
     whole = values(Scorer(model).score(asked))
     scorer = Scorer(model)

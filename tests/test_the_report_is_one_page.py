@@ -93,9 +93,7 @@ def test_the_page_says_what_the_run_is(tmp_path: Path) -> None:
         assert fact in text, fact
     for key in ("corpora/c", "tokens/c", "runs/demo"):
         assert key in text
-    assert (
-        "llm.c, dev/data/hellaswag.py" in text
-    )  # the published number stands beside the score, with its source
+    assert "llm.c, dev/data/hellaswag.py" in text  # the published number stands beside the score, with its source
 
 
 def test_a_run_without_scores_or_records_still_has_a_page(tmp_path: Path) -> None:

@@ -39,16 +39,12 @@ def test_loss_equals_that_of_transformers(model: LoadedModel, shard: str) -> Non
             logits = reference(window[:, :-1]).logits
         losses.append(torch.nn.functional.cross_entropy(logits[0], window[0, 1:]).item())
         bits.append(losses[-1] * 32 / math.log(2))
-        text = [
-            tokenizer.encoding().decode_single_token_bytes(t) for t in window[0, 1:].tolist() if t != 50256
-        ]
+        text = [tokenizer.encoding().decode_single_token_bytes(t) for t in window[0, 1:].tolist() if t != 50256]
         sizes.append(len(b"".join(text)))
     result = validation_loss.evaluate(model, Scorer(model), shard)
     assert result.items == len(losses)
     assert result.scores["loss"].value == pytest.approx(np.mean(losses), abs=1e-5)
-    assert result.scores["loss"].stderr == pytest.approx(
-        np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-3
-    )
+    assert result.scores["loss"].stderr == pytest.approx(np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-3)
     assert result.scores["perplexity"].value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert result.scores["bits_per_byte"].value == pytest.approx(sum(bits) / sum(sizes), rel=1e-6)
 
@@ -62,15 +58,11 @@ def test_error_of_bits_per_byte_is_that_of_resampled_windows() -> None:
     draw = np.random.default_rng(0)
     sizes = draw.integers(90, 140, 200)
     rows = [{"logprob": -float(s * draw.normal(0.7, 0.05)), "bytes": int(s), "tokens": 32} for s in sizes]
-    again = [
-        validation_loss.bits_per_byte([rows[i] for i in draw.integers(0, 200, 200)]).value for _ in range(500)
-    ]
+    again = [validation_loss.bits_per_byte([rows[i] for i in draw.integers(0, 200, 200)]).value for _ in range(500)]
     assert validation_loss.bits_per_byte(rows).stderr == pytest.approx(np.std(again), rel=0.15)
 
 
-def test_limit_is_in_tokens_and_a_short_shard_is_one_window(
-    model: LoadedModel, shard: str, tmp_path: Path
-) -> None:
+def test_limit_is_in_tokens_and_a_short_shard_is_one_window(model: LoadedModel, shard: str, tmp_path: Path) -> None:
     assert len(validation_loss.windows(shard, 32, limit=96)) == 3
     short = str(tmp_path / "short_val_000000.bin")
     shards.write_shard(short, np.arange(10, dtype=np.uint16))
