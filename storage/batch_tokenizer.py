@@ -9,9 +9,8 @@ tiktoken is the reference: it encodes some documents of each batch as well, and 
 this Python's Unicode tables do not know, or with bytes that are no UTF-8, goes to it whole.
 """
 
-import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -90,21 +89,22 @@ class BatchTokenizer:
         known = list(map(self.numbers.get, words))
         new = [word for word, number in zip(words, known, strict=True) if number is None]
         if new:
-            first = len(self.numbers)
-            self.numbers.update(zip(new, range(first, first + len(new)), strict=True))
-            self.memory += sum(map(len, new)) + WORD_OVERHEAD * len(new)
-            self._learn(new)
+            blank = [word for word in new if word.decode().isspace()]
+            self._remember([word for word in new if not word.decode().isspace()], _encode_visible)
+            self._remember(blank, _encode_each)
         return np.array(list(map(self.numbers.__getitem__, words)) if new else known, dtype=np.int32)
 
-    def _learn(self, words: list[bytes]) -> None:
-        encode = tokenizer.encoding().encode_ordinary
-        encoded = [encode(word.decode()) for word in words]
-        lengths = np.array([len(tokens) for tokens in encoded], dtype=np.int32)
+    def _remember(self, words: list[bytes], encode: Callable[[list[str]], tuple[Tokens, NDArray[np.int32]]]) -> None:
+        if not words:
+            return
+        first = len(self.numbers)
+        self.numbers.update(zip(words, range(first, first + len(words)), strict=True))
+        self.memory += sum(map(len, words)) + WORD_OVERHEAD * len(words)
+        tokens, lengths = encode([word.decode() for word in words])
         starts = len(self.tokens) + np.cumsum(lengths, dtype=np.int32) - lengths
         self.starts = np.append(self.starts, starts)
         self.lengths = np.append(self.lengths, lengths)
-        flat = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.uint16, count=int(lengths.sum()))
-        self.tokens = np.append(self.tokens, flat)
+        self.tokens = np.append(self.tokens, tokens)
 
     def _gather(self, words: NDArray[np.int32]) -> tuple[Tokens, Lengths]:
         """The tokens of a run of words, and how many lie from each document's mark to the next."""
@@ -114,6 +114,20 @@ class BatchTokenizer:
         places = np.arange(total, dtype=np.int32) + np.repeat(self.starts[words] - ends + lengths, lengths)
         marks = (ends - lengths)[words == 0]
         return self.tokens[places], np.diff(np.append(marks, total)).astype(np.int64)
+
+
+def _encode_each(words: list[str]) -> tuple[Tokens, NDArray[np.int32]]:
+    """The tokens of words, one after the other, and how many each has."""
+    encoded = [tokenizer.encode(word) for word in words]
+    return np.concatenate(encoded), np.array(list(map(len, encoded)), dtype=np.int32)
+
+
+def _encode_visible(words: list[str]) -> tuple[Tokens, NDArray[np.int32]]:
+    """The same in one call, for words that are not blank: a line each, since no word runs over a line's end."""
+    tokens = tokenizer.encode_long("\n".join(words))
+    line_end = tokenizer.encode("\n")[0]
+    ends = np.flatnonzero(np.append(tokens, line_end) == line_end)
+    return tokens[tokens != line_end], (np.diff(ends, prepend=-1) - 1).astype(np.int32)
 
 
 @dataclass(frozen=True)

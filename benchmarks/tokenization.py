@@ -1,0 +1,109 @@
+"""How fast do documents become shards, beside plain tiktoken on the same texts, on one and two workers?
+
+    python benchmarks/tokenization.py FOLDER_OF_PARQUET [--rounds 3]
+
+Each round runs all variants one after the other. Seconds are the wall's and, in brackets, the processors' (all
+processes): on a machine that does other work only the second can be compared. Reading parquet, the indexes and
+the shards are included, but in plain tiktoken's and riptoken's own lines, which only encode texts in memory.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from storage import sources, tokenizer
+from training import tokenization
+
+
+def clock() -> tuple[float, float]:
+    """(wall, processor) seconds, of this process and of the children that have ended."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic(), own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def plain_tiktoken(files: list[str]) -> Callable[[], int]:
+    texts = [text for batch in sources.documents(files) for text in sources.texts(batch)]
+    encode = tokenizer.encoding().encode_ordinary
+    return lambda: sum(len(encode(text)) + 1 for text in texts)
+
+
+def riptoken(files: list[str]) -> Callable[[], int] | None:
+    try:
+        import riptoken
+    except ModuleNotFoundError:
+        return None
+    texts = [text for batch in sources.documents(files) for text in sources.texts(batch)]
+    special = {tokenizer.EOT_TEXT: tokenizer.EOT}
+    encode = riptoken.CoreBPE(tokenizer.merge_ranks(), special, tokenizer.PATTERN).encode_ordinary
+    return lambda: sum(len(encode(text)) + 1 for text in texts)
+
+
+def shards(files: list[str], workers: int) -> Callable[[], int]:
+    size = tokenization.automatic_shard_tokens(sources.total_text_bytes(files))
+
+    def run() -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            out, work = f"{folder}/out", f"{folder}/work"
+            return tokenization.tokenize(files, out, "c", size, work, workers, lambda *_: None).tokens
+
+    return run
+
+
+PEAK = """
+import re, sys, tempfile
+from training import pieces
+with tempfile.TemporaryDirectory() as place:
+    for piece in pieces.plan_pieces(sys.argv[1:]):
+        pieces.encode_piece(place, piece)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
+"""
+
+
+def peak_memory(files: list[str]) -> int:
+    """MiB that a process of its own takes at most while it encodes all pieces."""
+    return int(subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    files = sorted(map(str, options.folder.rglob("*.parquet")))
+    variants = {
+        "plain tiktoken": plain_tiktoken(files),
+        "riptoken": riptoken(files),
+        "shards, 1 worker": shards(files, 1),
+        "shards, 2 workers": shards(files, 2),
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    tokens = 0
+    for _ in range(options.rounds):
+        for name, run in variants.items():
+            if run:
+                before = clock()
+                tokens = run()
+                seconds[name].append((clock()[0] - before[0], clock()[1] - before[1]))
+    rows = sum(pq.ParquetFile(f).metadata.num_rows for f in files)
+    print(f"{rows:,} documents, {tokens:,} tokens; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    base = statistics.median(cpu for _, cpu in seconds["plain tiktoken"])
+    for name, runs in seconds.items():
+        if runs:
+            wall, cpu = (statistics.median(values) for values in zip(*runs, strict=True))
+            each = ", ".join(f"{w:.1f} ({c:.1f})" for w, c in runs)
+            print(f"{name:18} {each} s: {tokens / wall / 1e6:.2f} Mtok/s, {tokens / cpu / 1e6:.2f} per core", end="")
+            print(f", {base / cpu:.2f} times plain tiktoken")
+    print(f"memory of one worker at its highest: {peak_memory(files):,} MiB")
+
+
+if __name__ == "__main__":
+    main()
