@@ -221,6 +221,11 @@ def _is_right(task: Task, item: dict[str, Any], scored: Sequence[Scored]) -> boo
     return means.index(max(means)) == item["gold"]
 
 
+def bundle(folder: str) -> str:
+    """The bundle's own folder, if `folder` is that; else the one that is, or comes to be, within it."""
+    return folder if objects.exists(objects.join(folder, "core.yaml")) else fetch(folder)
+
+
 def fetch(cache: str) -> str:
     """The bundle under `cache`, a local folder, downloaded where it is not there yet. Needs a network then."""
     folder = Path(cache) / "eval_bundle"

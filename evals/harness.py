@@ -1,140 +1,116 @@
 """What does EleutherAI's lm-eval itself say of the model? Its tasks, prompts and metrics over our scorer.
 
-lm-eval is imported here and nowhere else; a machine without it can run every other suite.
+lm-eval is imported here and in harness_model.py only; a machine without it can run every other suite.
 """
 
+import contextlib
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lm_eval
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.hellaswag.utils import process_docs
 
+from evals.harness_model import HarnessModel, Progress
 from evals.hellaswag import Item
 from evals.model import LoadedModel
 from evals.results import EvalResult, Score
-from evals.scoring import Request, Scorer
+from evals.scoring import Scorer
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+BOOTSTRAPS = 1000  # resamples for the error of a metric that is no mean, such as word perplexity
 
 
-class HarnessModel(TemplateLM):
-    """lm-eval's view of a model: it tokenizes as its own `hf` model, our scorer gives the numbers."""
+@dataclass(frozen=True)
+class Part:
+    """One task, or group of tasks, of lm-eval in a suite."""
 
-    def __init__(self, model: LoadedModel, scorer: Scorer, progress: Progress | None = None):
-        super().__init__()
-        self.model, self.scorer, self.progress = model, scorer, progress
-        self.truncated = 0
-        self.names: list[str] = []
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.model.eot
-
-    @property
-    def max_length(self) -> int:
-        return self.model.context
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.model.encode([string])[0]
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        self.names = [f"{r.task_name} item {r.doc_id}, choice {r.idx}" for r in requests]
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        asked = [
-            Request(name, tuple(context), tuple(continuation))
-            for name, (_, context, continuation) in zip(self.names, requests, strict=True)
-        ]
-        scored = self.scorer.score(asked, self.progress)
-        self.truncated += sum(s.truncated for s in scored)
-        return [(s.logprob, s.greedy) for s in scored]
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Each text whole: windows of the context's length, each token once, the first after EOT."""
-        asked, owners = [], []
-        for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            for piece in _rolling(tokens, self.model.eot, self.model.context):
-                name = f"{request.task_name} item {request.doc_id}"
-                asked.append(Request(name, piece[0], piece[1]))
-                owners.append(number)
-        sums = [0.0] * len(requests)
-        for number, scored in zip(owners, self.scorer.score(asked, self.progress), strict=True):
-            sums[number] += scored.logprob
-        return sums
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy text up to a stop sequence; sampling is refused, since its score would not repeat."""
-        return [self._generate(request) for request in requests]
-
-    def _generate(self, request: Instance) -> str:
-        context, options = request.args
-        if options.get("do_sample") or options.get("temperature", 0.0) > 0.0:
-            raise ValueError(f"{request.task_name} wants sampled text ({options}): only greedy generation is scored")
-        until = options.get("until", [])
-        until = [until] if isinstance(until, str) else until
-        return _greedy(self, context, until, options.get("max_gen_toks", 256))
+    task: str
+    shots: int | None = None  # few-shot examples; None: as the task says
+    metric: str = ""  # its share in the suite's average; empty: none
 
 
-def _greedy(harness: HarnessModel, context: str, until: Sequence[str], most: int) -> str:
-    import torch
-
-    tokens = harness.tok_encode(context) or [harness.model.eot]
-    room = harness.model.context - most
-    harness.truncated += len(tokens) > room
-    made: list[int] = []
-    ids = torch.tensor([tokens[-room:]], device=harness.model.device)
-    cache = None
-    with torch.inference_mode():
-        while len(made) < most:
-            out = harness.model.module(ids, past_key_values=cache, use_cache=True)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            made.append(int(ids))
-            text = harness.model.decode(made)
-            stops = [text.find(stop) for stop in until if stop and stop in text]
-            if stops:
-                return text[: min(stops)]
-            if made[-1] == harness.model.eot:
-                return harness.model.decode(made[:-1])
-    return harness.model.decode(made)
-
-
-def _rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(context, continuation) pieces that predict each token once, as lm-eval's rolling windows do."""
-    line = (start, *tokens)
-    for at in range(0, len(tokens), context):
-        end = min(at + context, len(tokens))
-        first = max(0, end - context)  # the last window is a full one, of which only the new tokens count
-        yield line[first : at + 1], line[at + 1 : end + 1]
+# what Hugging Face's first Open LLM Leaderboard ran, and the discussion with it (at a commit of lm-eval of 2023:
+# today's harness renders some prompts otherwise, so those numbers are not claimed)
+SUITES = {
+    "leaderboard-v1": (
+        Part("arc_challenge", 25, "acc_norm"),
+        Part("hellaswag", 10, "acc_norm"),
+        Part("mmlu", 5, "acc"),
+        Part("truthfulqa_mc2", 0, "acc"),
+        Part("winogrande", 5, "acc"),
+        Part("gsm8k", 5, "exact_match,strict-match"),
+    ),
+    "zero-shot": (
+        Part("lambada_openai", 0, "acc"),
+        Part("piqa", 0, "acc_norm"),
+        Part("arc_easy", 0, "acc_norm"),
+        Part("wikitext", 0),
+    ),
+}
 
 
 def evaluate(
     model: LoadedModel,
     scorer: Scorer,
-    tasks: Sequence[str],
-    task_path: str | None = None,
+    parts: Sequence[Part],
+    task_path: str = "",
     limit: int = 0,
-    shots: int | None = None,
     progress: Progress | None = None,
     suite: str = "eleuther",
 ) -> EvalResult:
     """lm-eval's tasks by name; those of `task_path`, a folder of task files, come before its own."""
-    manager = TaskManager(include_path=task_path, include_defaults=True)
+    manager = _manager([part.task for part in parts], task_path)
+    results = [_run(model, scorer, part.task, part.task, manager, limit, part.shots, progress, suite) for part in parts]
+    return _together(suite, parts, results)
+
+
+def _manager(tasks: Sequence[str], task_path: str) -> TaskManager:
+    """Raises ValueError for an unknown task. lm-eval's own tasks take 8 s to read: only where they are wanted."""
+    if task_path:
+        manager = TaskManager(include_path=task_path, include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=task_path or None, include_defaults=True)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ValueError(f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}: see `lm-eval ls tasks`")
-    return _run(model, scorer, list(tasks), manager, limit, shots, progress, suite)
+    return manager
+
+
+def _together(suite: str, parts: Sequence[Part], results: Sequence[EvalResult]) -> EvalResult:
+    """One result of all parts, with the mean of their headline scores where each has one."""
+    scores = {name: score for result in results for name, score in result.scores.items()}
+    wanted = [f"{part.task}/{part.metric}" for part in parts if part.metric]
+    if len(wanted) > 1:
+        scores = {"average": _average([scores[name] for name in wanted])} | scores
+    return EvalResult(
+        suite,
+        "harness",
+        results[0].model,
+        scores,
+        sum(result.items for result in results),
+        sum(result.truncated for result in results),
+        [row for result in results for row in result.per_item],
+        {
+            "lm_eval": lm_eval.__version__,
+            "average_of": wanted,
+            "tasks": {name: facts for result in results for name, facts in result.details["tasks"].items()},
+        },
+    )
+
+
+def _average(scores: Sequence[Score]) -> Score:
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    stderr = math.sqrt(math.fsum(e * e for e in errors)) / len(scores) if len(errors) == len(scores) else None
+    return Score(math.fsum(s.value for s in scores) / len(scores), stderr, sum(s.n for s in scores))
 
 
 def evaluate_items(
@@ -150,7 +126,7 @@ def evaluate_items(
         file = Path(scratch) / "items.jsonl"
         file.write_text("".join(json.dumps(_raw(item)) + "\n" for item in items))
         manager = TaskManager(include_defaults=False)
-        return _run(model, scorer, [_task(name, file, Path(scratch))], manager, 0, None, progress, suite)
+        return _run(model, scorer, name, _task(name, file, Path(scratch)), manager, 0, None, progress, suite)
 
 
 def _task(name: str, items: Path, scratch: Path) -> dict[str, Any]:
@@ -181,7 +157,8 @@ def _raw(item: Item) -> dict[str, Any]:
 def _run(
     model: LoadedModel,
     scorer: Scorer,
-    tasks: list[Any],
+    name: str,
+    task: str | dict[str, Any],
     manager: TaskManager,
     limit: int,
     shots: int | None,
@@ -189,30 +166,43 @@ def _run(
     suite: str,
 ) -> EvalResult:
     harness = HarnessModel(model, scorer, progress)
-    out = lm_eval.simple_evaluate(
-        model=harness, tasks=tasks, task_manager=manager, limit=limit or None, num_fewshot=shots,
-        bootstrap_iters=1000, log_samples=True,
-    )  # fmt: skip
+    with _naming(name):
+        out = lm_eval.simple_evaluate(
+            model=harness, tasks=[task], task_manager=manager, limit=limit or None, num_fewshot=shots,
+            bootstrap_iters=BOOTSTRAPS, log_samples=True,
+        )  # fmt: skip
     assert out is not None  # only other ranks than the first get None
     counts = {task: n["effective"] for task, n in out["n-samples"].items()}
     scores = _scores(out["results"], counts)
-    if not scores:
-        raise ValueError(f"{suite}: lm-eval gave no score for {', '.join(map(str, counts))}")
-    details = {
-        "lm_eval": lm_eval.__version__,
-        "tasks": {t: {"version": out["versions"].get(t), "shots": out["n-shot"].get(t)} for t in counts},
-    }
-    items = sum(counts.values())
+    if not scores or not all(counts.values()):
+        raise ValueError(f"{suite}: lm-eval's task {name} gave no score (items: {counts})")
+    facts = {
+        task: {"version": out["versions"].get(task), "shots": out["n-shot"].get(task), "items": counts[task],
+               "truncated": harness.truncated[task]}
+        for task in counts
+    }  # fmt: skip
     return EvalResult(
         suite,
         "harness",
         model.describe(),
         scores,
-        items,
-        harness.truncated,
+        sum(counts.values()),
+        harness.truncated.total(),
         _per_item(out["samples"]),
-        details,
+        {"lm_eval": lm_eval.__version__, "tasks": facts},
     )
+
+
+@contextlib.contextmanager
+def _naming(task: str) -> Iterator[None]:
+    """Says which task an error came from; lm-eval's own errors often name a data set or a split only."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            log.error("lm-eval's task %s failed", task)
 
 
 def _scores(results: dict[str, dict[str, Any]], counts: dict[str, int]) -> dict[str, Score]:
@@ -239,6 +229,7 @@ def _per_item(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 {
                     "task": task,
                     "item": entry["doc_id"],
+                    "filter": entry["filter"],
                     "target": str(entry["target"]),
                     "responses": json.dumps(entry["filtered_resps"]),
                     "metrics": json.dumps(metrics),

@@ -8,13 +8,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from storage import events
 
-SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther")
+if TYPE_CHECKING:
+    from evals.model import LoadedModel
+    from evals.results import EvalResult
+    from evals.scoring import Scorer
+
+HARNESS_SUITES = ("eleuther", "leaderboard-v1", "zero-shot")
+SUITES = ("validation_loss", "hellaswag", "completion_demo", *HARNESS_SUITES, "core")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Inputs:
     shard: str
     tasks: tuple[str, ...]
     task_path: str
+    bundle: str
     limit: int
 
 
@@ -35,7 +42,8 @@ def main(
     items: Annotated[str, typer.Option(help="Items in HellaSwag's format: jsonl or jsonl.gz.")] = "",
     shard: Annotated[str, typer.Option(help="A token shard, for validation_loss.")] = "",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated, for eleuther without --items.")] = "",
-    task_path: Annotated[str, typer.Option(help="A folder of lm-eval task files of your own.")] = "",
+    task_path: Annotated[str, typer.Option(help="A folder of lm-eval task files of your own, over local data.")] = "",
+    bundle: Annotated[str, typer.Option(help="For core: the folder of its data, fetched there if absent.")] = "",
     limit: Annotated[int, typer.Option(help="Only the first items (validation_loss: tokens); 0: all.")] = 0,
     batch: Annotated[int, typer.Option(help="Tokens in a batch; 0: by device. Never changes a score.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
@@ -43,14 +51,19 @@ def main(
 ) -> None:
     """Score one model on one suite and write SCORE.json with a per-item parquet beside it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    inputs = Inputs(items, shard, tuple(t for t in tasks.split(",") if t), task_path, limit)
-    if Path(model).exists() and not inputs.tasks:  # nothing is on the network, so nothing should ask for it
+    inputs = Inputs(items, shard, tuple(t for t in tasks.split(",") if t), task_path, bundle, limit)
+    if Path(model).exists() and _is_local(suite, inputs):  # nothing is on the network: nothing should ask for it
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     try:
         run(model, suite, out, inputs, batch, device, dtype)
     except ValueError as error:  # the user's input: one line that says what to do
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(2) from None
+
+
+def _is_local(suite: str, inputs: Inputs) -> bool:
+    """lm-eval's own tasks fetch their data from the hub; all else is files that the command line names."""
+    return bool(suite not in HARNESS_SUITES or inputs.items or inputs.task_path)
 
 
 def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: str, dtype: str) -> None:
@@ -84,29 +97,44 @@ def check(model: str, suite: str, inputs: Inputs) -> None:
         raise ValueError("validation_loss needs a token shard: --shard FOLDER/<corpus>_val_000000.bin")
     if suite in ("hellaswag", "completion_demo") and not inputs.items:
         raise ValueError(f"{suite} needs items in HellaSwag's format: --items FILE.jsonl")
-    if suite == "eleuther":
-        if bool(inputs.items) == bool(inputs.tasks):
-            raise ValueError("eleuther needs either --tasks NAME,… of lm-eval, or --items FILE.jsonl")
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError("eleuther needs lm-eval, which is not installed: pip install lm-eval==0.4.13")
+    if suite == "core" and not inputs.bundle:
+        raise ValueError("core needs its data: --bundle FOLDER, where the bundle lies or is to be fetched to")
+    if suite == "eleuther" and bool(inputs.items) == bool(inputs.tasks):
+        raise ValueError("eleuther needs either --tasks NAME,… of lm-eval, or --items FILE.jsonl")
+    if suite in HARNESS_SUITES and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f"{suite} needs lm-eval, which is not installed: pip install lm-eval==0.4.13")
 
 
-def _evaluate(model, scorer, suite: str, inputs: Inputs, progress: Callable[[int, int], None]):  # type: ignore[no-untyped-def]
+def _evaluate(
+    model: "LoadedModel", scorer: "Scorer", suite: str, inputs: Inputs, progress: Callable[[int, int], None]
+) -> "EvalResult":
+    """Each suite imports what it needs and no more: lm-eval alone takes seconds."""
     if suite == "validation_loss":
         from evals import validation_loss
 
         return validation_loss.evaluate(model, scorer, inputs.shard, inputs.limit, progress)
+    if suite == "core":
+        from evals import core
+
+        return core.evaluate(model, scorer, core.bundle(inputs.bundle), inputs.limit, progress)
+    if suite in HARNESS_SUITES:
+        return _harness(model, scorer, suite, inputs, progress)
     from evals import hellaswag
 
-    if suite != "eleuther":
-        items = hellaswag.read_items(inputs.items, inputs.limit)
-        return hellaswag.evaluate(model, scorer, items, suite, progress=progress)
-    from evals import harness
+    items = hellaswag.read_items(inputs.items, inputs.limit)
+    return hellaswag.evaluate(model, scorer, items, suite, progress=progress)
+
+
+def _harness(
+    model: "LoadedModel", scorer: "Scorer", suite: str, inputs: Inputs, progress: Callable[[int, int], None]
+) -> "EvalResult":
+    from evals import harness, hellaswag
 
     if inputs.items:
         items = hellaswag.read_items(inputs.items, inputs.limit)
-        return harness.evaluate_items(model, scorer, items, progress=progress)
-    return harness.evaluate(model, scorer, inputs.tasks, inputs.task_path or None, inputs.limit, progress=progress)
+        return harness.evaluate_items(model, scorer, items, progress=progress, suite=suite)
+    parts = harness.SUITES.get(suite) or [harness.Part(task) for task in inputs.tasks]
+    return harness.evaluate(model, scorer, parts, inputs.task_path, inputs.limit, progress, suite)
 
 
 def _progress(suite: str) -> Callable[[int, int], None]:

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def nothing(**given: Any) -> run.Inputs:
-    return run.Inputs(**{"items": "", "shard": "", "tasks": (), "task_path": "", "limit": 0, **given})
+    return run.Inputs(**{"items": "", "shard": "", "tasks": (), "task_path": "", "bundle": "", "limit": 0, **given})
 
 
 def test_an_infinite_log_probability_names_its_item(folder: str, tmp_path: Path) -> None:
@@ -83,6 +83,7 @@ def test_a_score_that_is_no_number_is_not_written(tmp_path: Path) -> None:
         ("helaswag", nothing(), "use one of"),
         ("hellaswag", nothing(), "--items"),
         ("validation_loss", nothing(), "--shard"),
+        ("core", nothing(), "--bundle"),
         ("eleuther", nothing(), "either --tasks"),
         ("eleuther", nothing(items="x", tasks=("piqa",)), "either --tasks"),
     ],

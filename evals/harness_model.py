@@ -1,0 +1,149 @@
+"""How does lm-eval see a model? Its requests tokenized as by its own `hf` model, answered by our scorer."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from torch import Tensor
+
+from evals.model import LoadedModel
+from evals.scoring import Request, Scorer
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+GENERATION_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to continue."""
+
+    index: int  # among lm-eval's requests
+    tokens: tuple[int, ...]
+    stops: tuple[str, ...]
+    most: int  # new tokens
+
+
+class HarnessModel(TemplateLM):
+    def __init__(self, model: LoadedModel, scorer: Scorer, progress: Progress | None = None):
+        super().__init__()
+        self.model, self.scorer, self.progress = model, scorer, progress
+        self.truncated: Counter[str] = Counter()  # requests that lost context tokens, by task
+        self._asked: list[Instance] = []
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.eot
+
+    @property
+    def max_length(self) -> int:
+        return self.model.context
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.model.encode([string])[0]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._asked = requests
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        asked = [
+            Request(f"{r.task_name} item {r.doc_id}, choice {r.idx}", tuple(context), tuple(continuation))
+            for r, (_, context, continuation) in zip(self._asked, requests, strict=True)
+        ]
+        scored = self.scorer.score(asked, self.progress)
+        self.truncated.update(str(r.task_name) for r, s in zip(self._asked, scored, strict=True) if s.truncated)
+        return [(s.logprob, s.greedy) for s in scored]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Each text whole: windows of the context's length, each token once, the first after EOT."""
+        asked, owners = [], []
+        for number, request in enumerate(requests):
+            for context, continuation in rolling(self.tok_encode(request.args[0]), self.model.eot, self.model.context):
+                asked.append(Request(f"{request.task_name} item {request.doc_id}", context, continuation))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for number, scored in zip(owners, self.scorer.score(asked, self.progress), strict=True):
+            sums[number] += scored.logprob
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy text up to a stop sequence; sampling is refused, since its score would not repeat."""
+        prompts = sorted((self._prompt(n, r) for n, r in enumerate(requests)), key=lambda p: -len(p.tokens))
+        texts: dict[int, str] = {}
+        for start in range(0, len(prompts), GENERATION_ROWS):
+            texts |= greedy(self.model, prompts[start : start + GENERATION_ROWS])
+            if self.progress:
+                self.progress(len(texts), len(prompts))
+        return [texts[n] for n in range(len(requests))]
+
+    def _prompt(self, index: int, request: Instance) -> Prompt:
+        text, options = request.args
+        if options.get("do_sample") or options.get("temperature", 0.0) > 0.0:
+            raise ValueError(f"{request.task_name} wants sampled text ({options}): only greedy text is scored")
+        until = options.get("until", [])
+        stops = (until,) if isinstance(until, str) else tuple(until)
+        most = options.get("max_gen_toks", 256)
+        room = self.model.context - most
+        tokens = self.tok_encode(text) or [self.model.eot]
+        self.truncated[str(request.task_name)] += len(tokens) > room
+        return Prompt(index, tuple(tokens[-room:]), tuple(s for s in stops if s), most)
+
+
+def rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(context, continuation) pieces that predict each token once, as lm-eval's rolling windows do."""
+    line = (start, *tokens)
+    for at in range(0, len(tokens), context):
+        end = min(at + context, len(tokens))
+        first = max(0, end - context)  # the last window is a full one, of which only the new tokens count
+        yield line[first : at + 1], line[at + 1 : end + 1]
+
+
+@torch.inference_mode()
+def greedy(model: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, str]:
+    """Texts by request, padded on the left so that all rows grow together; a row stops at its first stop sequence."""
+    ids, mask = _left_padded([p.tokens for p in prompts], model)
+    made: list[list[int]] = [[] for _ in prompts]
+    texts: dict[int, str] = {}
+    cache = None
+    for _ in range(max(p.most for p in prompts)):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model.module(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)  # (B, 1)
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
+        for prompt, line, token in zip(prompts, made, ids[:, 0].tolist(), strict=True):
+            line.append(token)
+            if prompt.index not in texts:
+                text = _finished(model, prompt, line)
+                if text is not None:
+                    texts[prompt.index] = text
+        if len(texts) == len(prompts):
+            break
+    return texts
+
+
+def _finished(model: LoadedModel, prompt: Prompt, line: list[int]) -> str | None:
+    """The row's text if it has come to its end."""
+    if line[-1] == model.eot:
+        return model.decode(line[:-1])
+    text = model.decode(line)
+    stops = [text.find(stop) for stop in prompt.stops if stop in text]
+    if stops:
+        return text[: min(stops)]
+    return text if len(line) == prompt.most else None
+
+
+def _left_padded(lines: Sequence[Sequence[int]], model: LoadedModel) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, each (B, T)."""
+    width = max(len(line) for line in lines)
+    ids = [[model.eot] * (width - len(line)) + list(line) for line in lines]
+    mask = [[0] * (width - len(line)) + [1] * len(line) for line in lines]
+    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)

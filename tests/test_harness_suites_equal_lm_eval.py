@@ -1,0 +1,159 @@
+"""lm-eval's own task definitions over a few local items: our scorer and its `hf` model give the same results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import tiny_gpt2
+from lm_eval.models.huggingface import HFLM
+
+from evals import harness
+from evals.harness_model import rolling
+from evals.model import LoadedModel, load
+from evals.scoring import Scorer
+
+OWN = Path(lm_eval.__file__).parent / "tasks"
+
+
+def arc(n: int) -> dict[str, Any]:
+    choices = {"text": [f"{n} dogs", "a large cat", "rain", "nothing"], "label": ["A", "B", "C", "D"]}
+    return {"question": f"What falls on day {n}?", "choices": choices, "answerKey": "ABCD"[n % 4]}
+
+
+def hellaswag(n: int) -> dict[str, Any]:
+    return {**tiny_gpt2.ITEMS[n % 3], "ind": n}
+
+
+def mmlu(n: int) -> dict[str, Any]:
+    return {"question": f"Is {n} even? ", "choices": ["yes", "no", "maybe", "never"], "answer": n % 2}
+
+
+def truthful(n: int) -> dict[str, Any]:
+    targets = {"choices": [f"It is {n}.", "Nobody knows.", "It is a long story."], "labels": [1, 1, 0]}
+    return {"question": f"What is {n}?", "mc1_targets": targets, "mc2_targets": targets}
+
+
+def winogrande(n: int) -> dict[str, Any]:
+    return {
+        "sentence": f"The cup is in bag {n} since the _ is small.",
+        "option1": "cup",
+        "option2": "bag",
+        "answer": "1",
+    }
+
+
+def gsm8k(n: int) -> dict[str, Any]:
+    return {"question": f"What is {n} plus 1?", "answer": f"We add 1. #### {n + 1}"}
+
+
+def wikitext(n: int) -> dict[str, Any]:
+    return {"page": f" = Heading {n} = \n\n The first @-@ class town has {n} houses . " * 30}
+
+
+TASKS = {
+    "arc_challenge": (arc, "arc/arc_challenge.yaml", "train", "test"),
+    "hellaswag": (hellaswag, "hellaswag/hellaswag.yaml", "train", "validation"),
+    "truthfulqa_mc2": (truthful, "truthfulqa/truthfulqa_mc2.yaml", None, "validation"),
+    "winogrande": (winogrande, "winogrande/default.yaml", "train", "validation"),
+    "gsm8k": (gsm8k, "gsm8k/gsm8k.yaml", "train", "test"),
+    "wikitext": (wikitext, "wikitext/wikitext.yaml", None, "test"),
+}
+
+
+def write_tasks(folder: Path) -> str:
+    """Each task includes lm-eval's own file and changes where its data lies; MMLU is a group of one subject."""
+    for name, (make, own, train, test) in TASKS.items():
+        splits = {test: 4} | ({train: 27} if train else {})
+        page = [f"include: {OWN / own}", f"task: {name}", *_data(folder, name, make, splits)]
+        page += ["training_split: null", "validation_split: null"] if name == "wikitext" else []
+        if name == "gsm8k":
+            page.append('generation_kwargs: {until: ["Question:", "\\n\\n"], do_sample: false, max_gen_toks: 6}')
+        (folder / f"{name}.yaml").write_text("\n".join(page) + "\n")
+    page = [f"include: {OWN / 'mmlu/default/_default_template_yaml'}", "task: mmlu_sums", "description: ''"]
+    page += _data(folder, "mmlu_sums", mmlu, {"dev": 6, "test": 4})
+    (folder / "mmlu_sums.yaml").write_text("\n".join(page) + "\n")
+    group = "group: mmlu\ntask: [mmlu_sums]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (folder / "mmlu.yaml").write_text(group)
+    return str(folder)
+
+
+def _data(folder: Path, name: str, make: Any, splits: dict[str, int]) -> list[str]:
+    files = {}
+    for split, count in splits.items():
+        file = folder / f"{name}_{split}.jsonl"
+        file.write_text("".join(json.dumps(make(n)) + "\n" for n in range(count)))
+        files[split] = str(file)
+    kwargs = json.dumps({"data_files": files, "cache_dir": str(folder / "cache")})
+    return ["dataset_path: json", "dataset_name: null", f"dataset_kwargs: {kwargs}"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(tiny_gpt2.save(tmp_path_factory.mktemp("model"), context=256), "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [*harness.SUITES["leaderboard-v1"], harness.Part("wikitext", 0)], ids=lambda p: p.task)
+def test_each_task_scores_as_with_lm_evals_own_model(part: harness.Part, model: LoadedModel, folder: str) -> None:
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(model.name, device="cpu", dtype="float32", batch_size=2),
+        tasks=[part.task], num_fewshot=part.shots, bootstrap_iters=1000,
+        task_manager=harness._manager([part.task], folder),
+    )  # fmt: skip
+    assert theirs is not None
+    ours = harness.evaluate(model, Scorer(model), [part], folder)
+    expected = harness._scores(theirs["results"], {task: n["effective"] for task, n in theirs["n-samples"].items()})
+    assert set(ours.scores) == set(expected)
+    for name, score in expected.items():
+        assert ours.scores[name].value == pytest.approx(score.value, rel=1e-4 if "perplexity" in name else 1e-6), name
+        assert ours.scores[name].n == 4
+    if part.task == "gsm8k":
+        responses = [row["responses"] for row in harness._per_item(theirs["samples"])]
+        assert [row["responses"] for row in ours.per_item] == responses
+
+
+def test_the_suite_runs_its_six_tasks_with_their_shots_and_counts_what_was_cut(model: LoadedModel, folder: str) -> None:
+    parts = harness.SUITES["leaderboard-v1"]
+    result = harness.evaluate(model, Scorer(model), parts, folder, limit=2, suite="leaderboard-v1")
+    wanted = {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5, "mmlu_sums": 5}
+    tasks = result.details["tasks"]
+    assert {task: facts["shots"] for task, facts in tasks.items()} == wanted
+    assert all(facts["items"] == 2 for facts in tasks.values())
+    assert tasks["arc_challenge"]["truncated"] == 2 * 4  # 25 examples do not fit into 256 tokens
+    assert tasks["truthfulqa_mc2"]["truncated"] == 0
+    assert result.truncated == sum(facts["truncated"] for facts in tasks.values())
+    assert result.details["lm_eval"] == lm_eval.__version__
+    mean = sum(result.scores[f"{part.task}/{part.metric}"].value for part in parts) / 6
+    assert result.scores["average"].value == pytest.approx(mean)
+    assert result.items == 12
+    assert len(result.per_item) == 12 + 2  # GSM8K's answers are read by two filters
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_named(folder: str) -> None:
+    with pytest.raises(ValueError, match="has no task no_such_task"):
+        harness._manager(["no_such_task"], folder)
+
+
+def test_a_task_that_fails_is_named(model: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_tasks(tmp_path)
+    (tmp_path / "winogrande_validation.jsonl").unlink()
+    with pytest.raises(FileNotFoundError):
+        harness.evaluate(model, Scorer(model), [harness.Part("winogrande", 0)], folder)
+    assert "lm-eval's task winogrande failed" in caplog.text
+
+
+def test_rolling_windows_are_those_of_lm_eval() -> None:
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    for count in (1, 7, 8, 9, 16, 21):
+        tokens = list(range(100, 100 + count))
+        theirs = [make_disjoint_window(w) for w in get_rolling_token_windows(tokens, 0, 8, 1)]
+        assert [(list(a), list(b)) for a, b in rolling(tokens, 0, 8)] == [(list(a), list(b)) for a, b in theirs]
