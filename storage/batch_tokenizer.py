@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
@@ -86,13 +87,15 @@ class BatchTokenizer:
     def _number(self, words: list[bytes]) -> NDArray[np.int32]:
         if self.memory > MEMORY:
             self._forget()
-        known = list(map(self.numbers.get, words))
-        new = [word for word, number in zip(words, known, strict=True) if number is None]
-        if new:
-            blank = [word for word in new if word.decode().isspace()]
-            self._remember([word for word in new if not word.decode().isspace()], _encode_visible)
-            self._remember(blank, _encode_each)
-        return np.array(list(map(self.numbers.__getitem__, words)) if new else known, dtype=np.int32)
+        numbers = np.fromiter(map(self.numbers.get, words, repeat(-1)), dtype=np.int32, count=len(words))
+        missing = np.flatnonzero(numbers < 0)
+        new = [words[i] for i in missing.tolist()]
+        visible = [word for word in new if not word.decode().isspace()]
+        self._remember(visible, _encode_visible)
+        if len(visible) < len(new):
+            self._remember([word for word in new if word.decode().isspace()], _encode_each)
+        numbers[missing] = list(map(self.numbers.__getitem__, new))
+        return numbers
 
     def _remember(self, words: list[bytes], encode: Callable[[list[str]], tuple[Tokens, NDArray[np.int32]]]) -> None:
         if not words:
