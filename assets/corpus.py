@@ -1,7 +1,5 @@
 """Which texts does a run read: the documents it trains on, and the items it is asked."""
 
-import gzip
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,22 +9,20 @@ from assets.making import Check, Maker, Output, Produced, StageConfig, materiali
 from assets.resources import RUNS, Event
 from assets.tokens import validation_shard
 from evals import completion_items
-from storage import objects, records, sources
+from storage import items, objects, records, sources
 from storage.records import Record
 from training.config import RunConfig
 
 DOCUMENTS_VERSION = "1"
 ITEMS_VERSION = "1"
 ITEMS_SEED = 42
-GZIP = b"\x1f\x8b"  # what a gzip file starts with
-ITEMS_FILE = "items.jsonl"
 
 
 def _has_rows(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
     return bool(record.rows), {"rows": record.rows or 0}
 
 
-HAS_DOCUMENTS = Check("has_documents", "There is at least one document, and every file has a text column.", _has_rows)
+HAS_DOCUMENTS = Check("has_documents", "There is at least one document (or shard that is fetched).", _has_rows)
 HAS_ITEMS = Check("has_items", "At least four items, each with a context, its endings and a label.", _has_rows)
 
 
@@ -45,17 +41,21 @@ def documents(
     output = Output("documents", f"corpora/{source.name}/documents", DOCUMENTS_VERSION, source.identity)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
+        if source.kind == "tokens":  # there is no text: the shards are fetched where the tokens go
+            return Produced(rows=len(source.identity["files"]), metrics={"text_bytes": 0, **source.details})
         files = source.fetch(
             records.folder_url(maker.places.store, output.key),
             lambda done, total: progress({"event": "bytes", "done": done, "total": total}),
+            scratch=str(maker.places.home / "downloads" / source.name),
         )
         urls = [records.file_url(maker.places.store, output.key, f.path) for f in files]
         rows = sum(sources.read_metadata(url).num_rows for url in urls)
-        return Produced(files=files, rows=rows, metrics={"text_bytes": sources.total_text_bytes(urls)})
+        text_bytes = sources.total_text_bytes(urls)
+        return Produced(files=files, rows=rows, metrics={"text_bytes": text_bytes, **source.details})
 
     made, checks = maker.make(config, output, produce, [HAS_DOCUMENTS])
     maker.remember_input(context.partition_key, documents=output.key)
-    return materialize(made, checks, {"columns": ", ".join(sources.COLUMNS)})
+    return materialize(made, checks, {"columns": ", ".join(sources.COLUMNS), **source.details})
 
 
 @dg.asset(
@@ -72,13 +72,14 @@ def eval_items(
     """Items to complete, made from documents held out in the validation shard; HellaSwag's where it is at hand."""
     run = maker.run_config(context.partition_key)
     if run.evals.hellaswag:
-        maker.make(config, hellaswag_output(run), lambda _: _copy_items(maker, run))
+        maker.make(config, hellaswag_output(run), lambda _: _hellaswag_items(maker, run))
     output = completion_output(maker, context.partition_key, run)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         texts = completion_items.held_out_documents(validation_shard(maker, context.partition_key))
-        items = completion_items.make_items(texts, run.evals.completion_items, ITEMS_SEED)
-        return _write_items(maker, output.key, "".join(json.dumps(item) + "\n" for item in items).encode())
+        made = completion_items.make_items(texts, run.evals.completion_items, ITEMS_SEED)
+        out = records.folder_url(maker.places.store, output.key)
+        return Produced(files=items.write_items(made, out), rows=len(made))
 
     made, checks = maker.make(config, output, produce, [HAS_ITEMS])
     return materialize(made, checks, {"hellaswag": run.evals.hellaswag or "no items: set evals.hellaswag=FILE"})
@@ -97,21 +98,13 @@ def completion_output(maker: Maker, name: str, run: RunConfig) -> Output:
 
 
 def hellaswag_output(run: RunConfig) -> Output:
-    """HellaSwag's validation items, by their content."""
-    digest = objects.sha256(run.evals.hellaswag)
-    return Output(
-        "eval_items",
-        f"eval_items/hellaswag-{digest[:8]}",
-        ITEMS_VERSION,
-        {"suite": "hellaswag", "sha256": digest},
-    )
+    """HellaSwag's validation items, by their file's content; the hub's copy is the published one."""
+    place = run.evals.hellaswag
+    version = "hub" if place == "hub" else objects.sha256(place)
+    definition = {"suite": "hellaswag", "version": version}
+    return Output("eval_items", f"eval_items/hellaswag-{version[:8]}", ITEMS_VERSION, definition)
 
 
-def _copy_items(maker: Maker, run: RunConfig) -> Produced:
-    data = objects.read_bytes(run.evals.hellaswag)
-    return _write_items(maker, hellaswag_output(run).key, gzip.decompress(data) if data[:2] == GZIP else data)
-
-
-def _write_items(maker: Maker, key: str, jsonl: bytes) -> Produced:
-    objects.publish_bytes(objects.join(maker.folder(key), ITEMS_FILE), jsonl)
-    return Produced(paths=[ITEMS_FILE], rows=len(jsonl.splitlines()))
+def _hellaswag_items(maker: Maker, run: RunConfig) -> Produced:
+    out = records.folder_url(maker.places.store, hellaswag_output(run).key)
+    return Produced(files=items.hellaswag(run.evals.hellaswag, out), rows=items.HELLASWAG_ITEMS)

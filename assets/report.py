@@ -16,7 +16,7 @@ from storage.records import Record
 from training.config import to_dict
 
 VERSION = "1"
-SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther")
+SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core")
 
 
 @dg.op(ins={"scores": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), code_version=VERSION)
@@ -48,15 +48,16 @@ def scored() -> None:
     kinds={"html"},
     ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in SUITES},
 )
-def report(validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther: Any) -> Any:
+def report(validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther: Any, core: Any) -> Any:
     """One self-contained page and its figures. It waits for every suite, and is made without an unmade one."""
-    # Dagster passes a step over when an input's source was: HellaSwag may be unmade, so the suites are fanned in
-    # as one input, which is passed over only when all of them are.
+    # Dagster passes a step over when the source of one of its inputs was, as HellaSwag and CORE may be. The suites
+    # are fanned in as one input instead, which is passed over only when all of them are.
     suites = {
         "validation_loss": validation_loss,
         "hellaswag": hellaswag,
         "completion_demo": completion_demo,
         "eleuther": eleuther,
+        "core": core,
     }
     return write_report(scores=[scored.alias(f"{name}_done")(suite) for name, suite in suites.items()])
 

@@ -1,15 +1,17 @@
 """How does text become tokens: GPT-2's, in uint16 shards that llm.c reads."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dagster as dg
 
 from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
-from storage import records, shards, tokenizer
+from storage import records, shards, sources, tokenizer
 from storage.records import Record
 from training import tokenization
+from training.config import RunConfig
 
 VERSION = "1"
 
@@ -42,36 +44,66 @@ def token_shards(
 ) -> dg.MaterializeResult:
     """GPT-2 tokens in uint16 shards: EOT before each document, shard 0 for validation, an index beside each."""
     run = maker.run_config(context.partition_key)
-    source = maker.input(context.partition_key, "documents", "documents")
-    corpus = source.key.split("/")[1]
-    shard_tokens = run.tokenize.shard_tokens
-    size = shard_tokens or tokenization.automatic_shard_tokens(source.metrics["text_bytes"])
-    output = Output(
-        "token_shards",
-        f"tokens/{corpus}" + (f"-{shard_tokens}" if shard_tokens else ""),
-        VERSION,
-        {"shard_tokens": size, "vocabulary": tokenizer.VOCABULARY_SHA256},
-        [source],
-    )
-
-    def produce(progress: Callable[[Event], None]) -> Produced:
-        made = tokenization.tokenize(
-            [records.file_url(maker.places.store, source.key, f.path) for f in source.files],
-            out=records.folder_url(maker.places.store, output.key),
-            corpus=corpus,
-            shard_tokens=size,
-            work=str(maker.places.home / "work" / output.key),
-            workers=run.machine.workers or maker.cores,
-            progress=lambda tokens, done, total: progress(
-                {"event": "bytes", "done": done, "total": total, "tokens": tokens}
-            ),
-        )
-        metrics = {"shards": made.shards, "shard_tokens": size}
-        return Produced(files=made.files, rows=made.documents, tokens=made.tokens, metrics=metrics)
-
+    documents = maker.input(context.partition_key, "documents", "documents")
+    if documents.metrics["text_bytes"]:
+        output = _tokenized(run, documents)
+        produce = partial(_tokenize, maker, run, documents, output)
+    else:
+        output = Output("token_shards", f"tokens/{documents.key.split('/')[1]}", VERSION, {}, [documents])
+        produce = partial(_fetch, maker, run, output)
     made, checks = maker.make(config, output, produce, [SHARDS_ARE_WHOLE])
     maker.remember_input(context.partition_key, tokens=output.key)
-    return materialize(made, checks, {"shards": made.record.metrics["shards"], "shard_tokens": size})
+    return materialize(made, checks, dict(made.record.metrics))
+
+
+def _tokenized(run: RunConfig, documents: Record) -> Output:
+    """The shards of a corpus; its folder's name tells a shard size that was asked for."""
+    asked = run.tokenize.shard_tokens
+    size = asked or tokenization.automatic_shard_tokens(documents.metrics["text_bytes"])
+    return Output(
+        "token_shards",
+        f"tokens/{documents.key.split('/')[1]}" + (f"-{asked}" if asked else ""),
+        VERSION,
+        {"shard_tokens": size, "vocabulary": tokenizer.VOCABULARY_SHA256},
+        [documents],
+    )
+
+
+def _tokenize(
+    maker: Maker, run: RunConfig, documents: Record, output: Output, progress: Callable[[Event], None]
+) -> Produced:
+    size = output.config["shard_tokens"]
+    made = tokenization.tokenize(
+        [records.file_url(maker.places.store, documents.key, f.path) for f in documents.files],
+        out=records.folder_url(maker.places.store, output.key),
+        corpus=documents.key.split("/")[1],
+        shard_tokens=size,
+        work=str(maker.places.home / "work" / output.key),
+        workers=run.machine.workers or maker.cores,
+        progress=lambda tokens, done, total: progress(
+            {"event": "bytes", "done": done, "total": total, "tokens": tokens}
+        ),
+        engine_name=run.tokenize.engine,
+        shared=run.tokenize.shared,
+    )
+    metrics = {"shards": made.shards, "shard_tokens": size, "validation_tokens": size}
+    return Produced(files=made.files, rows=made.documents, tokens=made.tokens, metrics=metrics)
+
+
+def _fetch(maker: Maker, run: RunConfig, output: Output, progress: Callable[[Event], None]) -> Produced:
+    """Shards that somebody else has made, as they are."""
+    files = sources.resolve(run.corpus).fetch(
+        records.folder_url(maker.places.store, output.key),
+        lambda done, total: progress({"event": "bytes", "done": done, "total": total}),
+        scratch=str(maker.places.home / "downloads" / output.key),
+    )
+    counts = {f.path: shards.read_header(records.file_url(maker.places.store, output.key, f.path)) for f in files}
+    metrics = {
+        "shards": len(files),
+        "shard_tokens": max(counts.values()),
+        "validation_tokens": sum(n for path, n in counts.items() if "_val_" in path),
+    }
+    return Produced(files=files, tokens=sum(counts.values()), metrics=metrics)
 
 
 def validation_shard(maker: Maker, run: str) -> str:

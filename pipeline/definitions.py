@@ -21,9 +21,10 @@ ASSETS = [
     scores.hellaswag,
     scores.completion_demo,
     scores.eleuther,
+    scores.core,
     report,
 ]
-RESCORED = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "report")
+RESCORED = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core", "report")
 
 
 def rescore(names: Iterable[str] = RESCORED) -> dict[str, Any]:

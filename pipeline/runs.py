@@ -34,8 +34,9 @@ def default_name(config: RunConfig) -> str:
 
 
 def _definition(config: RunConfig) -> dict[str, Any]:
-    """All of a configuration that changes results: where it runs does not."""
-    return {key: value for key, value in to_dict(config).items() if key != "machine"}
+    """All of a configuration that changes results: where it runs, and what runs its workers, does not."""
+    values = {key: value for key, value in to_dict(config).items() if key != "machine"}
+    return values | {"tokenize": {"shard_tokens": config.tokenize.shard_tokens}}
 
 
 def config_url(places: Places, run: str) -> str:
@@ -80,8 +81,9 @@ def check_possible(places: Places, config: RunConfig) -> None:
     """Raise ValueError for a run that can't succeed: its corpus, its batch, its store or its space."""
     source = sources.resolve(config.corpus)
     check_batch(config)
-    if config.evals.hellaswag and not objects.exists(config.evals.hellaswag):
-        raise ValueError(f"evals.hellaswag={config.evals.hellaswag}: there is no such file")
+    items = config.evals.hellaswag
+    if items not in ("", "hub") and not objects.exists(items):
+        raise ValueError(f"evals.hellaswag={items}: there is no such file")
     check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))
     objects.check_writable(places.store)  # last: it makes the store's folder
 

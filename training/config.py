@@ -138,6 +138,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class TokenizeConfig:
     shard_tokens: int = 0  # tokens a shard; 0: 100M, or about a twentieth of a small corpus
+    engine: Literal["processes", "ray"] = "processes"  # what runs the workers; the bytes are the same
+    shared: bool = False  # several machines work on one store's shards, divided by claims; the bytes are the same
 
     def __post_init__(self) -> None:
         if self.shard_tokens < 0:
@@ -148,7 +150,9 @@ class TokenizeConfig:
 class EvalConfig:
     completion_items: int = 100  # items made from held-out documents, in HellaSwag's format
     harness_items: int = 100  # of these, how many the Eleuther harness scores
-    hellaswag: str = ""  # HellaSwag's validation jsonl (may be .gz); empty: not evaluated
+    hellaswag: str = ""  # HellaSwag's validation items: a jsonl (may be .gz) or "hub"; empty: not evaluated
+    harness: str = ""  # lm-eval tasks, comma-separated, or leaderboard-v1 or zero-shot; empty: the completion items
+    core: str = ""  # DCLM CORE's data: a local folder, fetched there where absent; empty: not evaluated
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the exported weights and of every eval
 
     def __post_init__(self) -> None:
