@@ -47,7 +47,7 @@ WITHOUT_EFFECT = (
     "keep_checkpoints",
     "keep_every",
 )
-WAIT = 600.0  # seconds until a rank that does not deliver its file counts as lost
+WAIT = 30.0  # seconds without a byte more, after which the ranks whose files are missing count as lost
 
 log = logging.getLogger("gpt2.checkpoint")
 
@@ -164,7 +164,8 @@ class Checkpointer:
         self.wait()
         weights = {n: _host(p) for n, p in model.named_parameters()} if self.world.is_first else {}
         moments = _optimizer_tensors(optimizer) if self.world.replicas.rank == 0 else {}
-        self.thread = threading.Thread(target=self._guarded, args=(step, weights, moments, state))
+        # A daemon: a rank that fails ends at once, and what it was writing is a torn checkpoint.
+        self.thread = threading.Thread(target=self._guarded, args=(step, weights, moments, state), daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
@@ -209,10 +210,7 @@ class Checkpointer:
             return
         _write_file(hidden / MODEL, weights)
         (hidden / STATE).write_text(json.dumps({"schema": SCHEMA, **state}, indent=1))
-        _await(
-            lambda: len(list(hidden.glob("optimizer_*.safetensors"))) == shard.size,
-            f"optimizer files of {hidden}",
-        )
+        _await_files(hidden, "optimizer_*.safetensors", shard.size)
         self._publish(step, hidden)
 
     def _publish(self, step: int, hidden: Path) -> None:
@@ -292,9 +290,13 @@ def _sync(path: Path) -> None:
     os.close(handle)
 
 
-def _await(ready: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT
-    while not ready():
-        if time.monotonic() > deadline:
-            raise ValueError(f"no {what} within {WAIT:.0f} s: a rank is lost")
+def _await_files(folder: Path, pattern: str, count: int) -> None:
+    """Until the other ranks' files are there; a folder that stops growing means that one of them is lost."""
+    size, since = -1, time.monotonic()
+    while len(list(folder.glob(pattern))) < count:
+        now = sum(stat.bytes for stat in objects.list_files(str(folder)))
+        if now != size:
+            size, since = now, time.monotonic()
+        elif time.monotonic() - since > WAIT:
+            raise ValueError(f"{folder} has fewer than {count} {pattern} and stopped growing: a rank is lost")
         time.sleep(0.05)

@@ -22,6 +22,10 @@ from types import FrameType
 STATUS_VARIABLE = "GPT2_STATUS_FILE"
 INTERRUPTED = 75  # ended by a signal, with a checkpoint: start it again to go on (EX_TEMPFAIL of sysexits.h)
 GRACE_SECONDS = 120  # that torchrun leaves the ranks for their last checkpoint
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # torchrun would set it, with a warning; the ranks share the cores out themselves
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),
+}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,74 +66,77 @@ def command(
     nnodes: int = 1,
     node_rank: int = 0,
     rendezvous: str = "",
-    restarts: int = 0,
 ) -> list[str]:
-    """The torchrun command line. Several machines meet at `rendezvous`, the host:port of one of them."""
+    """The torchrun command line. Several machines meet at `rendezvous`, host:port of the first of them."""
     if nnodes == 1:
         where = ["--standalone"]
     else:
-        where = [f"--nnodes={nnodes}", f"--node-rank={node_rank}", "--rdzv-backend=c10d"]
-        where += [f"--rdzv-endpoint={rendezvous}", "--rdzv-id=gpt2"]
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={ranks}"),
-        *(f"--max-restarts={restarts}", "-m", module, *arguments),
-    ]
+        where = [f"--nnodes={nnodes}", f"--node-rank={node_rank}", "--rdzv-id=gpt2", "--rdzv-backend=c10d"]
+        where += [f"--rdzv-endpoint={rendezvous}", f"--rdzv-conf=is_host={str(node_rank == 0).lower()}"]
+    program = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={ranks}"]
+    return [*program, "-m", module, *arguments]
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run torchrun until it ends -> the ranks' exit status."""
-    with tempfile.TemporaryDirectory() as scratch:
-        status = Path(scratch, "status")
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, STATUS_VARIABLE: str(status)}
-        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
-        me = os.getpid()
-        signalled: list[int] = []
-        # A session of its own: Ctrl-C in a terminal comes here only, and torchrun gets one signal, not two.
-        process = subprocess.Popen(
-            argv, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(me)
-        )
+class Launch:
+    """Runs torchrun, anew after a failure where that is wanted, until the ranks are done."""
 
-        def forward(number: int, _: FrameType | None) -> None:
-            if not signalled:
-                process.send_signal(signal.SIGTERM)
-            signalled.append(number)
-
+    def __init__(self, argv: Sequence[str], restarts: int) -> None:
+        self.argv, self.restarts = argv, restarts
+        self.process: subprocess.Popen[bytes] | None = None
+        self.signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, forward)
-        code = process.wait()
-        if status.exists():
-            return int(status.read_text())
-        return INTERRUPTED if signalled and code else code
+            signal.signal(number, self._forward)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        """Pass the first signal on, as the SIGTERM that torchrun hands to its ranks."""
+        if self.process is not None and not self.signalled:
+            self.process.send_signal(signal.SIGTERM)
+        self.signalled = True
+
+    def run(self) -> int:
+        """Exit status: what the ranks reported, else torchrun's."""
+        for left in reversed(range(self.restarts + 1)):
+            code, reported = self.attempt()
+            failed = reported is None or reported == INTERRUPTED  # a rank was killed, or a machine was lost
+            if self.signalled or not failed or not left:
+                break
+            sys.stderr.write(f"the ranks ended with status {code}: starting them again, {left} times at most\n")
+        if reported is None:
+            return INTERRUPTED if self.signalled and code else code
+        return reported
+
+    def attempt(self) -> tuple[int, int | None]:
+        """One torchrun -> its exit status, and the status that the ranks reported if they came so far."""
+        with tempfile.TemporaryDirectory() as scratch:
+            status = Path(scratch, "status")
+            me = os.getpid()
+            # A session of its own: Ctrl-C in a terminal comes here only, and torchrun gets one signal, not two.
+            self.process = subprocess.Popen(
+                self.argv,
+                env={**ENVIRONMENT, **os.environ, STATUS_VARIABLE: str(status)},
+                start_new_session=True,
+                preexec_fn=lambda: die_with_parent(me),
+            )
+            code = self.process.wait()
+            return code, int(status.read_text()) if status.exists() else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="training.launch", description="Run a module under torchrun.")
-    parser.add_argument(
-        "--gpus", type=int, default=0, help="ranks on this machine; 0: every GPU, or one CPU rank"
-    )
+    parser.add_argument("--gpus", type=int, default=0, help="ranks on this machine; 0: every GPU, or one CPU rank")
     parser.add_argument("--nnodes", type=int, default=1, help="machines")
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine")
     parser.add_argument("--rendezvous", default="", help="host:port of the first machine")
-    parser.add_argument(
-        "--restarts", type=int, default=0, help="starts after a failure, from the newest checkpoint"
-    )
+    parser.add_argument("--restarts", type=int, default=0, help="starts after a failure, from the newest checkpoint")
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
     if options.nnodes > 1 and not options.rendezvous:
         parser.error(f"--nnodes {options.nnodes} needs --rendezvous HOST:PORT, the same on every machine")
     die_with_parent(os.getppid())
-    return run(
-        command(
-            options.module,
-            options.arguments,
-            ranks_here(options.gpus),
-            options.nnodes,
-            options.node_rank,
-            options.rendezvous,
-            options.restarts,
-        )
-    )
+    ranks = ranks_here(options.gpus)
+    where = (options.nnodes, options.node_rank, options.rendezvous)
+    return Launch(command(options.module, options.arguments, ranks, *where), options.restarts).run()
 
 
 if __name__ == "__main__":

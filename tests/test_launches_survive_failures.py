@@ -1,0 +1,109 @@
+"""Restarts after a killed rank, and two machines as one: the same main.log as one undisturbed process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from training.launch import command
+
+pytestmark = pytest.mark.slow
+
+CONFIG = tiny_run.config(steps=60, val_every=20, checkpoint_every=7)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_run.tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run on two ranks."""
+    run = tiny_run.folder(tmp_path_factory.mktemp("runs") / "undisturbed", CONFIG)
+    done = tiny_run.train(run, shards, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def launch(run: str, shards: str, *options: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "training.launch", *options, "training.train", run, f"--tokens={shards}"]
+    return subprocess.Popen(program, cwd=tiny_run.ROOT, env=tiny_run.environment(), text=True, stderr=subprocess.PIPE)
+
+
+def end(process: subprocess.Popen[str], status: int = 0) -> None:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors[-3000:]
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not ready():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def is_amid_its_steps(run: str) -> bool:
+    log = Path(run, "main.log")
+    return log.exists() and "s:9 trl" in log.read_text()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_launcher_restarts_all_ranks_when_one_is_killed(shards: str, undisturbed: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", CONFIG)
+    process = launch(run, shards, "--gpus=2", "--restarts=1")
+    wait_for(lambda: is_amid_its_steps(run))
+    (agent,) = children(process.pid)
+    os.kill(children(agent)[0], signal.SIGKILL)
+    end(process)
+    assert "resumed from" in Path(run, "train.log").read_text()
+    assert Path(run, "main.log").read_text() == Path(undisturbed, "main.log").read_text()
+
+
+def test_two_machines_train_as_one_and_come_back_when_one_of_them_is_lost(
+    shards: str, undisturbed: str, tmp_path: Path
+) -> None:
+    run = tiny_run.folder(tmp_path / "run", CONFIG)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"--rendezvous=127.0.0.1:{free.getsockname()[1]}"
+    both = ("--gpus=1", "--nnodes=2", "--restarts=3", place)
+    first = launch(run, shards, *both, "--node-rank=0")
+    second = launch(run, shards, *both, "--node-rank=1")
+    wait_for(lambda: is_amid_its_steps(run))
+    second.kill()  # with its launcher, torchrun and its rank end; the first machine waits for another
+    second.wait()
+    second = launch(run, shards, *both, "--node-rank=1")
+    end(first)
+    end(second)
+    assert "resumed from" in Path(run, "train.log").read_text()
+    # Not to the bit: alone on its "machine", a rank computes with more threads than beside another.
+    assert tiny_run.losses(run) == pytest.approx(tiny_run.losses(undisturbed), abs=1e-5)
+    assert len(tiny_run.losses(run)) == 60
+
+
+def test_bad_input_ends_with_status_2_and_one_line(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config(batch_tokens=3 * 16))
+    done = tiny_run.train(run, shards, 2)
+    assert done.returncode == 2
+    assert "batch_tokens=48 does not divide into 2 ranks: the nearest that do are 32 and 64" in done.stderr
+
+
+def test_several_machines_need_a_place_to_meet() -> None:
+    line = command("training.train", ["run"], 8, nnodes=2, node_rank=1, rendezvous="host:29400")
+    assert "--rdzv-endpoint=host:29400" in line and "--standalone" not in line
+    refused = subprocess.run(
+        [sys.executable, "-m", "training.launch", "--nnodes=2", "training.train"],
+        cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "--rendezvous" in refused.stderr
