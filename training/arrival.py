@@ -1,0 +1,67 @@
+"""Which training shards are here, while others are still being fetched or made?
+
+Training may begin once the validation shard and the first training shard are there. Shards are read in
+order, so the batches are the same as if all had been there: a position of the first epoch lies in the
+shards before it, whatever comes later, and a second epoch begins only when the folder says that it is
+complete.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from storage import objects
+from storage.shards import read_header, shard_paths
+from training.tokenization import COMPLETE, PLAN
+
+log = logging.getLogger(__name__)
+
+POLL = 2.0  # seconds between two looks
+
+
+@dataclass
+class Arrivals:
+    """The training shards of a folder in corpus order, as they come; those on S3 are copied to `local`."""
+
+    folder: str
+    local: str = ""
+    paths: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    def look(self) -> bool:
+        """Take in what has come since; whether anything has, or the last has been seen."""
+        complete = not objects.exists(objects.join(self.folder, PLAN)) or objects.exists(
+            objects.join(self.folder, COMPLETE)
+        )
+        there = self._whole_prefix(shard_paths(self.folder, "train"))
+        new = there[len(self.paths) :]
+        self.paths += [self._here(url) for url in new]
+        changed = bool(new) or complete != self.complete
+        self.complete = complete
+        return changed
+
+    def _whole_prefix(self, urls: list[str]) -> list[str]:
+        """Shards without a gap before them: several machines may finish later ones first."""
+        numbered = {int(url.removesuffix(".bin").rsplit("_", 1)[1]): url for url in urls}
+        first = min(numbered, default=1)
+        count = next(n for n in range(len(numbered) + 1) if first + n not in numbered)
+        return [numbered[first + n] for n in range(count)] if first == 1 else []
+
+    def _here(self, url: str) -> str:
+        if not objects.is_local(url):
+            path = objects.join(self.local, objects.name_of(url))
+            objects.fetch(url, path)
+            url = path
+        read_header(url)
+        return url
+
+    def wait(self, shards: int) -> None:
+        """Return once so many training shards are here, or all that there will be; says so when it waits."""
+        self.look()
+        told = False
+        while len(self.paths) < shards and not self.complete:
+            if not told:
+                log.info("waiting for training shard %d of %s", shards, self.folder)
+                told = True
+            time.sleep(POLL)
+            self.look()
