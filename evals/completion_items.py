@@ -15,7 +15,7 @@ from storage import shards, tokenizer
 
 CONTEXT_SENTENCES = 2
 WORDS = range(6, 41)  # words in a usable ending: shorter ones say nothing, longer ones dilute the choice
-PER_DOCUMENT = 8  # at most, so that one long document does not fill the set
+PER_DOCUMENT = 8  # at most, so that one long document does not fill the set; doubled where that is too few
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -40,7 +40,11 @@ def make_items(texts: Iterable[tuple[str, str]], count: int, seed: int) -> list[
     Raises ValueError where the documents are too few to draw wrong endings from others.
     """
     draw = random.Random(seed)
-    passages = [p for document, text in texts for p in _some(_passages(document, text), draw)]
+    found = [_passages(document, text) for document, text in texts]
+    most = PER_DOCUMENT
+    while sum(min(most, len(several)) for several in found) < count and any(len(several) > most for several in found):
+        most *= 2
+    passages = [p for several in found for p in draw.sample(several, min(most, len(several)))]
     documents = {p.document for p in passages}
     if len(documents) < 4:
         raise ValueError(
@@ -50,10 +54,6 @@ def make_items(texts: Iterable[tuple[str, str]], count: int, seed: int) -> list[
     chosen = draw.sample(passages, min(count, len(passages)))
     by_length = sorted(passages, key=lambda p: (len(p.ending), p.ending, p.document))
     return [_item(number, passage, by_length, draw) for number, passage in enumerate(chosen)]
-
-
-def _some(passages: list[Passage], draw: random.Random) -> list[Passage]:
-    return draw.sample(passages, min(PER_DOCUMENT, len(passages)))
 
 
 def _passages(document: str, text: str) -> list[Passage]:

@@ -187,15 +187,12 @@ def score_bars(run: ReportData) -> list[Bar]:
             if "acc" not in name:
                 continue
             marks = [Line(c.against, c.reference) for c in _all_comparisons(run, suite, name, other)]
-            bars.append(Bar(f"{suite}: {name.replace('_', ' ')}", score["value"], score["stderr"], tuple(marks)))
+            bars.append(Bar(f"{suite}: {name}".replace("_", " "), score["value"], score["stderr"], tuple(marks)))
     return bars
 
 
 def _four_choices(bar: Bar) -> bool:
-    return bar.name.split(":")[0] in (
-        "hellaswag",
-        "completion_demo",
-    ) or "completion_items" in bar.name.replace(" ", "_")
+    return bar.name.split(":")[0] in ("hellaswag", "completion demo") or "completion items" in bar.name
 
 
 def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) -> list[reference.Comparison]:

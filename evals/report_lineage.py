@@ -31,6 +31,12 @@ def picture(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def ordered(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Parents before what was made from them."""
+    by_key = {r["key"]: r for r in records}
+    return [by_key[key] for column in _columns(by_key) for key in column] if records else []
+
+
 def _columns(by_key: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Each output one column to the right of its furthest parent."""
     depth: dict[str, int] = {}

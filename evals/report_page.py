@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals import report_lineage
+from evals import comparison, report_lineage
 from evals.reference import Comparison
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def page(
 ) -> str:
     lead = runs[0]
     by_name = {picture.name: picture for picture in pictures}
+    records = report_lineage.ordered(lead.records)
     title = " · ".join(run.name for run in runs)
     body = [
         _header(lead, title),
@@ -31,9 +32,11 @@ def page(
         _section("Training", _panes(by_name, ("loss", "hellaswag")) + _panes(by_name, ("optimisation",))),
         _section("Scores", _panes(by_name, ("scores",)) + _scores_table(runs) + _comparison_table(comparisons)),
         _section("Samples", _samples(lead.samples)),
-        _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(lead.records)),
-        _section("Lineage", report_lineage.picture(lead.records) + _records_table(lead.records)),
-        _section("Configuration", _configuration(runs) + _environment(lead.records)),
+        _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(records)),
+        _section("Data", _data_tiles(lead, records)),
+        _section("Lineage", report_lineage.picture(lead.records) + _records_table(records)),
+        _section("What differs", _differences(runs)),
+        _section("Configuration", _configuration(runs) + _environment(records)),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
@@ -76,8 +79,8 @@ def _tiles(run: "ReportData", log: "MainLog") -> str:
     from evals.report import parameters
 
     tiles = [("Parameters", amount(parameters(run.config["model"])), "")]
-    steps = len({step for step, _ in log.train})
-    if steps:
+    if log.train:
+        steps = log.train[-1][0] + 1
         tiles.append(
             (
                 "Tokens trained on",
@@ -97,11 +100,45 @@ def _tiles(run: "ReportData", log: "MainLog") -> str:
     speeds = [m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second")]
     if speeds:
         tiles.append(("Throughput", f"{amount(sorted(speeds)[len(speeds) // 2])}", "tokens/s, median"))
+    return _tile_row(tiles)
+
+
+def _tile_row(tiles: Sequence[tuple[str, str, str]]) -> str:
     cells = "".join(
         f"<div class='tile'><p>{_text(name)}</p><b>{_text(value)}</b><span>{_text(note)}</span></div>"
         for name, value, note in tiles
     )
     return f"<div class='tiles'>{cells}</div>\n"
+
+
+def _data_tiles(run: "ReportData", records: Sequence[Mapping[str, Any]]) -> str:
+    """How much text it was, in documents, bytes and tokens, and how often the run read it."""
+    facts = {r["asset"]: r for r in records if r["asset"] in ("documents", "token_shards")}
+    documents, tokens = facts.get("documents", {}), facts.get("token_shards", {})
+    text = (documents.get("metrics") or {}).get("text_bytes")
+    count, steps = tokens.get("tokens"), run.config["train"]["steps"]
+    tiles = []
+    if documents.get("rows"):
+        tiles.append(("Documents", f"{documents['rows']:,}", documents["key"].split("/")[1]))
+    if text:
+        tiles.append(("Text", size(text), "before tokenization"))
+    if count:
+        shards = (tokens.get("metrics") or {}).get("shards")
+        tiles.append(("Tokens", amount(count), f"in {shards} shards, one of them held out" if shards else ""))
+        tiles.append(("Passes", f"{steps * run.batch_tokens / count:.2g}", "tokens trained on / tokens there"))
+    if text and count:
+        tiles.append(("Bytes per token", f"{text / count:.2f}", "how far the text is compressed"))
+    return _tile_row(tiles) if tiles else ""
+
+
+def _differences(runs: "Sequence[ReportData]") -> str:
+    """What may explain a difference between the leading run and each other one."""
+    rows = [
+        [_text(other.name), d.area, _text(d.key), _text(d.left), _text(d.right)]
+        for other in runs[1:]
+        for d in comparison.differences(runs[0], other)
+    ]
+    return _table(["run", "area", "key", runs[0].name, "that run"], rows)
 
 
 def _score(run: "ReportData", suite: str, name: str) -> Mapping[str, Any] | None:
@@ -225,7 +262,7 @@ def _records_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _configuration(runs: "Sequence[ReportData]") -> str:
     """Every key of the run; with several runs, a column each and the differing rows marked."""
-    flat = [dict(_flatten(run.config)) for run in runs]
+    flat = [dict(comparison.flatten(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     rows = []
     for key in keys:
@@ -233,15 +270,7 @@ def _configuration(runs: "Sequence[ReportData]") -> str:
         cells = [f"<span class='differs'>{v}</span>" for v in values] if len(set(values)) > 1 else values
         rows.append([_text(key), *cells])
     table = _table(["key", *(run.name for run in runs)], rows)
-    return f"<details{' open' if len(runs) > 1 else ''}><summary>{len(keys)} values</summary>{table}</details>"
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    return f"<details><summary>{len(keys)} values</summary>{table}</details>"
 
 
 def _environment(records: Sequence[Mapping[str, Any]]) -> str:

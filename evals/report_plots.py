@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
 DPI = 200
+JOINED_DOTS = 12  # validation points are joined from here on: fewer lines between far points would look measured
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def loss(curves: Sequence[Curve], lines: Sequence[Line], wide: bool) -> Drawing:
             dot = colour if several else theme.series[1]
             if curve.dots[0]:
                 label = None if several else "validation"
-                axes.plot(*curve.dots, "-", color=dot, lw=0.9, alpha=0.55)
+                if len(curve.dots[0]) >= JOINED_DOTS:
+                    axes.plot(*curve.dots, "-", color=dot, lw=0.9, alpha=0.55)
                 axes.plot(*curve.dots, "o", color=dot, ms=5, mec=theme.paper, mew=0.9, label=label, zorder=5)
         _fit_loss(axes, curves, lines)
         _levels(axes, lines, theme, theme.series[max(2, len(curves)) :])
@@ -355,6 +357,8 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     positive = [v for v in values if v > 0]
     if positive and max(positive) > 30 * float(np.median(positive)):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(_count))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
 

@@ -3,6 +3,8 @@
 import pytest
 
 from evals import reference
+from evals.comparison import Difference, differences
+from evals.report import ReportData
 from evals.results import mean_score
 
 
@@ -51,3 +53,24 @@ def test_a_run_is_compared_with_what_was_published_for_the_model() -> None:
     scores = {"hellaswag": {"scores": {"completion_acc_norm": {"value": 0.2990, "stderr": 0.0046}}}}
     (row,) = reference.against_published(scores, "gpt2")
     assert (row.reference, row.verdict, row.source) == (0.2955, "equal", "llm.c, dev/data/hellaswag.py")
+
+
+def run(lr: float, corpus: str, commit: str, torch: str) -> ReportData:
+    made = {"code_version": "1", "dirty": False}
+    records = [
+        {"asset": "token_shards", "key": f"tokens/{corpus}", "fingerprint": corpus * 8, **made},
+        {"asset": "trained_model", "key": "runs/x", "fingerprint": "f", "commit": commit, "versions": {"torch": torch},
+         "hardware": {"gpus": ["H100"]}, **made},
+    ]  # fmt: skip
+    return ReportData("x", {"train": {"lr": lr, "steps": 5}}, records=records)
+
+
+def test_what_differs_between_runs_is_told_by_area() -> None:
+    found = differences(run(1e-3, "aa", "0" * 20, "2.11"), run(2e-3, "bb", "1" * 20, "2.13"))
+    assert found == [
+        Difference("data", "token_shards", "tokens/aa (aaaaaaaaaaaa)", "tokens/bb (bbbbbbbbbbbb)"),
+        Difference("code", "commit", "0" * 12, "1" * 12),
+        Difference("configuration", "train.lr", "0.001", "0.002"),
+        Difference("environment", "torch", "2.11", "2.13"),
+    ]
+    assert differences(run(1e-3, "aa", "0", "2.11"), run(1e-3, "aa", "0", "2.11")) == []

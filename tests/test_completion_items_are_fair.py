@@ -43,6 +43,14 @@ def test_labels_are_spread() -> None:
     assert len(labels) == 24 and set(labels) == {0, 1, 2, 3}
 
 
+def test_a_document_gives_more_only_where_all_together_are_too_few() -> None:
+    long = [(f"doc {p}", " ".join(f"The {p} has a house with number {n}." for n in range(60))) for p in PLACES]
+    few = completion_items.make_items(long, 64, 1)
+    assert len(few) == 64
+    assert max(sum(i["source_id"] == d for i in few) for d, _ in long) == 8
+    assert len(completion_items.make_items(long, 200, 1)) == 200
+
+
 def test_too_few_documents_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 held-out documents, found 3"):
         completion_items.make_items(TEXTS[:3], 10, 1)
