@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import embedded, hub, objects, shards
+from storage.library_source import LibrarySource
 from storage.records import File, describe_file
 
 TEXT = "text"
@@ -55,7 +56,8 @@ def resolve(corpus: str) -> Source:
 
     "embedded"; a folder of parquet files, local or s3://; on the hub "fineweb-edu-10B", "-100B", "-350B",
     "fineweb-edu:CC-MAIN-2024-10" (one crawl), "fineweb-edu-100B-tokens" (already tokenized), or
-    "hf://datasets/OWNER/NAME/FOLDER" of parquet files. These take a revision ("fineweb-edu-10B@1a2b3c") and a
+    "hf://datasets/OWNER/NAME/FOLDER" of parquet files; or "datasets:NAME:CONFIG:SPLIT", whatever the datasets
+    library loads. Those on the hub take a revision ("fineweb-edu-10B@1a2b3c") and a
     number of files ("fineweb-edu-10B:2", the first two).
     Raises ValueError where there is no such thing, naming the value and the fix.
     """
@@ -63,6 +65,8 @@ def resolve(corpus: str) -> Source:
         return Embedded()
     if place := hub_place(corpus):
         return Hub.at(place)
+    if corpus.startswith("datasets:"):
+        return LibrarySource.at(corpus)
     if not objects.is_local(corpus) or os.path.isdir(corpus):
         return Folder.at(corpus)
     raise ValueError(f"no corpus {corpus!r}: {_suggestion(corpus)}")

@@ -1,0 +1,98 @@
+"""How does any dataset that the `datasets` library can load become documents?
+
+It is read as a stream and written as parquet, so that everything after it is as for any other corpus.
+Datasets that are parquet on the hub already are quicker to have by their place,
+`hf://datasets/OWNER/NAME/FOLDER`.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage import hub, objects
+from storage.records import File, describe_file
+
+FILE_TEXT = 2**30  # bytes of text a parquet file
+ROWS = 1000  # documents a row group, as in FineWeb-Edu
+COLUMNS = ("text", "id", "url", "dump")  # that are kept where they are there
+
+
+@dataclass(frozen=True)
+class LibrarySource:
+    """`datasets:NAME[:CONFIG[:SPLIT]]`; NAME may be a local folder."""
+
+    place: str
+    config: str
+    split: str
+    revision: str  # a commit of the hub's, or a digest of a local folder's files
+    name: str
+    kind: str = "documents"
+    text_column: str = "text"
+
+    @classmethod
+    def at(cls, corpus: str) -> "LibrarySource":
+        place, config, split = [*corpus.removeprefix("datasets:").split(":"), "", ""][:3]
+        if not place:
+            raise ValueError(f"{corpus!r} names no dataset: write datasets:NAME, datasets:NAME:CONFIG:SPLIT")
+        revision = _local_digest(place) if os.path.isdir(place) else hub.commit_of(place)
+        label = re.sub(r"[^A-Za-z0-9._-]+", "-", ":".join(filter(None, [place.strip("/"), config, split])))
+        return cls(place, config, split or "train", revision, f"{label[-60:].strip('-.')}-{revision[:8]}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        where = {} if os.path.isdir(self.place) else {"name": self.place}
+        return {"kind": "datasets", **where, "config": self.config, "split": self.split, "revision": self.revision}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"url": self.place}
+
+    def fetch(self, out: str, progress: Callable[[int, int], None], scratch: str = "") -> list[File]:
+        """Nobody knows the total beforehand: `progress` gets the bytes written so far, twice."""
+        names: list[str] = []
+        done = 0
+        for table_file in self._files(scratch):
+            names.append(f"{len(names):03d}_00000.parquet")
+            done += os.path.getsize(table_file)
+            objects.publish_file(table_file, objects.join(out, names[-1]))
+            progress(done, done)
+        return [describe_file(out, name) for name in names]
+
+    def _files(self, scratch: str) -> Iterator[str]:
+        """Local parquet files of about FILE_TEXT of text; each is removed when the next is asked for."""
+        batches = self._batches()
+        more = next(batches, None)
+        while more is not None:
+            with tempfile.TemporaryDirectory(dir=scratch or None) as folder:
+                path = os.path.join(folder, "documents.parquet")
+                size = 0
+                with pq.ParquetWriter(path, more.schema, compression="zstd") as writer:
+                    while more is not None and size < FILE_TEXT:
+                        writer.write_table(more)
+                        size += more["text"].nbytes
+                        more = next(batches, None)
+                yield path
+
+    def _batches(self) -> Iterator[pa.Table]:
+        import datasets  # here alone: it takes a second, and other corpora do not need it
+
+        revision = None if os.path.isdir(self.place) else self.revision
+        stream = datasets.load_dataset(
+            self.place, self.config or None, split=self.split, revision=revision, streaming=True
+        )
+        for batch in stream.iter(ROWS):
+            if "text" not in batch:
+                raise ValueError(f"datasets:{self.place} has no column `text`, only {', '.join(batch)}")
+            yield pa.table({name: pa.array(batch[name], pa.string()) for name in COLUMNS if name in batch})
+
+
+def _local_digest(folder: str) -> str:
+    listed = [f"{s.path} {objects.sha256(objects.join(folder, s.path))}" for s in objects.list_files(folder)]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
