@@ -125,3 +125,13 @@ def test_adamw_is_torchs(dtype: torch.dtype, function: Callable[..., None]) -> N
         function(weights, gradient, *state, master, step, 1e-2, (0.9, 0.95), 1e-8, 0.1, 0.25)
     assert_near(master, expected, torch.float32)
     assert_near(weights, master, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("add", [True, False])
+def test_a_scaled_tensor_is_added_or_written(dtype: torch.dtype, add: bool) -> None:
+    scale = torch.tensor(1 / 3, device=DEVICE)
+    value, expected = (draw(3000, dtype=dtype) for _ in range(2))
+    kernels_reduce.add_scaled(value, draw(3000, dtype=dtype, seed=1), scale, add)
+    kernels_reduce.reference_add_scaled(expected, draw(3000, dtype=dtype, seed=1), scale, add)
+    assert_near(value, expected, dtype)

@@ -54,8 +54,6 @@ class Cudnn:
         self.packed = [T * 3 * H * D, D, 3 * H * D, 1]  # strides of (B, H, T, D) inside (B, T, 3, H, D)
         self.plain = [T * H * D, D, H * D, 1]
         self.forward_graph, self.backward_graph = self._forward_graph(), self._backward_graph()
-        size = max(g.get_workspace_size() for g, _ in (self.forward_graph, self.backward_graph))
-        self.workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=f"cuda:{device}")
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """qkv (B, T, 3, H, D) -> the output (B, T, H, D) and the row statistics (B, H, T, 1) fp32."""
@@ -73,9 +71,11 @@ class Cudnn:
 
     def _run(self, built: tuple[Any, list[Any]], *tensors: Tensor) -> None:
         graph, names = built
+        size = max(graph.get_workspace_size(), 1)  # up to 1.5 GiB, so not kept: the allocator has it at hand
+        workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
         self.cudnn.set_stream(self.handle, torch.cuda.current_stream().cuda_stream)
         pointers = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
-        graph.execute(pointers, self.workspace.data_ptr(), handle=self.handle)
+        graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
 
     def _graph(self) -> Any:
         types = self.cudnn.data_type

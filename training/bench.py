@@ -1,6 +1,6 @@
 """How fast does this machine train a model? Tokens/s, MFU and memory of whole optimizer steps.
 
-    python -m training.bench RECIPE|d48 [--micro-batch 16] [--batch-tokens 131072] [--steps 10] [--profile]
+    python -m training.bench RECIPE|d48 [--micro-batch 16] [--batch-tokens 131072] [--steps 10] [--profile] [--fp8]
 
 Random tokens, the trainer's own model and optimizer, clipping included; the median of the steps after a warm-up.
 MFU by llm.c's formula. `--profile` adds one step's time by kind of operation.
@@ -25,21 +25,22 @@ from training.assemble import assemble
 from training.config import MachineConfig, RunConfig, TrainConfig, model_from_descriptor
 from training.distributed import World
 from training.gpt2 import GPT2
+from training.kernels import accelerate
 from training.metrics import utilization
 from training.optim import ShardedAdamW
 from training.recipes import RECIPES, recipe
 
 WARM_UP = 3
 KINDS = {  # of kernels, by what their names hold; the first that fits
-    "attention": r"flash|fmha|sdpa|cudnn.*(fprop|bprop)|dot_do_o|convert_dq",
-    "matmul": r"gemm|nvjet|cutlass|xmma|cublas|splitk",
+    "attention": r"flash|fmha|sdpa|cudnn",
+    "matmul": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
+    "quantization": r"quantize|column_peaks",  # in fp8, GELU is part of it
     "LayerNorm and residual": r"norm_forward|norm_backward|layer_norm",
     "GELU": r"gelu",
     "bias gradients": r"sum_columns|add_sums",
     "head's loss": r"cross_entropy|softmax",
     "embeddings": r"embed|add_tokens|add_positions|[Ss]ort|[Rr]adix",
-    "quantization": r"quantize|amax",
-    "optimizer and clipping": r"update|adam|norm|multi_tensor",
+    "optimizer and clipping": r"_update|adam|norm|multi_tensor",
 }
 
 
@@ -48,6 +49,7 @@ class Result:
     model: str
     micro_batch: int
     batch_tokens: int
+    fp8: bool
     card: str
     torch: str
     step_ms: float  # the median
@@ -77,8 +79,8 @@ def configure(name: str, micro_batch: int, batch_tokens: int) -> RunConfig:
 class Bench:
     """Steps like the trainer's, over the same random tokens each time."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: RunConfig, world: World, fp8: bool = False) -> None:
+        self.config, self.world, self.fp8 = config, world, fp8
         self.model, self.optimizer = self.assemble()
         B, T = config.machine.micro_batch, config.model.context
         self.micro_steps = config.train.batch_tokens // (B * T * world.size)
@@ -89,7 +91,10 @@ class Bench:
         self.tokens = tokens.to(world.device)
 
     def assemble(self) -> tuple[GPT2, ShardedAdamW]:
-        return assemble(self.config, self.world, None)
+        model, optimizer = assemble(self.config, self.world, None)
+        if self.fp8:
+            accelerate(model, self.world.device, fp8=True)
+        return model, optimizer
 
     def step(self, number: int) -> float:
         """One optimizer step -> its loss."""
@@ -121,6 +126,7 @@ class Bench:
             model=self.config.recipe,
             micro_batch=self.config.machine.micro_batch,
             batch_tokens=self.config.train.batch_tokens,
+            fp8=self.fp8,
             card=card,
             torch=torch.__version__,
             step_ms=round(step_ms, 2),
@@ -161,7 +167,8 @@ class Bench:
 def describe(result: Result) -> str:
     mfu = "" if result.mfu is None else f", MFU {result.mfu:.1%}"
     lines = [
-        f"{result.model}, micro-batch {result.micro_batch}, {result.batch_tokens:,} tokens a step, {result.card}",
+        f"{result.model}, micro-batch {result.micro_batch}, {result.batch_tokens:,} tokens a step, "
+        f"{'fp8' if result.fp8 else 'bf16'} products, {result.card}",
         f"  {result.step_ms:,.1f} ms a step, {result.tokens_per_second:,.0f} tokens/s{mfu}",
         f"  {result.peak_gib:.1f} GiB allocated, {result.device_gib:.1f} GiB of the card in use; "
         f"first step after {result.seconds_to_first_step:.0f} s",
@@ -179,13 +186,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-tokens", type=int, default=0, help="tokens a step; 0: the recipe's")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="time by kind of operation")
+    parser.add_argument("--fp8", action="store_true", help="fp8 operands for the blocks' products")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = configure(options.model, options.micro_batch, options.batch_tokens)
         world = distributed.join()
-        result = Bench(config, world).run(options.steps, started, options.profile)
+        result = Bench(config, world, options.fp8).run(options.steps, started, options.profile)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

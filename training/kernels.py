@@ -36,25 +36,35 @@ class Kernels:
     gelu_forward: Callable[[Tensor], Tensor]
     gelu_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
     add_column_sums: Callable[[Tensor, Tensor], None]
+    add_scaled: Callable[..., None]
     cross_entropy: Callable[[Tensor, Tensor, int, float | None], Tensor]
     embed: Callable[[Tensor, Tensor, Tensor], Tensor]
     add_embedding_gradients: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     attention: Callable[[int, int, int, int], AttentionKernel]
+    quantize: Callable[..., Any]
+    quantize_transposed: Callable[[Tensor], Any]
+    gelu_fp8: Callable[[Tensor], Any]
+    gelu_backward_fp8: Callable[[Tensor, Tensor, Tensor], Any]
 
 
-def accelerate(model: GPT2, device: torch.device, recompute: int = 0) -> bool:
+def accelerate(model: GPT2, device: torch.device, recompute: int = 0, fp8: bool = False) -> bool:
     """Let the fused kernels run `model` where they can -> whether they do.
 
-    Gradients are then added to each parameter's `.grad` in place, and its post-accumulate hooks are called when
-    they are whole. `recompute`: 0 keeps GELU's output, 1 and 2 compute it again, 3 whole blocks.
+    Gradients are then added to each parameter's `.grad` in place, and its post-accumulate hooks are called
+    when they are whole. `recompute`: 0 keeps GELU's output, 1 and 2 compute it again, 3 whole blocks. `fp8`: the
+    blocks' products but those for weight gradients take fp8. Raises ValueError where that cannot be had.
     """
     reason = _obstacle(model, device)
+    if reason and fp8:
+        raise ValueError(f"fp8 was asked for, but {reason}")
     if reason:
         (log.warning if device.type == "cuda" else log.info)("plain PyTorch kernels: %s", reason)
         return False
     from training.kernels_model import FusedModel
+    from training.kernels_model_fp8 import Fp8Model
 
-    model.runner = FusedModel(model, fused(device.index or 0), recompute)
+    made = Fp8Model if fp8 else FusedModel
+    model.runner = made(model, fused(device.index or 0), recompute)
     return True
 
 
@@ -72,7 +82,15 @@ def _obstacle(model: GPT2, device: torch.device) -> str:
 @functools.cache
 def fused(device: int) -> Kernels:
     """Triton for what is bound by memory, cuBLASLt for products, cuDNN for attention."""
-    from training import kernels_embedding, kernels_gelu, kernels_loss, kernels_matmul, kernels_norm, kernels_reduce
+    from training import (
+        kernels_embedding,
+        kernels_fp8,
+        kernels_gelu,
+        kernels_loss,
+        kernels_matmul,
+        kernels_norm,
+        kernels_reduce,
+    )
 
     return Kernels(
         multiply=kernels_matmul.multiply,
@@ -81,10 +99,15 @@ def fused(device: int) -> Kernels:
         gelu_forward=kernels_gelu.forward,
         gelu_backward=kernels_gelu.backward,
         add_column_sums=kernels_reduce.add_column_sums,
+        add_scaled=kernels_reduce.add_scaled,
         cross_entropy=kernels_loss.cross_entropy,
         embed=kernels_embedding.embed,
         add_embedding_gradients=kernels_embedding.add_gradients,
         attention=_attention(device),
+        quantize=kernels_fp8.quantize,
+        quantize_transposed=kernels_fp8.quantize_transposed,
+        gelu_fp8=kernels_fp8.gelu,
+        gelu_backward_fp8=kernels_fp8.gelu_backward,
     )
 
 
@@ -106,6 +129,7 @@ def references() -> Kernels:
     from training import (
         attention,
         kernels_embedding,
+        kernels_fp8,
         kernels_gelu,
         kernels_loss,
         kernels_matmul,
@@ -120,8 +144,13 @@ def references() -> Kernels:
         gelu_forward=kernels_gelu.reference_forward,
         gelu_backward=kernels_gelu.reference_backward,
         add_column_sums=kernels_reduce.reference_add_column_sums,
+        add_scaled=kernels_reduce.reference_add_scaled,
         cross_entropy=kernels_loss.reference_cross_entropy,
         embed=kernels_embedding.reference_embed,
         add_embedding_gradients=kernels_embedding.reference_add_gradients,
         attention=attention.Torch,
+        quantize=kernels_fp8.reference_quantize,
+        quantize_transposed=kernels_fp8.reference_quantize_transposed,
+        gelu_fp8=kernels_fp8.reference_gelu,
+        gelu_backward_fp8=kernels_fp8.reference_gelu_backward,
     )

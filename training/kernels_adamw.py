@@ -3,7 +3,6 @@
 28 bytes a parameter move for bf16 weights with fp32 masters: the least there is. Follows torch.optim.AdamW.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

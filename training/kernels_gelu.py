@@ -15,7 +15,7 @@ SHARES = 32  # of the rows, in the backward kernel
 
 
 @triton.jit
-def _gate(x):
+def gate(x):
     return 1.0 / (1.0 + tl.exp(x * (1.0 + 0.044715 * x * x) * -1.5957691216057308))  # sigmoid(2u), 2 sqrt(2/pi)
 
 
@@ -24,7 +24,7 @@ def _gelu_forward(h, g, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     x = tl.load(h + place, inside, 0.0).to(tl.float32)
-    tl.store(g + place, (x * _gate(x)).to(g.dtype.element_ty), inside)
+    tl.store(g + place, (x * gate(x)).to(g.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def _gelu_backward(dg, h, partial, rows, columns, ROWS: tl.constexpr, COLUMNS: t
         place = row[:, None].to(tl.int64) * columns + column[None, :]
         x = tl.load(h + place, mask, 0.0).to(tl.float32)
         gradient = tl.load(dg + place, mask, 0.0).to(tl.float32)
-        gate = _gate(x)
-        slope = gate + x * gate * (1.0 - gate) * (1.0 + 0.134145 * x * x) * 1.5957691216057308
+        open_ = gate(x)
+        slope = open_ + x * open_ * (1.0 - open_) * (1.0 + 0.134145 * x * x) * 1.5957691216057308
         out = (gradient * slope).to(dg.dtype.element_ty)
         tl.store(dg + place, out, mask)
         total += out.to(tl.float32)  # masked gradients are 0

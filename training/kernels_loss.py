@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 16  # few rows at once: a row's second read then comes from the cache
+BLOCK, WARPS = 4096, 4
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def _cross_entropy(logits, targets, losses, vocab, columns, scale, BLOCK: tl.con
     log_sum = peak + tl.log(total)
     tl.store(losses + row, log_sum - at_target)
     if GRADIENT:
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for done in range(0, columns, BLOCK):  # backwards: the end of the row is still in the cache
+            column = (tl.cdiv(columns, BLOCK) - 1) * BLOCK - done + tl.arange(0, BLOCK)
             value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
             gradient = tl.exp(value - log_sum) - tl.where(column == target, 1.0, 0.0)
             tl.store(base + column, (gradient * scale).to(logits.dtype.element_ty), column < columns)

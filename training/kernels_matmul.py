@@ -24,12 +24,13 @@ DATA_TYPES = {
     torch.float8_e5m2: 29,
 }
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS, AUX, AUX_STRIDE = 3, 4, 7, 8, 11, 12
-A_SCALE, B_SCALE, D_SCALE, D_AMAX, AUX_TYPE, FAST_ACCUMULATION, BIAS_TYPE = 17, 18, 20, 21, 22, 25, 26
+A_SCALE, B_SCALE, FAST_ACCUMULATION, BIAS_TYPE, A_SCALE_MODE, B_SCALE_MODE = 17, 18, 25, 26, 31, 32
+SCALE_BY_ROW = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F, for Hopper since CUDA 12.9
 EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "dgelu": 192, "dgelu_bias": 208, "sum_a": 512}
 WORKSPACE_BYTES = 64 * 1024**2
 CANDIDATES = 16  # of cuBLASLt's own proposals
-# The algorithms that `benchmarks/tune_matmul.py` found fastest, as cuBLASLt's own bytes: fixed choices, since
-# a choice timed at start would differ from run to run, and the last bits of the results with it.
+# Which of cuBLASLt's proposals `benchmarks/tune_matmul.py` found fastest, where it is not the first. The table is
+# fixed, since a choice timed at start would differ from run to run, and the last bits of the results with it.
 TUNED = Path(__file__).with_name("kernels_matmul.json")
 
 
@@ -47,30 +48,15 @@ class Product:
     dtype_a: torch.dtype = torch.bfloat16
     dtype_b: torch.dtype = torch.bfloat16
     dtype_d: torch.dtype = torch.bfloat16
+    scaled: bool = False  # each row of op(A) and each column of op(B) has its own fp32 scale
 
     @property
     def name(self) -> str:
         """A key for the table of tuned choices, such as "16384x4800x1600 nt bias bf16"."""
         letters = "nt"[self.transpose_a] + "nt"[self.transpose_b]
         kinds = "/".join(str(t).removeprefix("torch.") for t in (self.dtype_a, self.dtype_b, self.dtype_d))
-        plus = " +" if self.accumulate else ""
+        plus = (" +" if self.accumulate else "") + (" scaled" if self.scaled else "")
         return f"{self.m}x{self.n}x{self.k} {letters} {self.epilogue or '-'}{plus} {kinds}"
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(N, C) -> (N, O): x W^T + b."""
-    return multiply(x, weight, transpose_b=True, bias=bias)
-
-
-def linear_plus(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """residual + x W^T + b, rounded once."""
-    return multiply(x, weight, transpose_b=True, bias=bias, add=residual)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU's input h = x W^T + b and its output."""
-    h = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    return h, multiply(x, weight, transpose_b=True, bias=bias, aux=h, epilogue="gelu")
 
 
 def multiply(
@@ -83,23 +69,25 @@ def multiply(
     add: Tensor | None = None,
     epilogue: str = "",
     aux: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """op(a) op(b), through the epilogue; the product's kind decides which algorithm runs.
 
     Added to the product before an activation: `bias` (N,) and `add` (M, N), which may be `out` itself.
     "gelu" writes GELU's input to `aux`. "dgelu" takes GELU's gradient at `aux`; "dgelu_bias" also writes its
-    sum over the rows to `bias`. "sum_a" writes the sum of op(a) over k to `bias`.
+    sum over the rows to `bias`. "sum_a" writes the sum of op(a) over k to `bias`. `scales`, of fp8 operands:
+    what the rows of op(a) and the columns of op(b) are to be multiplied by.
     """
     m, k = a.shape[::-1] if transpose_a else a.shape
     n = b.shape[0] if transpose_b else b.shape[1]
     if out is None:
-        out = torch.empty(m, n, dtype=a.dtype, device=a.device)
+        out = torch.empty(m, n, dtype=a.dtype if scales is None else torch.bfloat16, device=a.device)
     epilogue = epilogue or ("bias" if bias is not None else "")
-    accumulate = add is not None
     product = Product(
-        m, n, k, transpose_a, transpose_b, epilogue, accumulate, a.dtype, b.dtype, out.dtype
-    )
-    plan(product, a.device.index or 0)(a, b, out, add, bias, aux)
+        m, n, k, transpose_a, transpose_b, epilogue, add is not None, a.dtype, b.dtype, out.dtype,
+        scales is not None,
+    )  # fmt: skip
+    plan(product, a.device.index or 0)(a, b, out, add, bias, aux, scales)
     return out
 
 
@@ -117,8 +105,8 @@ class Library:
         self.card = torch.cuda.get_device_name(device)
 
     @functools.cache  # noqa: B019
-    def tuned(self) -> dict[str, str]:
-        """Algorithms by product, measured on this card with this version; empty for any other."""
+    def tuned(self) -> dict[str, int]:
+        """Ranks by product, measured on this card with this version; empty for any other."""
         tables = json.loads(TUNED.read_text()) if TUNED.exists() else {}
         return dict(tables.get(f"{self.card}, cuBLASLt {self.version}", {}))
 
@@ -155,7 +143,7 @@ def plan(product: Product, device: int) -> "Plan":
     owner = library(device)
     made = Plan(product, owner)
     if product.name in owner.tuned():
-        made.algorithm = Algorithm.from_buffer_copy(bytes.fromhex(owner.tuned()[product.name]))
+        made.algorithm = made.propose()[owner.tuned()[product.name]]
     return made
 
 
@@ -177,6 +165,11 @@ class Plan:
             self.set(AUX, ctypes.c_void_p(owner.workspace.data_ptr()))
         if product.dtype_a.itemsize == 1:
             self.set(FAST_ACCUMULATION, ctypes.c_int8(1))
+        if product.scaled:
+            for attribute in (A_SCALE_MODE, B_SCALE_MODE):
+                self.set(attribute, ctypes.c_int32(SCALE_BY_ROW))
+            self.set(A_SCALE, ctypes.c_void_p(owner.workspace.data_ptr()))
+            self.set(B_SCALE, ctypes.c_void_p(owner.workspace.data_ptr()))
         if product.epilogue not in ("", "dgelu"):
             self.set(BIAS_TYPE, ctypes.c_int32(DATA_TYPES[torch.bfloat16]))
             self.set(BIAS, ctypes.c_void_p(owner.workspace.data_ptr()))
@@ -227,12 +220,22 @@ class Plan:
         return [found[i].algorithm for i in range(count.value) if found[i].state == 0]
 
     def __call__(
-        self, a: Tensor, b: Tensor, d: Tensor, add: Tensor | None, bias: Tensor | None, aux: Tensor | None
+        self,
+        a: Tensor,
+        b: Tensor,
+        d: Tensor,
+        add: Tensor | None = None,
+        bias: Tensor | None = None,
+        aux: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         if bias is not None:
             self.set(BIAS, ctypes.c_void_p(bias.data_ptr()))
         if aux is not None:
             self.set(AUX, ctypes.c_void_p(aux.data_ptr()))
+        if scales is not None:
+            self.set(A_SCALE, ctypes.c_void_p(scales[1].data_ptr()))
+            self.set(B_SCALE, ctypes.c_void_p(scales[0].data_ptr()))
         owner, out = self.owner, ctypes.c_void_p(d.data_ptr())
         addend = out if add is None else ctypes.c_void_p(add.data_ptr())
         check(
@@ -261,9 +264,12 @@ def reference(
     add: Tensor | None = None,
     epilogue: str = "",
     aux: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What `multiply` computes, in plain PyTorch."""
     value = (a.t() if transpose_a else a).float() @ (b.t() if transpose_b else b).float()
+    if scales is not None:
+        value = value * scales[0][:, None] * scales[1]
     if epilogue.startswith("dgelu"):
         assert aux is not None
         with torch.enable_grad():
@@ -279,4 +285,6 @@ def reference(
         assert aux is not None
         aux.copy_(value)
         value = F.gelu(value, approximate="tanh")
-    return value.to(a.dtype) if out is None else out.copy_(value)
+    if out is not None:
+        return out.copy_(value)
+    return value.to(a.dtype if scales is None else torch.bfloat16)

@@ -168,11 +168,13 @@ class _Loss(torch.autograd.Function):
         for parameter in model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        model.wte.weight.grad.addcmul_(head.grad_weight, grad.to(head.grad_weight.dtype))
+        fused.ops.add_scaled(model.wte.weight.grad, head.grad_weight, grad)
+        fused.ops.add_scaled(head.grad_x, head.grad_x, grad, add=False)
         biases = [torch.empty_like(blocks[0].mlp.c_proj.bias), *(b.mlp.c_proj.bias.grad for b in blocks)]
         dx = fused.norm_backward(
-            model.ln_f, head.grad_x.mul_(grad), last.x, last.mean, last.rstd, None, biases.pop()
+            model.ln_f, head.grad_x, last.x, last.mean, last.rstd, None, biases.pop()
         )
+        ctx.head = ctx.last = head = last = None  # their memory, for the blocks
         for block in reversed(blocks):
             state = kept.pop()
             if fused.recompute == 3:

@@ -1,11 +1,12 @@
 """How is LayerNorm run in one pass each way, with all that reads the same rows?
 
-Forward: the residual stream with the branch that is to join it, both read once. Backward: one read of the gradient, the input and the residual stream's gradient
-gives the stream's new gradient, the weights' gradients, the bias gradient of the projection before (the sum of the
-same stream over its rows) and, instead of having kept it, LayerNorm's output for the weight gradient that needs it.
+Forward: the residual stream and the branch that is to join it are read once. Backward: one read of the gradient,
+the input and the residual stream's gradient gives the stream's new gradient, the weights' gradients, the bias
+gradient of the projection before (the sum of the same stream over its rows) and, instead of having kept it,
+LayerNorm's output for the weight gradient that needs it. For fp8 products the same rows are written in fp8 too.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from training.kernels_reduce import add_sums
+from training.kernels_fp8 import reference_quantize
+from training.kernels_reduce import Rows, add_sums, scale_of
 
 EPS = 1e-5
-FORWARD_WARPS, BACKWARD_WARPS = 4, 8
-PROGRAMS = 132 * 3  # of the backward kernel at 2,048 columns: fixed, so that sums have a fixed order
+PROGRAMS = {1024: 132 * 4, 2048: 132 * 3}  # of the backward kernel: fixed by the width, so that sums keep their order
 
 
 class Normed(NamedTuple):
     x: Tensor  # (N, C), the residual stream that was normalized
-    y: Tensor  # (N, C)
+    y: Any  # (N, C), or in fp8 its rows
     mean: Tensor  # (N,) fp32
     rstd: Tensor  # (N,) fp32
 
 
 @triton.jit
 def _norm_forward(
-    x, branch, weight, bias, y, mean_out, rstd_out, columns, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, branch, weight, bias, y, scales, mean_out, rstd_out, columns, eps,
+    HAS_BRANCH: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -45,7 +47,11 @@ def _norm_forward(
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / columns + eps)
     scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
     shift = tl.load(bias + column, inside, 0.0).to(tl.float32)
-    out = centred * rstd * scale + shift
+    out = tl.where(inside, centred * rstd * scale + shift, 0.0)
+    if FP8:
+        peak = scale_of(tl.max(tl.abs(out), 0))
+        tl.store(scales + row, peak)
+        out = out / peak
     tl.store(y + row * columns + column, out.to(y.dtype.element_ty), inside)
     tl.store(mean_out + row, mean)
     tl.store(rstd_out + row, rstd)
@@ -58,8 +64,8 @@ def _pair_sum(a, b, c, d):
 
 @triton.jit
 def _norm_backward(
-    dy, x, weight, bias, mean_in, rstd_in, stream, out, y, partial, rows, columns,
-    HAS_STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, weight, bias, mean_in, rstd_in, stream, out, y, values, scales, partial, rows, columns,
+    HAS_STREAM: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
@@ -90,6 +96,10 @@ def _norm_backward(
         change = (inner - total / columns - normal * (product / columns)) * rstd
         if HAS_STREAM:
             change += before.to(tl.float32)
+        if FP8:
+            peak = scale_of(tl.max(tl.abs(tl.where(inside, change, 0.0)), 0))
+            tl.store(scales + row, peak)
+            tl.store(values + place, (change / peak).to(values.dtype.element_ty), inside)
         change = change.to(out.dtype.element_ty)
         tl.store(out + place, change, inside)
         sum_stream += change.to(tl.float32)
@@ -99,19 +109,21 @@ def _norm_backward(
     tl.store(place + 2 * columns, sum_stream, inside)
 
 
-def forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> Normed:
+def forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, fp8: Rows | None = None
+) -> Normed:
     """LayerNorm of x + branch (N, C), with the statistics that the backward pass needs.
 
-    The sum is written over `branch`, rounded as it is normalized.
+    The sum is written over `branch`, rounded as it is normalized. With `fp8` the output is written there.
     """
     rows, columns = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if fp8 is None else fp8
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
     total = x if branch is None else branch
     _norm_forward[(rows,)](
-        x, total, weight, bias, y, mean, rstd, columns, EPS,
-        HAS_BRANCH=branch is not None, BLOCK=block, num_warps=min(FORWARD_WARPS, max(1, block // 256)),
+        x, total, weight, bias, *(fp8 or (y, mean)), mean, rstd, columns, EPS,
+        HAS_BRANCH=branch is not None, FP8=fp8 is not None, BLOCK=block, num_warps=max(1, block // 1024),
     )  # fmt: skip
     return Normed(total, y, mean, rstd)
 
@@ -125,31 +137,37 @@ def backward(
     rstd: Tensor,
     stream: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
+    fp8: Rows | None = None,
 ) -> Tensor:
     """The gradient of x plus that of the residual stream around the LayerNorm, written over `stream`.
 
     dy (N, C) is overwritten with LayerNorm's output. Added to `grads`: the gradients of weight and bias, and
-    the sum over the rows of the result. Without `stream` the result is a new tensor.
+    the sum over the rows of the result. Without `stream` the result is a new tensor. With `fp8` the result is
+    also written there.
     """
     rows, columns = x.shape
     out = torch.empty_like(x) if stream is None else stream
     block = triton.next_power_of_2(columns)
-    programs = min(rows, PROGRAMS * max(1, min(2, 2048 // block)))
+    programs = min(rows, PROGRAMS.get(block, 132 * 3))
     partial = torch.empty(programs, 3, columns, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
-        dy, x, weight, bias, mean, rstd, out, out, dy, partial, rows, columns,
-        HAS_STREAM=stream is not None, BLOCK=block, num_warps=min(BACKWARD_WARPS, max(1, block // 128)),
+        dy, x, weight, bias, mean, rstd, out, out, dy, *(fp8 or (out, mean)), partial, rows, columns,
+        HAS_STREAM=stream is not None, FP8=fp8 is not None, BLOCK=block, num_warps=min(4, max(1, block // 128)),
     )  # fmt: skip
     add_sums(partial, *grads)
     return out
 
 
-def reference_forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> Normed:
+def reference_forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, fp8: Rows | None = None
+) -> Normed:
     total = x if branch is None else branch.copy_(x.float() + branch.float())
     wide = total.float()
     mean = wide.mean(1)
     rstd = (wide.var(1, unbiased=False) + EPS).rsqrt()
     y = F.layer_norm(wide, wide.shape[1:], weight.float(), bias.float(), EPS)
+    if fp8 is not None:
+        return Normed(total, _copy_rows(y, fp8), mean, rstd)
     return Normed(total, y.to(x.dtype), mean, rstd)
 
 
@@ -162,6 +180,7 @@ def reference_backward(
     rstd: Tensor,
     stream: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
+    fp8: Rows | None = None,
 ) -> Tensor:
     """What `backward` computes, by autograd; it takes its own statistics."""
     with torch.enable_grad():
@@ -170,6 +189,14 @@ def reference_backward(
         dx, dweight, dbias = torch.autograd.grad(y, leaves, dy.float())
     out = (dx if stream is None else dx + stream.float()).to(x.dtype)
     dy.copy_(y.detach())
+    if fp8 is not None:
+        _copy_rows(out.float(), fp8)
     for grad, change in zip(grads, (dweight, dbias, out.float().sum(0)), strict=True):
         grad.copy_(grad.float() + change)
     return out if stream is None else stream.copy_(out)
+
+
+def _copy_rows(x: Tensor, fp8: Rows) -> Rows:
+    for place, value in zip(fp8, reference_quantize(x), strict=True):
+        place.copy_(value)
+    return fp8

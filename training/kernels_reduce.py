@@ -4,6 +4,8 @@ Bias and LayerNorm gradients are sums over all tokens. Atomic adds would make th
 depend on timing; here each program owns a fixed share of the rows and writes its partial sum to its own row.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,19 @@ from torch import Tensor
 
 COLUMNS = 32  # a program of `add_sums`
 RESIDENT = 132 * 8  # programs of `_sum_columns` that run at once on a Hopper card: the rows are shared among these
+
+
+class Rows(NamedTuple):
+    """A tensor in fp8 whose rows have a scale each: values * scales[:, None] is meant."""
+
+    values: Tensor  # (N, K) e4m3
+    scales: Tensor  # (N,) fp32
+
+
+@triton.jit
+def scale_of(peak):
+    """The scale of a row whose largest magnitude is `peak`: 448 is e4m3's largest number."""
+    return tl.where(peak > 0.0, peak / 448.0, 1.0)
 
 
 @triton.jit
@@ -68,6 +83,26 @@ def add_column_sums(x: Tensor, out: Tensor) -> None:
     partial = torch.empty(shares, 1, columns, dtype=torch.float32, device=x.device)
     _sum_columns[(blocks, shares)](x, partial, rows, columns, ROWS=16, COLUMNS=256, num_warps=4)
     add_sums(partial, out)
+
+
+@triton.jit
+def _add_scaled(out, x, scale, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    value = tl.load(x + place, inside, 0.0).to(tl.float32) * tl.load(scale)
+    if ADD:
+        value += tl.load(out + place, inside, 0.0).to(tl.float32)
+    tl.store(out + place, value.to(out.dtype.element_ty), inside)
+
+
+def add_scaled(out: Tensor, x: Tensor, scale: Tensor, add: bool = True) -> None:
+    """out += x * scale, or out = x * scale, with an fp32 scale on the device that is not rounded to bf16 before."""
+    grid = (triton.cdiv(x.numel(), 2048),)
+    _add_scaled[grid](out, x, scale, x.numel(), ADD=add, BLOCK=2048, num_warps=8)
+
+
+def reference_add_scaled(out: Tensor, x: Tensor, scale: Tensor, add: bool = True) -> None:
+    out.copy_(x.float() * scale + (out.float() if add else 0.0))
 
 
 def reference_add_column_sums(x: Tensor, out: Tensor) -> None:

@@ -1,0 +1,71 @@
+"""On a GPU: do the fused kernels keep the model's function, and give the same bits every time?"""
+
+import copy
+
+import pytest
+import torch
+
+from training import kernels
+from training.config import ModelConfig
+from training.gpt2 import GPT2
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DEVICE = torch.device("cuda", 0)
+
+
+def model(channels: int, heads: int) -> GPT2:
+    made = GPT2(ModelConfig(layers=2, channels=channels, heads=heads))
+    made.init_weights(seed=1)
+    return made.to(DEVICE, torch.bfloat16)
+
+
+def batch(sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 50257, (sequences, 1025), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradients(made: GPT2, sequences: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    for parameter in made.parameters():
+        parameter.grad = None
+    loss = made(*batch(sequences))
+    loss.backward()
+    return loss.detach(), [p.grad for p in made.parameters()]
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 3])
+def test_errors_are_those_of_plain_bf16(recompute: int) -> None:
+    plain = model(768, 12)
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).float()
+    assert kernels.accelerate(fused, DEVICE, recompute)
+    results = [gradients(made, 2) for made in (exact, plain, fused)]
+    torch.testing.assert_close(results[2][0], results[0][0], rtol=1e-4, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(*batch(2)), results[2][0], rtol=1e-5, atol=0)
+    for right, usual, ours in zip(*(grads for _, grads in results), strict=True):
+        error, expected = (((g.float() - right).norm() / right.norm()).item() for g in (ours, usual))
+        assert error < 1.5 * expected + 1e-3
+
+
+def test_fp8_stays_near_bf16() -> None:
+    plain = model(768, 12)
+    fp8 = copy.deepcopy(plain)
+    assert kernels.accelerate(fp8, DEVICE, fp8=True)
+    (loss, right), (loss_fp8, ours) = gradients(plain, 2), gradients(fp8, 2)
+    torch.testing.assert_close(loss_fp8, loss, rtol=1e-3, atol=0)
+    for a, b in zip(ours, right, strict=True):
+        assert ((a.float() - b.float()).norm() / b.float().norm()).item() < 0.15
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("channels", "heads", "sequences"), [(1600, 25, 16), (768, 12, 64)])
+def test_the_same_step_gives_the_same_bits(channels: int, heads: int, sequences: int, fp8: bool) -> None:
+    made = model(channels, heads)
+    assert kernels.accelerate(made, DEVICE, fp8=fp8)
+    loss, first = gradients(made, sequences)
+    for _ in range(9):
+        again, grads = gradients(made, sequences)
+        assert torch.equal(loss, again)
+        assert all(torch.equal(a, b) for a, b in zip(first, grads, strict=True))

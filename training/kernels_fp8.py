@@ -1,0 +1,190 @@
+"""How do rows become fp8, in the pass that makes them?
+
+Each row gets its own scale, its largest magnitude over 448 (the largest number of e4m3): a kernel that holds a row
+knows it at once, so nothing depends on an earlier step, and an outlier costs precision in its own row only.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from training.kernels_gelu import gate
+from training.kernels_reduce import Rows, add_sums, scale_of
+
+LARGEST = 448.0
+DTYPE = torch.float8_e4m3fn
+PROGRAMS = 132 * 2  # of the kernels that also sum columns
+SHARES = 16  # of a weight's rows, for its columns' largest magnitudes
+
+
+@triton.jit
+def _quantize_rows(x, values, scales, partial, rows, columns, SUM: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program, rows, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * columns + column
+        value = tl.load(x + place, inside, 0.0).to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(value), 0))
+        tl.store(scales + row, scale)
+        tl.store(values + place, (value / scale).to(values.dtype.element_ty), inside)
+        if SUM:
+            total += value
+    if SUM:
+        tl.store(partial + program * columns + column, total, inside)
+
+
+@triton.jit
+def _gelu_quantize(h, values, scales, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(h + row * columns + column, inside, 0.0).to(tl.float32)
+    value = x * gate(x)
+    scale = scale_of(tl.max(tl.abs(value), 0))
+    tl.store(scales + row, scale)
+    tl.store(values + row * columns + column, (value / scale).to(values.dtype.element_ty), inside)
+
+
+@triton.jit
+def _gelu_backward_quantize(dg, h, values, scales, partial, rows, columns, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program, rows, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * columns + column
+        x = tl.load(h + place, inside, 0.0).to(tl.float32)
+        gradient = tl.load(dg + place, inside, 0.0).to(tl.float32)
+        open_ = gate(x)
+        slope = open_ + x * open_ * (1.0 - open_) * (1.0 + 0.134145 * x * x) * 1.5957691216057308
+        change = gradient * slope
+        tl.store(h + place, (x * open_).to(h.dtype.element_ty), inside)
+        tl.store(dg + place, change.to(dg.dtype.element_ty), inside)
+        scale = scale_of(tl.max(tl.abs(change), 0))
+        tl.store(scales + row, scale)
+        tl.store(values + place, (change / scale).to(values.dtype.element_ty), inside)
+        total += change
+    tl.store(partial + program * columns + column, total, inside)
+
+
+@triton.jit
+def _column_peaks(w, peaks, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    share, shares = tl.program_id(1), tl.num_programs(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    peak = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(share * ROWS, rows, shares * ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
+        value = tl.load(w + row[:, None].to(tl.int64) * columns + column[None, :], mask, 0.0).to(tl.float32)
+        peak = tl.maximum(peak, tl.abs(value))
+    tl.store(peaks + share * columns + column, tl.max(peak, 0), inside)
+
+
+@triton.jit
+def _quantize_transposed(w, peaks, scales, values, rows, columns, SHARES: tl.constexpr, SIZE: tl.constexpr):
+    row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    share = tl.arange(0, SHARES)
+    inside = (column < columns)[None, :]
+    scale = scale_of(tl.max(tl.load(peaks + share[:, None] * columns + column[None, :], inside, 0.0), 0))
+    if tl.program_id(0) == 0:
+        tl.store(scales + column, scale, column < columns)
+    mask = (row < rows)[:, None] & inside
+    value = tl.load(w + row[:, None].to(tl.int64) * columns + column[None, :], mask, 0.0).to(tl.float32)
+    turned = tl.trans(value / scale[None, :]).to(values.dtype.element_ty)
+    mask = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(values + column[:, None].to(tl.int64) * rows + row[None, :], turned, mask)
+
+
+def empty(rows: int, columns: int, like: Tensor) -> Rows:
+    values = torch.empty(rows, columns, dtype=DTYPE, device=like.device)
+    return Rows(values, torch.empty(rows, dtype=torch.float32, device=like.device))
+
+
+def quantize(x: Tensor, add_sums_to: Tensor | None = None) -> Rows:
+    """x (N, K) in fp8 by rows; its sum over the rows is added to a bias gradient on the way if wanted."""
+    rows, columns = x.shape
+    out, block = empty(rows, columns, x), triton.next_power_of_2(columns)
+    programs = rows if add_sums_to is None else min(rows, PROGRAMS)
+    sums = 0 if add_sums_to is None else programs
+    partial = torch.empty(sums, 1, columns, dtype=torch.float32, device=x.device)
+    _quantize_rows[(programs,)](
+        x, *out, partial, rows, columns, SUM=add_sums_to is not None, BLOCK=block, num_warps=min(16, max(1, block // 512))
+    )
+    if add_sums_to is not None:
+        add_sums(partial, add_sums_to)
+    return out
+
+
+def quantize_transposed(w: Tensor) -> Rows:
+    """The transpose of w (N, K), (K, N), in fp8 by its rows."""
+    rows, columns = w.shape
+    out = empty(columns, rows, w)
+    peaks = torch.empty(SHARES, columns, dtype=torch.float32, device=w.device)
+    grid = (triton.cdiv(columns, 64), SHARES)
+    _column_peaks[grid](w, peaks, rows, columns, ROWS=32, COLUMNS=64, num_warps=4)
+    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
+    _quantize_transposed[grid](
+        w, peaks, out.scales, out.values, rows, columns, SHARES=SHARES, SIZE=64, num_warps=4
+    )
+    return out
+
+
+def gelu(h: Tensor) -> Rows:
+    """GELU of h (N, F) in fp8 by rows."""
+    rows, columns = h.shape
+    out, block = empty(rows, columns, h), triton.next_power_of_2(columns)
+    warps = min(8, max(1, block // 1024))
+    _gelu_quantize[(rows,)](h, *out, columns, BLOCK=block, num_warps=warps)
+    return out
+
+
+def gelu_backward(dg: Tensor, h: Tensor, bias_grad: Tensor) -> Rows:
+    """dg (N, F) becomes the gradient of h, h becomes GELU's output -> the gradient in fp8 by rows too.
+
+    The gradient's sum over the rows is added to `bias_grad`.
+    """
+    rows, columns = h.shape
+    out, block = empty(rows, columns, h), triton.next_power_of_2(columns)
+    programs = min(rows, PROGRAMS)
+    partial = torch.empty(programs, 1, columns, dtype=torch.float32, device=h.device)
+    _gelu_backward_quantize[(programs,)](
+        dg, h, *out, partial, rows, columns, BLOCK=block, num_warps=min(32, max(1, block // 256))
+    )
+    add_sums(partial, bias_grad)
+    return out
+
+
+def reference_quantize(x: Tensor, add_sums_to: Tensor | None = None) -> Rows:
+    peak = x.float().abs().amax(1)
+    scales = torch.where(peak > 0, peak / LARGEST, 1.0)
+    if add_sums_to is not None:
+        add_sums_to.copy_(add_sums_to.float() + x.float().sum(0))
+    return Rows((x.float() / scales[:, None]).to(DTYPE), scales)
+
+
+def reference_quantize_transposed(w: Tensor) -> Rows:
+    return reference_quantize(w.t())
+
+
+def reference_gelu(h: Tensor) -> Rows:
+    return reference_quantize(F.gelu(h.float(), approximate="tanh"))
+
+
+def reference_gelu_backward(dg: Tensor, h: Tensor, bias_grad: Tensor) -> Rows:
+    with torch.enable_grad():
+        leaf = h.detach().float().requires_grad_()
+        g = F.gelu(leaf, approximate="tanh")
+        (dh,) = torch.autograd.grad(g, leaf, dg.float())
+    dg.copy_(dh)
+    h.copy_(g.detach())
+    return reference_quantize(dh, add_sums_to=bias_grad)
+
+
+def dequantize(rows: Rows) -> Tensor:
+    return rows.values.float() * rows.scales[:, None]

@@ -1,0 +1,73 @@
+"""How does the model run with fp8 products? The blocks' products forward and back to the inputs take fp8.
+
+Weight gradients stay in bf16: they sum over all tokens, and a scale by row, which is exact about each token's size,
+cannot be taken out of that sum. Weights are quantized where they are used, by output row forward and by input row
+backward: nothing is carried from step to step, so a resumed run needs no more state than a bf16 one. GELU's output
+is never kept: it goes to fp8 as it is made, and its backward pass writes it again for the weight gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.gpt2 import Block
+from training.kernels_fp8 import empty
+from training.kernels_model import FusedModel, Kept
+from training.kernels_reduce import Rows
+
+
+class Fp8Model(FusedModel):
+    stream8: Rows  # the residual stream's newest gradient in fp8
+
+    def block_forward(
+        self, block: Block, x: Tensor, branch: Tensor | None, shape: torch.Size
+    ) -> tuple[Tensor, Tensor, Kept]:
+        ops, attn, mlp = self.ops, block.attn, block.mlp
+        (B, T), C = shape, x.shape[1]
+        x1, y, mean1, rstd1 = ops.norm_forward(x, branch, block.ln_1.weight, block.ln_1.bias, empty(*x.shape, x))
+        qkv = self.linear(y, attn.c_attn).view(B, T, 3, attn.heads, C // attn.heads)
+        out, saved = self.attention_kernel(B, T).forward(qkv)
+        x2 = self.linear(ops.quantize(out.view(-1, C)), attn.c_proj)
+        x2, y, mean2, rstd2 = ops.norm_forward(x1, x2, block.ln_2.weight, block.ln_2.bias, empty(*x.shape, x))
+        h = self.linear(y, mlp.c_fc)
+        branch = self.linear(ops.gelu_fp8(h), mlp.c_proj)
+        return x2, branch, Kept(x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, None)
+
+    def block_backward(self, block: Block, kept: Kept, dx: Tensor, bias_before: Tensor) -> Tensor:
+        ops, attn, mlp = self.ops, block.attn, block.mlp
+        dh = self.linear_backward(self.stream8, mlp.c_proj)
+        dh8 = ops.gelu_backward_fp8(dh, kept.h, mlp.c_fc.bias.grad)
+        self.add_weight_gradient(mlp.c_proj.weight, dx, kept.h)  # h now holds GELU's output
+        dy = self.linear_backward(dh8, mlp.c_fc)
+        dx = self.norm_backward(block.ln_2, dy, kept.x2, kept.mean2, kept.rstd2, dx, attn.c_proj.bias.grad)
+        self.add_weight_gradient(mlp.c_fc.weight, dh, dy)  # dy now holds LayerNorm's output
+        del dh, dh8, dy
+        self.add_weight_gradient(attn.c_proj.weight, dx, kept.out.view(dx.shape))
+        dout = self.linear_backward(self.stream8, attn.c_proj).view(kept.out.shape)
+        kernel = self.attention_kernel(*kept.out.shape[:2])
+        dqkv = kernel.backward(dout, kept.qkv, kept.out, kept.attention).view(len(dx), -1)
+        dy = self.linear_backward(ops.quantize(dqkv, attn.c_attn.bias.grad), attn.c_attn)
+        dx = self.norm_backward(block.ln_1, dy, kept.x1, kept.mean1, kept.rstd1, dx, bias_before)
+        self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
+        return dx
+
+    def linear(self, x: Rows, layer: nn.Linear) -> Tensor:
+        weight = self.ops.quantize(layer.weight)
+        scales = (x.scales, weight.scales)
+        return self.ops.multiply(x.values, weight.values, transpose_b=True, bias=layer.bias, scales=scales)
+
+    def linear_backward(self, dy: Rows, layer: nn.Linear) -> Tensor:
+        """The gradient of a linear layer's input."""
+        weight = self.ops.quantize_transposed(layer.weight)
+        return self.ops.multiply(
+            dy.values, weight.values, transpose_b=True, scales=(dy.scales, weight.scales)
+        )
+
+    def norm_backward(self, norm: nn.LayerNorm, dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        mean, rstd, stream, sums = rest
+        grads = (norm.weight.grad, norm.bias.grad, sums)
+        self.stream8 = empty(*x.shape, x)
+        return self.ops.norm_backward(
+            dy, x, norm.weight, norm.bias, mean, rstd, stream, grads, self.stream8
+        )
