@@ -7,6 +7,7 @@ part of a small model, runs on the positions that predict a continuation and on 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,15 @@ class Row:
         return len(self.context) + sum(len(b.tokens) - 1 for b in self.branches)
 
 
+@dataclass(frozen=True)
+class Output:
+    """What the model said of a batch's continuation tokens, branch after branch, still on its device."""
+
+    branches: list[Branch]
+    logprobs: Tensor  # (N,) fp64
+    greedy: Tensor  # (N,) bool
+
+
 class Scorer:
     """Scores requests with one model. `batch_tokens` bounds a padded batch and halves when memory ends."""
 
@@ -70,24 +80,31 @@ class Scorer:
         """Scores in the order of the requests. Raises ValueError naming a request that can't be scored."""
         for request in requests:
             _check(request, self.model.context)
-        results: list[Scored | None] = [None] * len(requests)
-        done = 0
-        for batch in _batches(_rows(requests, self.model.context, self.share_prefixes), self.batch_tokens):
-            for branch, logprob, greedy in self._score_batch(batch):
-                request = requests[branch.request]
-                if not torch.isfinite(torch.tensor(logprob)):
-                    raise ValueError(f"{request.name} can't be scored: its log-probability is {logprob}")
-                results[branch.request] = Scored(
-                    logprob, greedy, len(branch.tokens), _excess(request, self.model.context) > 0
-                )
-            done += sum(len(row.branches) for row in batch)
+        results: dict[int, Scored] = {}
+        waiting: list[Output] = []
+        for batch in _batches(_rows(requests, self.model.context, self.share_prefixes), lambda: self.batch_tokens):
+            outputs = self._score_batch(batch)
+            # read one batch late: while a GPU works on this one, the next is packed
+            results |= self._read(waiting, requests)
+            waiting = outputs
             if progress:
-                progress(done, len(requests))
-        return [r for r in results if r is not None]
+                progress(len(results), len(requests))
+        results |= self._read(waiting, requests)
+        return [results[n] for n in range(len(requests))]
 
-    def _score_batch(self, rows: list[Row]) -> list[tuple[Branch, float, bool]]:
+    def _read(self, outputs: Sequence[Output], requests: Sequence[Request]) -> dict[int, Scored]:
+        results = {}
+        for branch, logprob, greedy in _by_branch(outputs):
+            request = requests[branch.request]
+            if not math.isfinite(logprob):
+                raise ValueError(f"{request.name} can't be scored: its log-probability is {logprob}")
+            truncated = _excess(request, self.model.context) > 0
+            results[branch.request] = Scored(logprob, greedy, len(branch.tokens), truncated)
+        return results
+
+    def _score_batch(self, rows: list[Row]) -> list[Output]:
         try:
-            return self._forward(rows)
+            return [self._forward(rows)]
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -100,7 +117,7 @@ class Scorer:
         return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
 
     @torch.inference_mode()
-    def _forward(self, rows: list[Row]) -> list[tuple[Branch, float, bool]]:
+    def _forward(self, rows: list[Row]) -> Output:
         tokens, positions, segments = _pack(rows, self.model.eot, self.model.device)  # (B, T) each
         if all(len(row.branches) == 1 for row in rows):  # padding stands on the right: plain causal attention
             states, logits = self._run(tokens, None, None)
@@ -108,8 +125,7 @@ class Scorer:
             states, logits = self._run(tokens, _tree_mask(segments, self.model.module.dtype), positions)
         where, targets = _targets(rows, self.model.device)  # (N, 2), (N,)
         picked = (states if logits is None else logits)[where[:, 0], where[:, 1]]  # (N, C) or (N, V)
-        logprobs, greedy = self._token_logprobs(picked, targets)
-        return _sum_by_branch(rows, logprobs, greedy)
+        return Output([branch for row in rows for branch in row.branches], *self._token_logprobs(picked, targets))
 
     def _run(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The last hidden states (B, T, C), and logits (B, T, V) where the head is more than a matrix."""
@@ -126,7 +142,7 @@ class Scorer:
             _reduce(self._logits(rows), wanted)
             for rows, wanted in zip(picked.split(size), targets.split(size), strict=True)
         ]
-        return torch.cat([logprob for logprob, _ in pairs]).cpu(), torch.cat([best for _, best in pairs]).cpu()
+        return torch.cat([logprob for logprob, _ in pairs]), torch.cat([best for _, best in pairs])
 
     def _logits(self, rows: Tensor) -> Iterator[Tensor]:
         """fp32 logits (n, V) of the picked positions in pieces of the vocabulary, free to be overwritten."""
@@ -203,11 +219,11 @@ def _bounded(prefix: tuple[int, ...], branches: list[Branch], limit: int) -> Ite
     yield tuple(part)
 
 
-def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Neighbours in length together, as many as fit into `batch_tokens` with padding."""
+def _batches(rows: list[Row], batch_tokens: Callable[[], int]) -> Iterator[list[Row]]:
+    """Neighbours in length together, as many as fit with padding into what `batch_tokens` says by then."""
     batch: list[Row] = []
     for row in rows:  # sorted: the first row of a batch is its longest
-        if batch and batch[0].length * (len(batch) + 1) > batch_tokens:
+        if batch and batch[0].length * (len(batch) + 1) > batch_tokens():
             yield batch
             batch = []
         batch.append(row)
@@ -260,12 +276,13 @@ def _targets(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(where, device=device), torch.tensor(targets, device=device)
 
 
-def _sum_by_branch(rows: list[Row], logprobs: Tensor, greedy: Tensor) -> list[tuple[Branch, float, bool]]:
-    branches = [branch for row in rows for branch in row.branches]
-    sizes = [len(branch.tokens) for branch in branches]
-    sums = [part.sum().item() for part in logprobs.split(sizes)]
-    all_greedy = [bool(part.all()) for part in greedy.split(sizes)]
-    return list(zip(branches, sums, all_greedy, strict=True))
+def _by_branch(outputs: Sequence[Output]) -> Iterator[tuple[Branch, float, bool]]:
+    """Sums over each continuation's tokens; here the device is waited for."""
+    for output in outputs:
+        sizes = [len(branch.tokens) for branch in output.branches]
+        sums = [part.sum().item() for part in output.logprobs.cpu().split(sizes)]
+        greedy = [bool(part.all()) for part in output.greedy.cpu().split(sizes)]
+        yield from zip(output.branches, sums, greedy, strict=True)
 
 
 @torch.inference_mode()
@@ -289,12 +306,12 @@ def _honours_masks(scorer: Scorer) -> bool:
         Request("probe", (scorer.model.eot, 5, 6), (7, 8, 9)),
         Request("probe", (scorer.model.eot, 5, 6), (1, 2)),
     ]
-    shared = scorer._score_batch(_rows(requests, scorer.model.context, True))
-    alone = scorer._score_batch(_rows(requests, scorer.model.context, False))
-    tolerance = 1e-4 if scorer.model.module.dtype == torch.float32 else 0.1
-    apart = max(
-        abs(a[1] - b[1]) for a, b in zip(*(sorted(s, key=lambda x: x[0].request) for s in (shared, alone)), strict=True)
+    shared, alone = (
+        {branch.request: logprob for branch, logprob, _ in _by_branch(scorer._score_batch(rows))}
+        for rows in (_rows(requests, scorer.model.context, share) for share in (True, False))
     )
+    tolerance = 1e-4 if scorer.model.module.dtype == torch.float32 else 0.1
+    apart = max(abs(shared[n] - alone[n]) for n in shared)
     if apart > tolerance:
         log.warning("%s does not take a mask of its own: prefixes are not shared", scorer.model.name)
     return apart <= tolerance

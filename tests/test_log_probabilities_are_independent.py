@@ -93,20 +93,21 @@ def test_too_long_a_context_loses_tokens_on_the_left_and_is_counted(model: Loade
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = requests()
+    asked = requests(groups=16)
     whole = values(Scorer(model).score(asked))
-    scorer = Scorer(model)
+    scorer = Scorer(model, batch_tokens=400)
     forward, sizes = scorer._forward, []
 
     def small_memory(rows):  # type: ignore[no-untyped-def]
-        sizes.append(len(rows))
-        if len(rows) > 2:
-            raise torch.OutOfMemoryError("no room for more than two rows")
+        sizes.append(sum(row.length for row in rows))
+        if sizes[-1] > 200 and len(rows) > 1:
+            raise torch.OutOfMemoryError("no room for more than 200 tokens")
         return forward(rows)
 
     monkeypatch.setattr(scorer, "_forward", small_memory)
     assert values(scorer.score(asked)) == pytest.approx(whole, abs=1e-5)
-    assert max(sizes) > 2
+    assert sizes[0] > 200  # it failed at first,
+    assert max(sizes[3:]) <= 200  # and kept to what fits from then on
 
 
 def test_one_row_that_does_not_fit_is_an_error(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
