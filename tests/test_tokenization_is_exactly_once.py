@@ -201,6 +201,18 @@ def test_killed_and_resumed_is_byte_identical(corpus, tmp_path, workers, reports
     assert child.returncode == -signal.SIGKILL
     run(corpus[0], tmp_path / "killed", workers)
     assert digests(tmp_path / "killed" / "out") == digests(tmp_path / "whole" / "out")
+    assert [p.name for p in (tmp_path / "killed" / "work").iterdir()] == ["lock"]
+
+
+def test_killed_before_it_said_that_all_is_complete(corpus, tmp_path, monkeypatch):
+    """Pieces and shards are all there, the last word is not."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenization._Job, "_complete", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(corpus[0], tmp_path)
+    assert not (tmp_path / "out" / "complete.json").exists()
+    run(corpus[0], tmp_path)
+    assert (tmp_path / "out" / "complete.json").exists()
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["lock"]
 
 
 def test_workers_end_with_a_killed_parent(corpus, tmp_path):

@@ -11,6 +11,7 @@ training, the last one partial. Beside each shard lies an index of its documents
 import fcntl
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +85,7 @@ def tokenize(
         plan = {"corpus": corpus, "shard_tokens": shard_tokens, "pieces": [p.key for p in pieces]}
         _start(out, place, plan, shared)
         job = _Job(out, corpus, shard_tokens, place, pieces, progress, claims)
-        if not job.finished():
+        if not job.complete:
             job.run(stack.enter_context(engine(engine_name, workers)))
         return job.result()
 
@@ -99,6 +100,8 @@ def _lock(work: str) -> Iterator[None]:
         except BlockingIOError:
             log.warning("waiting for another process that tokenizes in %s", work)
             fcntl.flock(f, fcntl.LOCK_EX)
+        for left in Path(work).glob("partial-*"):  # by a killed worker; nobody else is here
+            shutil.rmtree(left)
         yield
 
 
@@ -142,9 +145,10 @@ class _Job:
         self.encoded: dict[int, Encoded] = {}  # by the piece's place in the corpus
         self.cut: dict[int, list[File]] = {}  # finished shards
         self.begun: set[str] = set()  # names of the work that this process has begun
+        self.complete = False  # said by the output itself
         self.looked = -POLL
         self._look()
-        if not self.finished():
+        if not self.complete:
             self._forget_lost_pieces()
         self._report()
 
@@ -206,6 +210,7 @@ class _Job:
             self.encoded = {i: Encoded(*counts) for i, counts in enumerate(complete["pieces"])}
             shards = enumerate(complete["shards"])
             self._keep_whole({i: [File(**f) for f in files] for i, files in shards}, there)
+            self.complete = self.finished()
             return
         names = {s.path for s in objects.list_files(self.place, ".json")}
         new = [p for p in self.pieces if p.index not in self.encoded and p.name("json") in names]

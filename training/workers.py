@@ -111,6 +111,8 @@ def _watch(parent: int) -> None:
 @contextmanager
 def _ray(workers: int) -> Iterator[Engine]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of the local cluster, which ends with us
     try:
         import ray
     except ModuleNotFoundError as error:
