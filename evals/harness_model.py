@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from evals.model import LoadedModel
-from evals.scoring import Request, Scorer
+from evals.scoring import Request, Scorer, rolling
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +94,6 @@ class HarnessModel(TemplateLM):
         tokens = self.tok_encode(text) or [self.model.eot]
         self.truncated[str(request.task_name)] += len(tokens) > room
         return Prompt(index, tuple(tokens[-room:]), tuple(s for s in stops if s), most)
-
-
-def rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(context, continuation) pieces that predict each token once, as lm-eval's rolling windows do."""
-    line = (start, *tokens)
-    for at in range(0, len(tokens), context):
-        end = min(at + context, len(tokens))
-        first = max(0, end - context)  # the last window is a full one, of which only the new tokens count
-        yield line[first : at + 1], line[at + 1 : end + 1]
 
 
 @torch.inference_mode()

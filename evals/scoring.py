@@ -174,6 +174,15 @@ def _reduce(pieces: Iterable[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
     return (chosen.double() - top.double() - total.log()).squeeze(-1), (chosen == top).squeeze(-1)
 
 
+def rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(context, continuation) pieces that predict each token once, as lm-eval's rolling windows do."""
+    line = (start, *tokens)
+    for at in range(0, len(tokens), context):
+        end = min(at + context, len(tokens))
+        first = max(0, end - context)  # the last window is a full one, of which only the new tokens count
+        yield line[first : at + 1], line[at + 1 : end + 1]
+
+
 def _check(request: Request, context: int) -> None:
     if not request.context or not request.continuation:
         empty = "continuation" if request.context else "context"

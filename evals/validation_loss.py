@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from evals.completion_items import held_out_documents
 from evals.model import LoadedModel
-from evals.results import EvalResult, Score, mean_score
-from evals.scoring import Request, Scorer
+from evals.results import EvalResult, Score
+from evals.scoring import Request, Scorer, rolling
 from storage import shards, tokenizer
+
+Row = dict[str, Any]  # window, tokens, bytes, logprob
 
 
 def evaluate(
@@ -21,9 +25,10 @@ def evaluate(
     """Windows as the trainer's: T tokens predict the T that follow each, no window sees another.
 
     `limit` is in tokens. The standard error is over windows: tokens of one window are not independent.
+    A model with another vocabulary than GPT-2's reads the shard's documents as text.
     """
     if not model.gpt2_vocabulary:
-        raise ValueError(f"{model.name} has another vocabulary than GPT-2's: the tokens of {shard} mean nothing to it")
+        return _of_text(model, scorer, shard, limit, progress)
     asked = windows(shard, model.context, limit)
     scored = scorer.score(asked, progress)
     sizes = token_bytes()
@@ -31,9 +36,32 @@ def evaluate(
     for number, (request, score) in enumerate(zip(asked, scored, strict=True)):
         size = int(sizes[list(request.continuation)].sum())
         rows.append({"window": number, "tokens": score.tokens, "bytes": size, "logprob": score.logprob})
+    return _result(model, shard, "token windows", rows)
+
+
+def _of_text(
+    model: LoadedModel, scorer: Scorer, shard: str, limit: int, progress: Callable[[int, int], None] | None
+) -> EvalResult:
+    """The shard's whole documents in the model's own tokens, each from its start: bits per byte stay comparable."""
+    rows: list[Row] = []
+    asked: list[Request] = []
+    owners: list[int] = []
+    for name, text in held_out_documents(shard):
+        if limit and sum(row["tokens"] for row in rows) >= limit:
+            break
+        tokens = model.encode([text])[0]
+        asked += [Request(name, *piece) for piece in rolling(tokens, model.eot, model.context)]
+        owners += [len(rows)] * (len(asked) - len(owners))
+        rows.append({"window": len(rows), "tokens": len(tokens), "bytes": len(text.encode()), "logprob": 0.0})
+    for owner, score in zip(owners, scorer.score(asked, progress), strict=True):
+        rows[owner]["logprob"] += score.logprob
+    return _result(model, shard, "documents", rows)
+
+
+def _result(model: LoadedModel, shard: str, protocol: str, rows: list[Row]) -> EvalResult:
     scores = {"loss": loss(rows), "bits_per_byte": bits_per_byte(rows), "perplexity": perplexity(rows)}
     details = {"shard": shard, "window": model.context, "tokens": sum(row["tokens"] for row in rows)}
-    return EvalResult("validation_loss", "token windows", model.describe(), scores, len(rows), 0, rows, details)
+    return EvalResult("validation_loss", protocol, model.describe(), scores, len(rows), 0, rows, details)
 
 
 def windows(shard: str, context: int, limit: int = 0) -> list[Request]:
@@ -60,24 +88,26 @@ def token_bytes() -> np.ndarray:
     return sizes
 
 
-def loss(rows: list[dict]) -> Score:
-    """Nats a token; every window has the same number of tokens, so the mean of means is the mean."""
-    return mean_score([-row["logprob"] / row["tokens"] for row in rows])
+def loss(rows: list[Row]) -> Score:
+    """Nats a token."""
+    return _ratio([-row["logprob"] for row in rows], [row["tokens"] for row in rows])
 
 
-def perplexity(rows: list[dict]) -> Score:
+def perplexity(rows: list[Row]) -> Score:
     nats = loss(rows)
     value = math.exp(nats.value)
     return Score(value, None if nats.stderr is None else value * nats.stderr, nats.n)
 
 
-def bits_per_byte(rows: list[dict]) -> Score:
-    """Bits over bytes of all windows: a ratio of sums, whose error is the linearised one."""
-    bits = [-row["logprob"] / math.log(2) for row in rows]
-    sizes = [row["bytes"] for row in rows]
-    value = math.fsum(bits) / sum(sizes)
-    n = len(rows)
+def bits_per_byte(rows: list[Row]) -> Score:
+    return _ratio([-row["logprob"] / math.log(2) for row in rows], [row["bytes"] for row in rows])
+
+
+def _ratio(tops: list[float], bottoms: list[int]) -> Score:
+    """Sum over sum, with the linearised standard error of a ratio; for equal bottoms that of the mean."""
+    value = math.fsum(tops) / sum(bottoms)
+    n = len(tops)
     if n == 1:
         return Score(value, None, n)
-    residuals = math.fsum((b - value * s) ** 2 for b, s in zip(bits, sizes, strict=True))
-    return Score(value, math.sqrt(n / (n - 1) * residuals) / sum(sizes), n)
+    residuals = math.fsum((t - value * b) ** 2 for t, b in zip(tops, bottoms, strict=True))
+    return Score(value, math.sqrt(n / (n - 1) * residuals) / sum(bottoms), n)

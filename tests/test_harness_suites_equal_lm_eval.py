@@ -10,9 +10,8 @@ import tiny_gpt2
 from lm_eval.models.huggingface import HFLM
 
 from evals import harness
-from evals.harness_model import rolling
 from evals.model import LoadedModel, load
-from evals.scoring import Scorer
+from evals.scoring import Scorer, rolling
 
 OWN = Path(lm_eval.__file__).parent / "tasks"
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny_gpt2
 import torch
-from transformers import GPT2LMHeadModel
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from evals import validation_loss
 from evals.model import LoadedModel, load
@@ -47,6 +48,34 @@ def test_loss_equals_that_of_transformers(model: LoadedModel, shard: str) -> Non
     assert result.scores["loss"].stderr == pytest.approx(np.std(losses, ddof=1) / math.sqrt(len(losses)), rel=1e-3)
     assert result.scores["perplexity"].value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert result.scores["bits_per_byte"].value == pytest.approx(sum(bits) / sum(sizes), rel=1e-6)
+
+
+def test_another_vocabulary_reads_the_documents_as_text(shard: str, tmp_path: Path) -> None:
+    """Each whole document from its start, in windows of which every token is predicted once."""
+    own = ByteLevelBPETokenizer()
+    own.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>"])
+    PreTrainedTokenizerFast(tokenizer_object=own._tokenizer, bos_token="<s>").save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=300, n_layer=1, n_embd=16, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = load(str(tmp_path), "cpu")
+    result = validation_loss.evaluate(model, Scorer(model), shard)
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    tokens = [0, *own.encode(TEXT * 3).ids]
+    total, at = 0.0, 0
+    while at < len(tokens) - 1:
+        end = min(at + 64, len(tokens) - 1)
+        first = max(0, end - 64)
+        with torch.no_grad():
+            logits = reference(torch.tensor([tokens[first:end]])).logits[0, at - first :].double()
+        total += torch.nn.functional.cross_entropy(
+            logits, torch.tensor(tokens[at + 1 : end + 1]), reduction="sum"
+        ).item()
+        at = end
+    assert result.protocol == "documents" and result.items == 3  # four EOTs: the last document may be cut
+    assert result.scores["bits_per_byte"].value == pytest.approx(
+        total / math.log(2) / len((TEXT * 3).encode()), rel=1e-6
+    )
+    assert result.scores["loss"].value == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
 
 
 def test_bytes_of_all_tokens_are_the_bytes_of_the_text(shard: str) -> None:
