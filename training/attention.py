@@ -94,9 +94,7 @@ class Cudnn:
         B, T, H, D = self.shape
         graph = self._graph()
         q, k, v = (self._tensor(graph, self.packed) for _ in range(3))
-        out, stats = graph.sdpa(
-            q=q, k=k, v=v, generate_stats=True, attn_scale=1 / math.sqrt(D), use_causal_mask=True
-        )
+        out, stats = graph.sdpa(q=q, k=k, v=v, generate_stats=True, attn_scale=1 / math.sqrt(D), use_causal_mask=True)
         out.set_output(True).set_dim([B, H, T, D]).set_stride(self.plain)
         stats.set_output(True).set_data_type(self.cudnn.data_type.FLOAT)
         return self._build(graph), [q, k, v, out, stats]

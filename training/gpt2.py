@@ -95,9 +95,7 @@ class GPT2(nn.Module):
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, C), after the last LayerNorm."""
         if tokens.shape[1] > self.config.context:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens are more than the model's context of {self.config.context}"
-            )
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)

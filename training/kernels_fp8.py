@@ -114,7 +114,14 @@ def quantize(x: Tensor, add_sums_to: Tensor | None = None) -> Rows:
     sums = 0 if add_sums_to is None else programs
     partial = torch.empty(sums, 1, columns, dtype=torch.float32, device=x.device)
     _quantize_rows[(programs,)](
-        x, *out, partial, rows, columns, SUM=add_sums_to is not None, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        x,
+        *out,
+        partial,
+        rows,
+        columns,
+        SUM=add_sums_to is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
     )
     if add_sums_to is not None:
         add_sums(partial, add_sums_to)
@@ -129,9 +136,7 @@ def quantize_transposed(w: Tensor) -> Rows:
     grid = (triton.cdiv(columns, 64), SHARES)
     _column_peaks[grid](w, peaks, rows, columns, ROWS=32, COLUMNS=64, num_warps=4)
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
-    _quantize_transposed[grid](
-        w, peaks, out.scales, out.values, rows, columns, SHARES=SHARES, SIZE=64, num_warps=4
-    )
+    _quantize_transposed[grid](w, peaks, out.scales, out.values, rows, columns, SHARES=SHARES, SIZE=64, num_warps=4)
     return out
 
 

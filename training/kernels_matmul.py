@@ -203,9 +203,7 @@ class Plan:
         lib, preference = self.owner.lib, ctypes.c_void_p()
         check(lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
         limit = ctypes.c_uint64(WORKSPACE_BYTES)
-        check(
-            lib.cublasLtMatmulPreferenceSetAttribute(preference, 1, ctypes.byref(limit), ctypes.c_size_t(8))
-        )
+        check(lib.cublasLtMatmulPreferenceSetAttribute(preference, 1, ctypes.byref(limit), ctypes.c_size_t(8)))
         found, count = (Proposal * CANDIDATES)(), ctypes.c_int()
         check(
             lib.cublasLtMatmulAlgoGetHeuristic(

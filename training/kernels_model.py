@@ -82,9 +82,7 @@ class FusedModel:
         h = torch.empty(len(y), 4 * C, dtype=y.dtype, device=y.device)
         g = ops.multiply(y, mlp.c_fc.weight, transpose_b=True, bias=mlp.c_fc.bias, epilogue="gelu", aux=h)
         branch = ops.multiply(g, mlp.c_proj.weight, transpose_b=True, bias=mlp.c_proj.bias)
-        kept = Kept(
-            x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, g if self.recompute == 0 else None
-        )
+        kept = Kept(x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, g if self.recompute == 0 else None)
         return x2, branch, kept
 
     def block_backward(self, block: Block, kept: Kept, dx: Tensor, bias_before: Tensor) -> Tensor:
@@ -171,9 +169,7 @@ class _Loss(torch.autograd.Function):
         fused.ops.add_scaled(model.wte.weight.grad, head.grad_weight, grad)
         fused.ops.add_scaled(head.grad_x, head.grad_x, grad, add=False)
         biases = [torch.empty_like(blocks[0].mlp.c_proj.bias), *(b.mlp.c_proj.bias.grad for b in blocks)]
-        dx = fused.norm_backward(
-            model.ln_f, head.grad_x, last.x, last.mean, last.rstd, None, biases.pop()
-        )
+        dx = fused.norm_backward(model.ln_f, head.grad_x, last.x, last.mean, last.rstd, None, biases.pop())
         ctx.head = ctx.last = head = last = None  # their memory, for the blocks
         for block in reversed(blocks):
             state = kept.pop()

@@ -60,14 +60,10 @@ class Fp8Model(FusedModel):
     def linear_backward(self, dy: Rows, layer: nn.Linear) -> Tensor:
         """The gradient of a linear layer's input."""
         weight = self.ops.quantize_transposed(layer.weight)
-        return self.ops.multiply(
-            dy.values, weight.values, transpose_b=True, scales=(dy.scales, weight.scales)
-        )
+        return self.ops.multiply(dy.values, weight.values, transpose_b=True, scales=(dy.scales, weight.scales))
 
     def norm_backward(self, norm: nn.LayerNorm, dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
         mean, rstd, stream, sums = rest
         grads = (norm.weight.grad, norm.bias.grad, sums)
         self.stream8 = empty(*x.shape, x)
-        return self.ops.norm_backward(
-            dy, x, norm.weight, norm.bias, mean, rstd, stream, grads, self.stream8
-        )
+        return self.ops.norm_backward(dy, x, norm.weight, norm.bias, mean, rstd, stream, grads, self.stream8)

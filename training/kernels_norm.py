@@ -109,9 +109,7 @@ def _norm_backward(
     tl.store(place + 2 * columns, sum_stream, inside)
 
 
-def forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, fp8: Rows | None = None
-) -> Normed:
+def forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, fp8: Rows | None = None) -> Normed:
     """LayerNorm of x + branch (N, C), with the statistics that the backward pass needs.
 
     The sum is written over `branch`, rounded as it is normalized. With `fp8` the output is written there.
