@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
+from training.checkpoint import complete
 from training.launch import command
 
 pytestmark = pytest.mark.slow
@@ -51,8 +52,7 @@ def wait_for(ready: Callable[[], bool]) -> None:
 
 
 def is_amid_its_steps(run: str) -> bool:
-    log = Path(run, "main.log")
-    return log.exists() and "s:9 trl" in log.read_text()
+    return len(complete(run)) > 0
 
 
 def children(pid: int) -> list[int]:
