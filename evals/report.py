@@ -8,6 +8,8 @@ from evals import reference, report_page, report_plots
 from evals.report_plots import Bar, Curve, Line, Points
 from storage import objects
 
+MOST_BARS = 12  # of one suite in the figure of accuracies; the table has all
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -104,11 +106,20 @@ def pictures(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> list[Pictur
         shown.append(_optimisation(runs, logs))
     if any(run.metrics for run in runs):
         shown.append(_throughput(runs))
-    bars = score_bars(runs[0])
-    if bars:
-        title = "Multiple-choice accuracy"
-        drawing = report_plots.scores(bars, title, 0.25 if all(_four_choices(b) for b in bars) else None)
-        shown.append(Picture("scores", "Scores with their standard errors", report_plots.render(drawing)))
+    return shown + _score_pictures(runs[0])
+
+
+def _score_pictures(run: ReportData) -> list[Picture]:
+    shown = []
+    if bars := score_bars(run):
+        levels = [Line("chance, 25%", 0.25)] if all(_four_choices(bar) for bar in bars) else []
+        drawing = report_plots.scores(bars, "Accuracy", levels)
+        shown.append(Picture("scores", "Accuracies with their standard errors", report_plots.render(drawing)))
+    if "core" in run.scores:
+        drawing = report_plots.scores(core_bars(run), "CORE: accuracy centred on chance", core_levels(run))
+        shown.append(
+            Picture("core", "CORE by task, centred: 0 is a guess, 100% is perfect", report_plots.render(drawing))
+        )
     return shown
 
 
@@ -179,16 +190,38 @@ def parameters(model: Mapping[str, int]) -> int:
 
 
 def score_bars(run: ReportData) -> list[Bar]:
-    """Every accuracy of the run, with what others got in the same score."""
+    """The accuracies of the run, with what others got in the same score."""
     other = reference.same_size(parameters(run.config["model"]), "gpt2")
     bars = []
     for suite, page in run.scores.items():
-        for name, score in page["scores"].items():
-            if "acc" not in name:
-                continue
+        for name in _headlines(page):
+            score = page["scores"][name]
             marks = [Line(c.against, c.reference) for c in _all_comparisons(run, suite, name, other)]
             bars.append(Bar(f"{suite}: {name}".replace("_", " "), score["value"], score["stderr"], tuple(marks)))
     return bars
+
+
+def _headlines(page: Mapping[str, Any]) -> list[str]:
+    """A suite's own choice of scores, or its accuracies, as many as can be read."""
+    chosen = page.get("details", {}).get("average_of") or [name for name in page["scores"] if "acc" in name]
+    return chosen[:MOST_BARS]
+
+
+def core_bars(run: ReportData) -> list[Bar]:
+    """The best task first."""
+    centred = {n: s for n, s in run.scores["core"]["scores"].items() if n.endswith("/centred")}
+    best = sorted(centred, key=lambda name: -centred[name]["value"])
+    return [Bar(n.removesuffix("/centred").replace("_", " "), centred[n]["value"], centred[n]["stderr"]) for n in best]
+
+
+def core_levels(run: ReportData) -> list[Line]:
+    """The mean, and the released GPT-2 of the same size and the largest one: GPT-2 grade."""
+    ours = run.scores["core"]["scores"]["core"]["value"]
+    published = reference.published("core", "core")
+    same = reference.same_size(parameters(run.config["model"]), "gpt2")
+    models = dict.fromkeys([same, "gpt2-xl"] if same else ["gpt2-xl"])
+    lines = [Line(f"{reference.NAMES[m]}: {published[m].value:.1%}", published[m].value) for m in models]
+    return [Line(f"this run's CORE: {ours:.1%}", ours), *lines]
 
 
 def _four_choices(bar: Bar) -> bool:

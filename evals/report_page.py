@@ -13,6 +13,7 @@ from evals.reference import Comparison
 if TYPE_CHECKING:
     from evals.report import MainLog, Picture, ReportData
 
+MOST_ROWS = 24  # scores in sight; MMLU alone has 57 subjects
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -30,7 +31,13 @@ def page(
         _header(lead, title),
         _tiles(lead, logs[0]),
         _section("Training", _panes(by_name, ("loss", "hellaswag")) + _panes(by_name, ("optimisation",))),
-        _section("Scores", _panes(by_name, ("scores",)) + _scores_table(runs) + _comparison_table(comparisons)),
+        _section(
+            "Scores",
+            _panes(by_name, ("scores",))
+            + _panes(by_name, ("core",))
+            + _scores_table(runs)
+            + _comparison_table(comparisons),
+        ),
         _section("Samples", _samples(lead.samples)),
         _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(records)),
         _section("Data", _data_tiles(lead, records)),
@@ -97,6 +104,8 @@ def _tiles(run: "ReportData", log: "MainLog") -> str:
         if score := _score(run, suite, "completion_acc_norm"):
             name = "HellaSwag" if suite == "hellaswag" else "Completion items"
             tiles.append((name, f"{score['value']:.1%}", f"{plus_minus(score['stderr'], True)}, chance 25%"))
+    if core := _score(run, "core", "core"):
+        tiles.append(("CORE", f"{core['value']:.4f}", f"{plus_minus(core['stderr'])}, GPT-2 1558M: .2565"))
     speeds = [m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second")]
     if speeds:
         tiles.append(("Throughput", f"{amount(sorted(speeds)[len(speeds) // 2])}", "tokens/s, median"))
@@ -170,7 +179,9 @@ def _scores_table(runs: "Sequence[ReportData]") -> str:
                      f"{score['n']:,}", _text(entry["protocol"]), f"{entry['truncated']:,}"]
                 )  # fmt: skip
     head = ["run"] if len(runs) > 1 else []
-    return _table([*head, "suite", "score", "value ± standard error", "n", "protocol", "truncated"], rows)
+    head += ["suite", "score", "value ± standard error", "n", "protocol", "truncated"]
+    more = f"<details><summary>{len(rows) - MOST_ROWS} more scores</summary>{_table(head, rows[MOST_ROWS:])}</details>"
+    return _table(head, rows[:MOST_ROWS]) + (more if len(rows) > MOST_ROWS else "")
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> str:

@@ -186,74 +186,41 @@ def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
     return draw
 
 
-def scores(bars: Sequence[Bar], title: str, chance: float | None) -> Drawing:
-    """Accuracies as points with error bars of one standard error, references as marks beside them."""
+def scores(bars: Sequence[Bar], title: str, levels: Sequence[Line]) -> Drawing:
+    """Scores as points with error bars of one standard error, references as marks beside them, levels as lines."""
 
     def draw(theme: Theme) -> Figure:
-        figure, axes = _figure(theme, 10.4, 1.3 + 0.42 * len(bars))
+        figure, axes = _figure(theme, 10.4, 1.5 + (0.42 if len(bars) < 13 else 0.3) * len(bars))
         places = list(range(len(bars)))[::-1]
+        names = list(dict.fromkeys(mark.name for bar in bars for mark in bar.marks))
+        colours = {name: theme.series[1 + n % 5] for n, name in enumerate(names)}
         for place, bar in zip(places, bars, strict=True):
-            axes.errorbar(
-                bar.value,
-                place,
-                xerr=bar.stderr,
-                fmt="o",
-                ms=7,
-                capsize=4,
-                lw=1.8,
-                color=theme.series[0],
-                zorder=5,
-            )
-            for number, mark in enumerate(bar.marks):
-                axes.plot(
-                    mark.value,
-                    place,
-                    "d",
-                    ms=7,
-                    color=theme.series[1 + number % 4],
-                    mec=theme.paper,
-                    zorder=4,
-                )
-        if chance is not None:
-            axes.axvline(chance, color=theme.muted, lw=1.1, ls=(0, (4, 3)))
+            style = {"fmt": "o", "ms": 7, "capsize": 4, "lw": 1.8, "color": theme.series[0], "zorder": 5}
+            axes.errorbar(bar.value, place, xerr=bar.stderr, **style)  # type: ignore[arg-type]
+            for mark in bar.marks:
+                axes.plot(mark.value, place, "d", ms=8, color=colours[mark.name], mec=theme.paper, zorder=6)
+        axes.plot([], [], "o", color=theme.series[0], label="this run, ± 1 standard error")
+        for name, colour in colours.items():
+            axes.plot([], [], "d", color=colour, label=name)
+        for level, colour in zip(levels, [theme.muted, theme.series[2], theme.series[1]], strict=False):
+            axes.axvline(level.value, color=colour, lw=1.2, ls=(0, (4, 3)), label=level.name)
         axes.set_yticks(places, [b.name for b in bars])
         axes.set_ylim(-0.6, len(bars) - 0.4)
-        low, high = _span(bars, chance)
-        axes.set_xlim(low, high)
+        axes.set_xlim(*_span(bars, levels))
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _title(axes, title, theme)
-        _score_legend(axes, bars, chance, theme)
+        figure.legend(loc="outside lower center", ncol=4, frameon=False, labelcolor=theme.muted, fontsize=8.5)
         return figure
 
     return draw
 
 
-def _score_legend(axes: Axes, bars: Sequence[Bar], chance: float | None, theme: Theme) -> None:
-    axes.plot([], [], "o", color=theme.series[0], label="this run, ± 1 standard error")
-    names = list(dict.fromkeys(mark.name for bar in bars for mark in bar.marks))
-    for number, name in enumerate(names):
-        axes.plot([], [], "d", color=theme.series[1 + number % 4], label=name)
-    if chance is not None:
-        axes.plot([], [], color=theme.muted, lw=1.1, ls=(0, (4, 3)), label=f"chance, {chance:.0%}")
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncol=4,
-        frameon=False,
-        labelcolor=theme.muted,
-        fontsize=8.5,
-    )
-
-
-def _span(bars: Sequence[Bar], chance: float | None) -> tuple[float, float]:
-    lows = [b.value - (b.stderr or 0) for b in bars] + [m.value for b in bars for m in b.marks]
-    highs = [b.value + (b.stderr or 0) for b in bars] + [m.value for b in bars for m in b.marks]
-    if chance is not None:
-        lows.append(chance)
-        highs.append(chance)
-    margin = 0.08 * (max(highs) - min(lows)) + 0.01
-    return max(0.0, min(lows) - margin), min(1.0, max(highs) + margin)
+def _span(bars: Sequence[Bar], levels: Sequence[Line]) -> tuple[float, float]:
+    points = [mark.value for bar in bars for mark in bar.marks] + [level.value for level in levels]
+    points += [bar.value + sign * (bar.stderr or 0) for bar in bars for sign in (-1, 1)]
+    margin = 0.05 * (max(points) - min(points)) + 0.01
+    return min(points) - margin, max(points) + margin
 
 
 def _figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from evals.report import Baseline, ReportData, accuracy_lines, build, loss_lines, parse_main_log
+from evals.report import (
+    Baseline,
+    ReportData,
+    accuracy_lines,
+    build,
+    core_bars,
+    core_levels,
+    loss_lines,
+    parse_main_log,
+    score_bars,
+)
 
 LOG = """s:0 tel:10.9
 s:0 trl:10.95 lr:1e-4 norm:3.1
@@ -109,6 +119,23 @@ def test_several_runs_share_the_figures_and_differing_settings_are_marked(tmp_pa
     assert "<h1>first · second</h1>" in text
     assert "<span class='differs'>0.001</span>" in text
     assert text.count("<span class='differs'>") == 2
+
+
+def test_core_is_shown_by_task_beside_gpt2(tmp_path: Path) -> None:
+    core = page({"core": score(0.2), "a": score(0.5), "a/centred": score(0.0), "b/centred": score(0.4)}, "core")
+    data = run(scores={"core": core})
+    assert [(bar.name, bar.value) for bar in core_bars(data)] == [("b", 0.4), ("a", 0.0)]
+    assert [line.value for line in core_levels(data)] == [0.2, 0.1139, 0.256525]
+    assert "core" in [p.name for p in build(data, str(tmp_path)).pictures]
+    assert "GPT-2 1558M: .2565" in (tmp_path / "index.html").read_text()
+
+
+def test_a_suite_with_an_average_shows_what_it_averages() -> None:
+    scores = {f"mmlu_{n}/acc": score(0.3) for n in range(57)} | {"mmlu/acc": score(0.3), "arc/acc_norm": score(0.4)}
+    suite = page(scores, "leaderboard-v1")
+    suite["details"]["average_of"] = ["arc/acc_norm", "mmlu/acc"]
+    names = [bar.name for bar in score_bars(run(scores={"leaderboard-v1": suite}))]
+    assert names == ["leaderboard-v1: arc/acc norm", "leaderboard-v1: mmlu/acc"]
 
 
 def test_loss_lines_are_only_those_measured_on_as_many_tokens() -> None:
