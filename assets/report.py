@@ -23,18 +23,23 @@ SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core")
 def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.ResourceParam[Maker]) -> None:
     """One self-contained page and its figures."""
     run = context.partition_key
-    trained = maker.parent(f"runs/{run}", "trained_model")
-    model = maker.parent(f"runs/{run}/export", "hf_model")
-    scores = [s for s in (records.read_record(maker.places.store, f"runs/{run}/scores/{n}") for n in SUITES) if s]
-    output = Output("report", f"runs/{run}/report", VERSION, {}, [trained, model, *scores])
+    parts = outputs_of(maker, run)
+    output = Output("report", f"runs/{run}/report", VERSION, {}, parts)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         folder = maker.folder(output.key)
-        made = pages.build(report_data(maker, run, [trained, model, *scores]), folder)
+        made = pages.build(report_data(maker, run, parts), folder)
         return Produced(paths=[url.removeprefix(folder).lstrip("/") for url in made.files])
 
     made, _ = maker.make(config, output, produce)
     context.add_output_metadata(describe(made) | _figures(maker.stage(made.record)))
+
+
+def outputs_of(maker: Maker, run: str) -> list[Record]:
+    """What a page about a run is made from: its weights, their export and every score that is there."""
+    scores = (records.read_record(maker.places.store, f"runs/{run}/scores/{suite}") for suite in SUITES)
+    trained = maker.parent(f"runs/{run}", "trained_model")
+    return [trained, maker.parent(f"runs/{run}/export", "hf_model"), *(score for score in scores if score)]
 
 
 @dg.op(ins={"score": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))

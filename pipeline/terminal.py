@@ -18,6 +18,11 @@ from storage.records import Record
 PLAIN_WIDTH = 140  # columns, where the output is no terminal
 
 
+def console() -> Console:
+    """Stdout for tables: as wide as the terminal, and wide enough where there is none."""
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
 @contextmanager
 def quiet_output() -> Iterator[Console]:
     """A console on the terminal, while stdout and stderr of this process and its children go nowhere.

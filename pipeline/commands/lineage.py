@@ -5,11 +5,11 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
 from pipeline.commands.run import JsonOption, StoreOption
+from pipeline.terminal import console, size
 from storage.lineage import Lineage, Node
 from storage.places import places
 
@@ -34,7 +34,7 @@ def show(
         return
     tree = Tree(_line(node))
     _grow(tree, node)
-    Console(highlight=False).print(tree)
+    console().print(tree)
 
 
 def _grow(tree: Tree, node: Node) -> None:
@@ -43,9 +43,16 @@ def _grow(tree: Tree, node: Node) -> None:
 
 
 def _line(node: Node) -> str:
-    facts = "  ".join(f"{name} {value}" for name, value in node.facts.items())
-    replaced = "  [yellow]replaced since[/yellow]" if node.replaced else ""
-    return f"[bold]{node.key}[/bold]  {node.job}  [dim]{node.fingerprint[:12]}[/dim]  {facts}{replaced}"
+    facts = node.facts
+    counts = [f"{facts[name]:,} {name}" for name in ("rows", "tokens") if name in facts]
+    made = [size(facts["bytes"])] if "bytes" in facts else []
+    when = [f"{facts['ended']:%Y-%m-%d %H:%M}"] if "ended" in facts else []
+    code = (
+        [f"commit {facts['commit'][:10]}{' with changes' if facts.get('dirty') else ''}"] if "commit" in facts else []
+    )
+    replaced = ["[yellow]replaced since[/yellow]"] if node.replaced else []
+    described = ", ".join([*counts, *made, *when, *code, *replaced])
+    return f"[bold]{node.key}[/bold]  {node.job} [dim]{node.fingerprint[:12]}[/dim]  {described}"
 
 
 @app.command()
@@ -65,7 +72,7 @@ def sql(
     table = Table(*columns, header_style="bold")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from assets.resources import Interrupted
-from pipeline.commands import lineage, model, run
+from pipeline.commands import compare, lineage, model, run
 
 app = typer.Typer(
     help="Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all.",
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 run.add_to(app)
 model.add_to(app)
+compare.add_to(app)
 app.add_typer(lineage.app, name="lineage")
 
 

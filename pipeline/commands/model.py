@@ -1,23 +1,27 @@
-"""Commands that ask about recipes and models: `gpt2 recipes`, `gpt2 sample`."""
+"""Commands about recipes and models: `gpt2 recipes`, `gpt2 plan`, `gpt2 bench`, `gpt2 sample`."""
 
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.commands.run import JsonOption, StoreOption
+from pipeline.terminal import console
 from storage import objects
 from storage.places import places
+from training import plan as planning
 from training import recipes
-from training.config import RunConfig, settable_keys
+from training.config import RunConfig, override, settable_keys
 
 
 def add_to(app: typer.Typer) -> None:
     app.command("recipes")(list_recipes)
+    app.command("plan")(plan)
+    app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
     app.command("sample", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sample)
 
 
@@ -38,12 +42,12 @@ def list_recipes(
         table.add_row(
             row["recipe"],
             f"{row['parameters'] / 1e6:,.1f}M",
-            f"{row['tokens'] / 1e9:,.4g}B",
+            f"{row['tokens'] / 1e9:,.4g}B" if row["tokens"] >= 1e9 else f"{row['tokens'] / 1e6:,.3g}M",
             f"{row['steps']:,} × {row['batch_tokens']:,}",
             f"{row['flops']:.2e}",
             row["corpus"],
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _row(config: RunConfig) -> dict[str, Any]:
@@ -66,7 +70,49 @@ def _print_settings(config: RunConfig, as_json: bool) -> None:
     table = Table("setting", "value", header_style="bold", title=f"--set KEY=VALUE for {config.recipe}")
     for key, value in settings.items():
         table.add_row(key, str(value))
-    Console().print(table)
+    console().print(table)
+
+
+def plan(
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe.")],
+    gpu: Annotated[str, typer.Option(help="Which GPU: " + ", ".join(planning.GPUS))] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    price: Annotated[float | None, typer.Option(help="Dollars an hour, for all of them.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a recipe takes on given GPUs: micro-batch, memory by line, seconds a step, hours, dollars."""
+    config = override(recipes.recipe(name), settings or [])
+    device = planning.gpu(gpu)
+    fitted = planning.fit(config, gpus, device.memory)
+    cost = planning.cost(config, fitted, device, gpus, price)
+    if as_json:
+        print(json.dumps({**asdict(fitted), "total": fitted.total, **asdict(cost)}, indent=2))
+        return
+    table = Table(show_header=False, title=f"{name} on {gpus} × {device.name}")
+    table.add_row("micro-batch", f"{fitted.micro_batch} sequences × {fitted.micro_steps} micro-steps")
+    table.add_row("recompute", str(fitted.recompute))
+    table.add_row(
+        "fp32 masters", "yes" if fitted.master_weights else "no: stochastic rounding (--set master_weights=false)"
+    )
+    for line, size in fitted.memory.items():
+        table.add_row(f"memory: {line}", f"{size / 2**30:.1f} GiB")
+    table.add_row("memory a GPU", f"{fitted.total / 2**30:.1f} of {device.memory:.1f} GiB")
+    table.add_row("a step", f"{cost.seconds_per_step:.2f} s at an MFU of {cost.mfu:.1%}")
+    table.add_row(f"{config.train.steps:,} steps", f"{cost.hours:,.1f} hours")
+    if cost.dollars is not None:
+        table.add_row("cost", f"${cost.dollars:,.0f}")
+    console().print(table)
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a model such as d48.")],
+) -> None:
+    """Measure training on this machine: tokens/s, MFU, memory. Options (--micro-batch, --steps, --profile …) follow."""
+    os.execv(sys.executable, [sys.executable, "-m", "training.bench", name, *context.args])
 
 
 def sample(

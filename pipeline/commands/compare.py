@@ -1,0 +1,93 @@
+"""Commands that set runs side by side: `gpt2 compare`, `gpt2 report`."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from assets.making import Maker
+from assets.report import outputs_of, report_data
+from assets.resources import Launcher, Silent
+from evals import reference
+from evals.comparison import differences
+from evals.report import ReportData, build
+from pipeline import runs
+from pipeline.commands.run import JsonOption, StoreOption
+from pipeline.terminal import console
+from storage.places import Places, places
+
+RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs in the store.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("compare")(compare)
+    app.command("report")(report)
+
+
+def compare(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run in the store.")],
+    against: Annotated[list[str], typer.Argument(metavar="RUN|MODEL…", help="Runs, or published models: gpt2-xl …")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say for each score whether a run is better, worse or equal, and what differs between two runs."""
+    place = places(store)
+    ours = _read(place, run)
+    scores: list[reference.Comparison] = []
+    different: dict[str, list[dict[str, Any]]] = {}
+    for other in against:
+        if other in reference.SIZES and runs.stored(place, other) is None:
+            scores += reference.against_published(ours.scores, other)
+        else:
+            theirs = _read(place, other)
+            scores += reference.against_run(ours.scores, theirs.scores, other)
+            different[other] = [asdict(d) for d in differences(ours, theirs)]
+    if as_json:
+        print(json.dumps({"scores": [asdict(c) for c in scores], "differences": different}, indent=2))
+        return
+    terminal = console()
+    terminal.print(_score_table(run, scores) if scores else "there is no score that both have")
+    for other, found in different.items():
+        terminal.print(_difference_table(run, other, found))
+
+
+def _score_table(run: str, comparisons: list[reference.Comparison]) -> Table:
+    table = Table("suite", "score", run, "against", "theirs", "difference", "in ± of it", "verdict", "source")
+    for c in comparisons:
+        error = "" if c.stderr is None else f" ± {c.stderr:.4f}"
+        other = "" if c.reference_stderr is None else f" ± {c.reference_stderr:.4f}"
+        errors = "" if c.errors is None else f"{c.errors:+.1f}"
+        row = (f"{c.value:.4f}{error}", c.against, f"{c.reference:.4f}{other}", f"{c.difference:+.4f}", errors)
+        table.add_row(c.suite, c.score, *row, c.verdict, c.source)
+    return table
+
+
+def _difference_table(run: str, other: str, found: list[dict[str, Any]]) -> Table:
+    table = Table("area", "what", run, other, title=f"what differs between {run} and {other}")
+    for difference in found:
+        table.add_row(difference["area"], difference["key"], difference["left"], difference["right"])
+    return table
+
+
+def report(
+    names: RunsArgument,
+    out: Annotated[str, typer.Option(help="The folder for index.html and its figures.")] = "report",
+    store: StoreOption = None,
+) -> None:
+    """Write one page that overlays several runs; the first leads."""
+    place = places(store)
+    made = build([_read(place, name) for name in names], out)
+    print(made.files[0])
+
+
+def _read(place: Places, run: str) -> ReportData:
+    if runs.stored(place, run) is None:
+        known = ", ".join(runs.known_runs(place)) or "none"
+        published = ", ".join(reference.SIZES)
+        raise ValueError(
+            f"there is no run {run!r} in {place.store}: the runs there are {known}; published are {published}"
+        )
+    maker = Maker(place, Launcher(), Silent())
+    return report_data(maker, run, outputs_of(maker, run))
