@@ -4,6 +4,9 @@ A token may stand in a batch many times. Rows are sorted by token, stably, and o
 adds its rows up in that order: the same bits each time, where atomic adds would depend on timing.
 """
 
+# The arguments of Triton's functions have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 import torch
 import triton
 import triton.language as tl

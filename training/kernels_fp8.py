@@ -4,6 +4,9 @@ Each row gets its own scale, its largest magnitude over 448 (the largest number 
 knows it at once, so nothing depends on an earlier step, and an outlier costs precision in its own row only.
 """
 
+# The arguments of Triton's functions have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -104,6 +107,10 @@ def _quantize_transposed(w, peaks, scales, values, rows, columns, SHARES: tl.con
 def empty(rows: int, columns: int, like: Tensor) -> Rows:
     values = torch.empty(rows, columns, dtype=DTYPE, device=like.device)
     return Rows(values, torch.empty(rows, dtype=torch.float32, device=like.device))
+
+
+def rows_like(x: Tensor) -> Rows:
+    return empty(x.shape[0], x.shape[1], x)
 
 
 def quantize(x: Tensor, add_sums_to: Tensor | None = None) -> Rows:

@@ -6,7 +6,7 @@ stream inside the product or the LayerNorm that follows; LayerNorm's output is m
 pass, where its input is read anyway. The order of every sum is fixed: the same step twice gives the same bits.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class FusedModel:
 
     def __init__(self, model: GPT2, kernels: Kernels, recompute: int = 0) -> None:
         self.model, self.ops, self.recompute = model, kernels, recompute
+        self.blocks = cast("list[Block]", list(model.blocks))
         self.attention: dict[tuple[int, int], AttentionKernel] = {}
         self.unused = torch.empty(0)
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd call our backward
@@ -53,7 +54,7 @@ class FusedModel:
         if torch.is_grad_enabled():
             return _Loss.apply(self.anchor, self, tokens, targets)  # type: ignore[no-any-return]
         x, branch = self.embed(tokens), None
-        for block in self.model.blocks:
+        for block in self.blocks:
             x, branch, _ = self.block_forward(block, x, branch, tokens.shape)
         normed = self.ops.norm_forward(x, branch, self.model.ln_f.weight, self.model.ln_f.bias)
         return self.head(normed.y, targets.flatten(), gradients=False).loss
@@ -95,23 +96,23 @@ class FusedModel:
         g = ops.gelu_forward(kept.h) if kept.g is None else kept.g
         self.add_weight_gradient(mlp.c_proj.weight, dx, g)
         dh = ops.multiply(dx, mlp.c_proj.weight, epilogue="dgelu", aux=kept.h)
-        ops.add_column_sums(dh, mlp.c_fc.bias.grad)
+        ops.add_column_sums(dh, grad_of(mlp.c_fc.bias))
         dy = ops.multiply(dh, mlp.c_fc.weight)
-        dx = self.norm_backward(block.ln_2, dy, kept.x2, kept.mean2, kept.rstd2, dx, attn.c_proj.bias.grad)
+        dx = self.norm_backward(block.ln_2, dy, kept.x2, kept.mean2, kept.rstd2, dx, grad_of(attn.c_proj.bias))
         self.add_weight_gradient(mlp.c_fc.weight, dh, dy)  # dy now holds LayerNorm's output
         del g, dh, dy
         self.add_weight_gradient(attn.c_proj.weight, dx, kept.out.view(dx.shape))
         dout = ops.multiply(dx, attn.c_proj.weight).view(kept.out.shape)
         kernel = self.attention_kernel(*kept.out.shape[:2])
         dqkv = kernel.backward(dout, kept.qkv, kept.out, kept.attention).view(len(dx), -1)
-        ops.add_column_sums(dqkv, attn.c_attn.bias.grad)
+        ops.add_column_sums(dqkv, grad_of(attn.c_attn.bias))
         dy = ops.multiply(dqkv, attn.c_attn.weight)
         dx = self.norm_backward(block.ln_1, dy, kept.x1, kept.mean1, kept.rstd1, dx, bias_before)
         self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
         return dx
 
-    def add_weight_gradient(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
-        self.ops.multiply(dy, x, transpose_a=True, out=weight.grad, add=weight.grad)
+    def add_weight_gradient(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
+        self.ops.multiply(dy, x, transpose_a=True, out=grad_of(weight), add=weight.grad)
 
     def norm_backward(
         self,
@@ -123,7 +124,7 @@ class FusedModel:
         stream: Tensor | None,
         sums: Tensor,
     ) -> Tensor:
-        grads = (norm.weight.grad, norm.bias.grad, sums)
+        grads = (grad_of(norm.weight), grad_of(norm.bias), sums)
         return self.ops.norm_backward(dy, x, norm.weight, norm.bias, mean, rstd, stream, grads)
 
     def head(self, x: Tensor, targets: Tensor, gradients: bool) -> Head:
@@ -150,7 +151,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, fused: FusedModel, tokens: Tensor, targets: Tensor) -> Tensor:
         model, kept = fused.model, []
         x, branch = fused.embed(tokens), None
-        for block in model.blocks:
+        for block in fused.blocks:
             x, branch, state = fused.block_forward(block, x, branch, tokens.shape)
             kept.append(state if fused.recompute < 3 else state.x1)
         normed = fused.ops.norm_forward(x, branch, model.ln_f.weight, model.ln_f.bias)
@@ -162,13 +163,13 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         fused, kept, head, last = ctx.fused, ctx.kept, ctx.head, ctx.last
-        model, blocks = fused.model, fused.model.blocks
+        model, blocks = fused.model, fused.blocks
         for parameter in model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        fused.ops.add_scaled(model.wte.weight.grad, head.grad_weight, grad)
+        fused.ops.add_scaled(grad_of(model.wte.weight), head.grad_weight, grad)
         fused.ops.add_scaled(head.grad_x, head.grad_x, grad, add=False)
-        biases = [torch.empty_like(blocks[0].mlp.c_proj.bias), *(b.mlp.c_proj.bias.grad for b in blocks)]
+        biases = [torch.empty_like(blocks[0].mlp.c_proj.bias), *(grad_of(b.mlp.c_proj.bias) for b in blocks)]
         dx = fused.norm_backward(model.ln_f, head.grad_x, last.x, last.mean, last.rstd, None, biases.pop())
         ctx.head = ctx.last = head = last = None  # their memory, for the blocks
         for block in reversed(blocks):
@@ -177,10 +178,15 @@ class _Loss(torch.autograd.Function):
                 state = fused.block_forward(block, state, None, ctx.tokens.shape)[2]
             dx = fused.block_backward(block, state, dx, biases.pop())
             _announce(block)
-        fused.ops.add_embedding_gradients(dx, ctx.tokens, model.wte.weight.grad, model.wpe.weight.grad)
+        fused.ops.add_embedding_gradients(dx, ctx.tokens, grad_of(model.wte.weight), grad_of(model.wpe.weight))
         for module in (model.wte, model.wpe, model.ln_f):
             _announce(module)
         return None, None, None, None
+
+
+def grad_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _announce(module: nn.Module) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from training.gpt2 import Block
-from training.kernels_fp8 import empty
-from training.kernels_model import FusedModel, Kept
+from training.kernels_fp8 import rows_like
+from training.kernels_model import FusedModel, Kept, grad_of
 from training.kernels_reduce import Rows
 
 
@@ -25,11 +25,11 @@ class Fp8Model(FusedModel):
     ) -> tuple[Tensor, Tensor, Kept]:
         ops, attn, mlp = self.ops, block.attn, block.mlp
         (B, T), C = shape, x.shape[1]
-        x1, y, mean1, rstd1 = ops.norm_forward(x, branch, block.ln_1.weight, block.ln_1.bias, empty(*x.shape, x))
+        x1, y, mean1, rstd1 = ops.norm_forward(x, branch, block.ln_1.weight, block.ln_1.bias, rows_like(x))
         qkv = self.linear(y, attn.c_attn).view(B, T, 3, attn.heads, C // attn.heads)
         out, saved = self.attention_kernel(B, T).forward(qkv)
         x2 = self.linear(ops.quantize(out.view(-1, C)), attn.c_proj)
-        x2, y, mean2, rstd2 = ops.norm_forward(x1, x2, block.ln_2.weight, block.ln_2.bias, empty(*x.shape, x))
+        x2, y, mean2, rstd2 = ops.norm_forward(x1, x2, block.ln_2.weight, block.ln_2.bias, rows_like(x))
         h = self.linear(y, mlp.c_fc)
         branch = self.linear(ops.gelu_fp8(h), mlp.c_proj)
         return x2, branch, Kept(x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, None)
@@ -37,17 +37,17 @@ class Fp8Model(FusedModel):
     def block_backward(self, block: Block, kept: Kept, dx: Tensor, bias_before: Tensor) -> Tensor:
         ops, attn, mlp = self.ops, block.attn, block.mlp
         dh = self.linear_backward(self.stream8, mlp.c_proj)
-        dh8 = ops.gelu_backward_fp8(dh, kept.h, mlp.c_fc.bias.grad)
+        dh8 = ops.gelu_backward_fp8(dh, kept.h, grad_of(mlp.c_fc.bias))
         self.add_weight_gradient(mlp.c_proj.weight, dx, kept.h)  # h now holds GELU's output
         dy = self.linear_backward(dh8, mlp.c_fc)
-        dx = self.norm_backward(block.ln_2, dy, kept.x2, kept.mean2, kept.rstd2, dx, attn.c_proj.bias.grad)
+        dx = self.norm_backward(block.ln_2, dy, kept.x2, kept.mean2, kept.rstd2, dx, grad_of(attn.c_proj.bias))
         self.add_weight_gradient(mlp.c_fc.weight, dh, dy)  # dy now holds LayerNorm's output
         del dh, dh8, dy
         self.add_weight_gradient(attn.c_proj.weight, dx, kept.out.view(dx.shape))
         dout = self.linear_backward(self.stream8, attn.c_proj).view(kept.out.shape)
         kernel = self.attention_kernel(*kept.out.shape[:2])
         dqkv = kernel.backward(dout, kept.qkv, kept.out, kept.attention).view(len(dx), -1)
-        dy = self.linear_backward(ops.quantize(dqkv, attn.c_attn.bias.grad), attn.c_attn)
+        dy = self.linear_backward(ops.quantize(dqkv, grad_of(attn.c_attn.bias)), attn.c_attn)
         dx = self.norm_backward(block.ln_1, dy, kept.x1, kept.mean1, kept.rstd1, dx, bias_before)
         self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
         return dx
@@ -64,6 +64,6 @@ class Fp8Model(FusedModel):
 
     def norm_backward(self, norm: nn.LayerNorm, dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
         mean, rstd, stream, sums = rest
-        grads = (norm.weight.grad, norm.bias.grad, sums)
-        self.stream8 = empty(*x.shape, x)
+        grads = (grad_of(norm.weight), grad_of(norm.bias), sums)
+        self.stream8 = rows_like(x)
         return self.ops.norm_backward(dy, x, norm.weight, norm.bias, mean, rstd, stream, grads, self.stream8)

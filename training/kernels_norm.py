@@ -6,6 +6,9 @@ gradient of the projection before (the sum of the same stream over its rows) and
 LayerNorm's output for the weight gradient that needs it. For fp8 products the same rows are written in fp8 too.
 """
 
+# The arguments of Triton's functions have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from typing import Any, NamedTuple
 
 import torch
