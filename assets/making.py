@@ -1,5 +1,6 @@
 """How is an output made, or reused, checked, recorded and shown in Dagster? One way for every asset."""
 
+import base64
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -144,8 +145,8 @@ class Maker:
         """The local folder in which the files of `key` are worked on."""
         return self.places.local_folder(records.folder_url(self.places.store, key))
 
-    def stage(self, record: Record, suffix: str = "") -> str:
-        """The local folder that holds an output's files (of that suffix), copied from S3 if not there yet."""
+    def stage(self, record: Record, suffix: str | tuple[str, ...] = "") -> str:
+        """The local folder that holds an output's files (of such an ending), copied from S3 if not there yet."""
         folder = self.folder(record.key)
         if not objects.is_local(self.places.store):
             for f in record.files:
@@ -278,6 +279,11 @@ def describe(made: Made) -> dict[str, Any]:
     }
     counts = {"rows": record.rows, "tokens": record.tokens}
     return shown | {name: value for name, value in counts.items() if value is not None}
+
+
+def image(name: str, png: bytes) -> dg.MarkdownMetadataValue:
+    """A picture that an asset's page shows, embedded."""
+    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def _now() -> str:

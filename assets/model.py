@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
+from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
 from assets.resources import RUNS, Event
 from assets.tokens import validation_shard
 from evals import report
@@ -67,7 +67,8 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
         return _trained(maker.folder(output.key), run, ranks)
 
     made, checks = maker.make(StageConfig(), output, produce, [LOSS_IS_FINITE])
-    return materialize(made, checks, _training_metadata(maker.stage(made.record, suffix=".log"), made.record))
+    folder = maker.stage(made.record, suffix=(".log", ".txt", ".jsonl"))
+    return materialize(made, checks, _training_metadata(folder, name, run, made.record))
 
 
 def trained_output(name: str, run: RunConfig, tokens: Record) -> Output:
@@ -108,13 +109,16 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
     )
 
 
-def _training_metadata(folder: str, record: Record) -> dict[str, Any]:
-    metrics = record.metrics
-    sample = Path(folder, "samples.txt")
-    shown: dict[str, Any] = {name: metrics[name] for name in metrics}
-    if sample.exists():
-        shown["sample"] = dg.MetadataValue.md(f"```\n{sample.read_text()[-1500:]}\n```")
-    return shown
+def _training_metadata(folder: str, name: str, run: RunConfig, record: Record) -> dict[str, Any]:
+    """The numbers, a sample of text, and the curves as pictures."""
+    page = report.ReportData(name, to_dict(run), Path(folder, "main.log").read_text())
+    pictures = report.pictures([page], [report.parse_main_log(page.main_log)])
+    sample = Path(folder, "samples.txt").read_text()[-1500:]
+    return (
+        dict(record.metrics)
+        | {"sample": dg.MetadataValue.md(f"```\n{sample}\n```")}
+        | {f"figure_{p.name}": image(p.name, p.png["light"]) for p in pictures}
+    )
 
 
 class Observer:

@@ -1,6 +1,5 @@
 """What came of the run, on one page: curves, scores, lineage, samples and cost."""
 
-import base64
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -8,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.making import Maker, Output, Produced, StageConfig, describe
+from assets.making import Maker, Output, Produced, StageConfig, describe, image
 from assets.resources import RUNS, Event
 from evals import report as pages
 from storage import objects, records
@@ -99,7 +98,6 @@ def _figures(folder: str) -> dict[str, Any]:
     """The light figures, embedded, so that the asset's page shows them."""
     shown: dict[str, Any] = {"page": dg.MetadataValue.path(objects.join(folder, "index.html"))}
     for found in objects.list_files(folder, "-light.png"):
-        picture = base64.b64encode(objects.read_bytes(objects.join(folder, found.path))).decode()
         name = found.path.removesuffix("-light.png")
-        shown[f"figure_{name}"] = dg.MetadataValue.md(f"![{name}](data:image/png;base64,{picture})")
+        shown[f"figure_{name}"] = image(name, objects.read_bytes(objects.join(folder, found.path)))
     return shown
