@@ -21,7 +21,7 @@ SHARD_TOKENS = 5_000
 CHILD = """
 import sys, time
 from training import claims, pieces, tokenization
-claims.LEASE, pieces.PIECE_TEXT, tokenization.POLL = 1.0, 20_000, 0.1
+claims.LEASE, pieces.PIECE_TEXT, tokenization.POLL = 3.0, 20_000, 0.1
 if __name__ == "__main__":
     out, work, slow, files = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:]
     encode = tokenization.encode_piece
@@ -49,7 +49,7 @@ def corpus(tmp_path) -> list[str]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_TEXT", 20_000)
-    monkeypatch.setattr(claims, "LEASE", 1.0)
+    monkeypatch.setattr(claims, "LEASE", 3.0)
     monkeypatch.setattr(tokenization, "POLL", 0.1)
 
 
@@ -70,7 +70,7 @@ def machine(folder: Path, number: int, out: str, files: list[str], slow: float =
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ROOT})
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.slow)])
 def test_machines_divide_the_pieces_and_give_the_same_bytes(corpus, tmp_path, where, request):
     out = f"{request.getfixturevalue('s3_store')}/tokens" if where == "s3" else str(tmp_path / "shared")
     machines = [machine(tmp_path, number, out, corpus) for number in range(2)]
@@ -91,6 +91,23 @@ def test_a_dead_machines_piece_is_taken_over(corpus, tmp_path):
     made = tokenization.tokenize(
         corpus, out, "c", SHARD_TOKENS, str(tmp_path / "work-1"), 2, lambda *_: None, shared=True
     )
+    assert digests(out) == alone(corpus, tmp_path) == {f.path: f.sha256 for f in made.files}
+
+
+def test_one_who_comes_too_late_takes_what_the_others_have_made(corpus, tmp_path, monkeypatch):
+    """A machine that slept through its lease finds that its piece's tokens have been used and removed."""
+    out = str(tmp_path / "shared")
+
+    def sleep_through(place: str, *_: object) -> None:
+        machine(tmp_path, 1, out, corpus, slow=0).communicate()
+        raise FileNotFoundError(place)
+
+    monkeypatch.setattr(tokenization, "cut_shard", sleep_through)
+    monkeypatch.setattr(claims, "RENEWALS", 1e-3)
+    made = tokenization.tokenize(
+        corpus, out, "c", SHARD_TOKENS, str(tmp_path / "work-0"), 1, lambda *_: None, shared=True
+    )
+    monkeypatch.undo()
     assert digests(out) == alone(corpus, tmp_path) == {f.path: f.sha256 for f in made.files}
 
 
@@ -127,6 +144,7 @@ def test_a_renewed_claim_outlives_many_leases_and_a_silent_one_does_not(tmp_path
         assert taken == {"silent"}
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes_and_is_missed_by_name(corpus, tmp_path):
     """On two local worker processes where Ray is installed; it is an extra, so elsewhere its absence is told."""
     arguments = (corpus, str(tmp_path / "ray"), "c", SHARD_TOKENS, str(tmp_path / "ray-work"), 2, lambda *_: None)

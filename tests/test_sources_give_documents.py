@@ -68,9 +68,7 @@ def test_an_empty_place_on_s3_is_refused(s3_store):
 
 def test_a_file_without_text_is_named_with_its_columns(tmp_path):
     write(tmp_path / "000.parquet", ["x"], column="content")
-    with pytest.raises(
-        ValueError, match=r"000.parquet has no column `text` of strings, only content \(string\)"
-    ):
+    with pytest.raises(ValueError, match=r"000.parquet has no column `text` of strings, only content \(string\)"):
         sources.resolve(str(tmp_path))
 
 
@@ -128,6 +126,7 @@ def test_the_embedded_corpus_is_prose(embedded_files):
     assert len(set(texts)) == len(texts) and all("\n" not in p for p in paragraphs)
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_the_same_each_time(embedded_files):
     assert [d.text for d in embedded.documents()] == texts_of(embedded_files)
 

@@ -97,7 +97,7 @@ def test_the_described_files_are_what_lies_there(corpus, tmp_path):
         assert (stat.bytes, stat.modified) == (file.bytes, file.modified)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_no_byte(corpus, tmp_path, workers):
     run(corpus[0], tmp_path / "one")
     run(corpus[0], tmp_path / "many", workers)
@@ -186,7 +186,7 @@ def start(script: Path, folder: Path, workers: int, files: list[str]) -> subproc
     )
 
 
-@pytest.mark.parametrize(("workers", "reports"), [(1, (1, 3, 6)), (2, (1, 4))])
+@pytest.mark.parametrize(("workers", "reports"), [(1, (1, 3)), pytest.param(2, (1, 4), marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_byte_identical(corpus, tmp_path, workers, reports):
     run(corpus[0], tmp_path / "whole")
     for count in reports:

@@ -108,13 +108,12 @@ def _lock(work: str) -> Iterator[None]:
 def _start(out: str, place: str, plan: dict[str, Any], shared: bool) -> None:
     """Remove what another corpus or shard size has left; keep what this one has begun."""
     url = objects.join(out, PLAN)
+    if shared and not objects.exists(url):
+        objects.publish_json(url, plan)  # another machine may do the same now, with the same content
     if objects.exists(url) and objects.read_json(url) == plan:
         return
-    if shared and objects.exists(url):
-        raise ValueError(f"{out} holds shards of another corpus or size: remove it, or tokenize without sharing")
     if shared:
-        objects.publish_json(url, plan)
-        return
+        raise ValueError(f"{out} holds shards of another corpus or size: remove it, or tokenize without sharing")
     objects.remove_tree(out)
     _clear(place)
     objects.publish_json(url, plan)
@@ -164,13 +163,21 @@ class _Job:
                 if piece.index not in self.encoded and self._begin(f"piece-{piece.index:06d}"):
                     engine.submit(encode_piece, self.place, piece)
             if engine.busy():
-                self._accept(engine.next_result())
+                self._take_result(engine)
             else:
                 time.sleep(POLL)
             if self.claims:
                 self._look()
-        if not self.claims or self.claims.take("complete"):
+        if not self.complete and (not self.claims or self.claims.take("complete")):
             self._complete()
+
+    def _take_result(self, engine: Engine) -> None:
+        try:
+            self._accept(engine.next_result())
+        except FileNotFoundError:
+            # so slow that others took our work over, completed all and removed the pieces: theirs is as good
+            if not (self.claims and objects.exists(objects.join(self.out, COMPLETE))):
+                raise
 
     def finished(self) -> bool:
         starts = self._starts()
