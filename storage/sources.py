@@ -212,7 +212,8 @@ class Hub:
         missing = [e for e in self.entries if there.get(objects.name_of(e.path)) != e.bytes]
         total = sum(e.bytes for e in self.entries)
         here = total - sum(e.bytes for e in missing)
-        folder = out if objects.is_local(out) else scratch or tempfile.mkdtemp(prefix="gpt2-download-")
+        elsewhere = scratch or os.path.join(tempfile.gettempdir(), "gpt2-downloads")
+        folder = out if objects.is_local(out) else os.path.join(elsewhere, self.name)
 
         def keep(entry: hub.Entry, local: str) -> None:
             check_fetched(local)

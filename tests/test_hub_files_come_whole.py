@@ -143,7 +143,7 @@ def test_files_go_on_to_s3(local, tmp_path, s3_store):
     out = f"{s3_store}/corpora/c/documents"
     files = fetch("fineweb-edu-10B:2", out, scratch=str(tmp_path / "scratch"))
     assert [objects.sha256(f"{out}/{f.path}") for f in files] == [f.sha256 for f in files]
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()] == []
 
 
 CHILD = (
