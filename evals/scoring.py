@@ -120,20 +120,19 @@ class Scorer:
     def _forward(self, rows: list[Row]) -> Output:
         tokens, positions, segments = _pack(rows, self.model.eot, self.model.device)  # (B, T) each
         if all(len(row.branches) == 1 for row in rows):  # padding stands on the right: plain causal attention
-            states, logits = self._run(tokens, None, None)
+            attention = {}
         else:
-            states, logits = self._run(tokens, _tree_mask(segments, self.model.module.dtype), positions)
+            mask = _tree_mask(segments, self.model.module.dtype)
+            attention = {"attention_mask": mask, "position_ids": positions}
         where, targets = _targets(rows, self.model.device)  # (N, 2), (N,)
-        picked = (states if logits is None else logits)[where[:, 0], where[:, 1]]  # (N, C) or (N, V)
+        picked = self._run(tokens, attention)[where[:, 0], where[:, 1]]  # (N, C) or (N, V)
         return Output([branch for row in rows for branch in row.branches], *self._token_logprobs(picked, targets))
 
-    def _run(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The last hidden states (B, T, C), and logits (B, T, V) where the head is more than a matrix."""
-        attention = {} if mask is None else {"attention_mask": mask, "position_ids": positions}
+    def _run(self, tokens: Tensor, attention: dict[str, Tensor]) -> Tensor:
+        """The last hidden states (B, T, C); logits (B, T, V) where the head is more than a matrix."""
         if self.head is None:
-            logits = self.model.module(tokens, use_cache=False, **attention).logits
-            return logits, logits
-        return self.model.module.base_model(tokens, use_cache=False, **attention).last_hidden_state, None
+            return self.model.module(tokens, use_cache=False, **attention).logits
+        return self.model.module.base_model(tokens, use_cache=False, **attention).last_hidden_state
 
     def _token_logprobs(self, picked: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """fp64 log-probability (N,) of each target, and whether it was the likeliest token."""
@@ -152,7 +151,15 @@ class Scorer:
         weights = self.head.weight.split(self.piece[1])
         biases = [None] * len(weights) if self.head.bias is None else self.head.bias.split(self.piece[1])
         for weight, bias in zip(weights, biases, strict=True):
-            yield torch.nn.functional.linear(rows, weight, bias).float()
+            yield _product(rows, weight, bias)
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """fp32 logits (n, v) whatever the weights' type: GPT-2's lie near -100, where bf16 has steps of 0.5."""
+    if rows.dtype == torch.float32:
+        return torch.nn.functional.linear(rows, weight, bias)
+    exact = torch.mm(rows, weight.t(), out_dtype=torch.float32) if rows.is_cuda else rows.float() @ weight.float().t()
+    return exact if bias is None else exact + bias
 
 
 def _reduce(pieces: Iterable[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,6 +250,8 @@ def _batches(rows: list[Row], batch_tokens: Callable[[], int]) -> Iterator[list[
 def _pack(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, positions and segments, each (B, T). Segment 0: context, 1 to n: branches, n + 1: padding."""
     width = max(row.length for row in rows)
+    if any(len(row.branches) > 1 for row in rows):
+        width = -(-width // 8) * 8  # attention kernels want a mask whose rows are aligned
     tokens, positions, segments = [], [], []
     for row in rows:
         size = len(row.context)

@@ -121,6 +121,35 @@ def test_one_row_that_does_not_fit_is_an_error(model: LoadedModel, monkeypatch: 
         scorer.score(requests())
 
 
+def in_bf16(device: str, model: LoadedModel) -> tuple[list[float], list[float]]:
+    """Scores of the bf16 model, and its bf16 hidden states times its bf16 head, multiplied in fp32."""
+    low = load(model.name, device, "bfloat16")
+    asked = requests()
+    wanted = []
+    for request in asked:
+        tokens = torch.tensor([(request.context + request.continuation)[:-1]], device=device)
+        states = low.module.base_model(tokens).last_hidden_state[0, -len(request.continuation) :].float()
+        logits = states @ low.module.lm_head.weight.float().t()
+        targets = torch.tensor(request.continuation, device=device)
+        wanted.append(logits.log_softmax(-1).gather(-1, targets[:, None]).sum().item())
+    return values(Scorer(low, share_prefixes=False, batch_tokens=1).score(asked)), wanted
+
+
+def test_bf16_logits_are_not_rounded(model: LoadedModel) -> None:
+    scored, wanted = in_bf16("cpu", model)
+    assert scored == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_numbers_of_the_cpu(model: LoadedModel) -> None:
+    asked = requests()
+    on_gpu = Scorer(load(model.name, "cuda")).score(asked)
+    assert values(on_gpu) == pytest.approx(values(Scorer(model).score(asked)), abs=1e-3)
+    scored, wanted = in_bf16("cuda", model)
+    assert scored == pytest.approx(wanted, abs=1e-2)
+
+
 def test_other_architectures_score_as_their_own_logits_say(tmp_path: Path) -> None:
     """Rotary positions and an untied head: the positions in a shared row must reach the attention."""
     torch.manual_seed(0)
