@@ -1,8 +1,12 @@
-"""What differs between two runs, in data, code, configuration and environment, that could explain their scores?"""
+"""How do two runs compare on the same items, and what differs between them that could explain it?"""
 
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from evals.results import mean_score
 
 Area = Literal["data", "code", "configuration", "environment"]
 DATA_ASSETS = ("documents", "token_shards", "eval_items")
@@ -78,3 +82,61 @@ def _environment(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if record["asset"] == "trained_model":
             return dict(record.get("hardware") or {}) | dict(record.get("versions") or {})
     return {}
+
+
+Rows = Sequence[Mapping[str, Any]]  # a score's per-item rows
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Left less right over the items that both scored: what they share, such as an item's hardness, cancels out."""
+
+    difference: float
+    stderr: float
+    n: int
+
+
+def paired(left: Rows, right: Rows) -> dict[str, Paired]:
+    """By score name. Empty where the rows are not of the same items."""
+    ours, theirs = _values(left), _values(right)
+    return {
+        name: _difference([ours[name][key] - theirs[name][key] for key in ours[name]])
+        for name in ours
+        if len(ours[name]) > 1 and ours[name].keys() == theirs.get(name, {}).keys()
+    }
+
+
+def _difference(values: list[float]) -> Paired:
+    score = mean_score(values)
+    return Paired(score.value, score.stderr or 0.0, score.n)
+
+
+def _values(rows: Rows) -> dict[str, dict[Any, float]]:
+    """Score name -> item -> its value, whose mean over items is the score."""
+    found: dict[str, dict[Any, float]] = {}
+    share = _shares(rows)
+    for row in rows:
+        for name, item, value in _values_of(row, share):
+            found.setdefault(name, {})[item] = value
+    return found
+
+
+def _shares(rows: Rows) -> dict[str, float]:
+    """Mean bytes and tokens of a window: a ratio of sums is the mean of tops over the mean of bottoms."""
+    windows = [row for row in rows if "window" in row]
+    return {key: math.fsum(row[key] for row in windows) / len(windows) for key in ("bytes", "tokens") if windows}
+
+
+def _values_of(row: Mapping[str, Any], share: Mapping[str, float]) -> Iterable[tuple[str, Any, float]]:
+    if "window" in row:  # validation loss
+        yield "loss", (row["window"], row["tokens"]), -row["logprob"] / share["tokens"]
+        yield "bits_per_byte", (row["window"], row["bytes"]), -row["logprob"] / math.log(2) / share["bytes"]
+    elif "protocol" in row:  # HellaSwag and items in its format
+        yield f"{row['protocol']}_acc", row["ind"], float(row["correct"])
+        yield f"{row['protocol']}_acc_norm", row["ind"], float(row["correct_norm"])
+    elif "metrics" in row:  # lm-eval
+        for metric, value in json.loads(row["metrics"]).items():
+            name = f"{row['task']}/{metric}" + ("" if row["filter"] == "none" else f",{row['filter']}")
+            yield name, row["item"], float(value)
+    else:  # CORE
+        yield row["task"], row["item"], float(row["correct"])

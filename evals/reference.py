@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from evals.comparison import Paired, Rows, paired
+
 HELLASWAG_ITEMS = 10_042
 EQUAL_WITHIN = 2.0  # standard errors of the difference: 95% of equal models lie inside
 LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity")
@@ -105,6 +107,7 @@ class Comparison:
     source: str
     difference: float  # ours less theirs
     errors: float | None  # the difference in standard errors of the difference
+    same_items: bool  # the error is that of the differences item by item
     verdict: Literal["better", "worse", "equal", "error unknown"]
 
 
@@ -115,19 +118,20 @@ def compare(
     theirs: Mapping[str, Any],
     against: str,
     source: str,
+    pair: Paired | None = None,
 ) -> Comparison:
     """Scores are {value, stderr}. Equal means within two standard errors of the difference.
 
-    Both errors count, as if the items were drawn apart; on the same items the true error is smaller, so this
-    calls two models equal more often than a paired test would.
+    On the same items (`pair`) that error is the differences' own; else both errors count as if the items had been
+    drawn apart, which calls two models equal more often.
     """
     difference = ours["value"] - theirs["value"]
     known = [s["stderr"] for s in (ours, theirs) if s.get("stderr") is not None]
-    error = math.sqrt(math.fsum(e * e for e in known))
-    errors = difference / error if error > 0 else None
+    error = pair.stderr if pair else math.sqrt(math.fsum(e * e for e in known))
+    errors = difference / error if error > 0 else (0.0 if pair and difference == 0 else None)
     return Comparison(
         suite, score, ours["value"], ours.get("stderr"), against, theirs["value"], theirs.get("stderr"),
-        source, difference, errors, _verdict(score, errors),
+        source, difference, errors, pair is not None, _verdict(score, errors),
     )  # fmt: skip
 
 
@@ -153,12 +157,18 @@ def against_published(scores: Mapping[str, Mapping[str, Any]], model: str) -> li
 
 
 def against_run(
-    scores: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Any]], against: str
+    scores: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+    against: str,
+    items: Mapping[str, Rows] = {},
+    other_items: Mapping[str, Rows] = {},
 ) -> list[Comparison]:
-    """Every score that both runs have, by the same suite and name."""
-    return [
-        compare(suite, score, ours, others[suite]["scores"][score], against, "measured here")
-        for suite, page in scores.items()
-        for score, ours in page["scores"].items()
-        if score in others.get(suite, {}).get("scores", {})
-    ]
+    """Every score that both runs have, by suite and name; item by item where both have a suite's per-item rows."""
+    rows = []
+    for suite, page in scores.items():
+        pairs = paired(items[suite], other_items[suite]) if suite in items and suite in other_items else {}
+        for score, ours in page["scores"].items():
+            theirs = others.get(suite, {}).get("scores", {}).get(score)
+            if theirs:
+                rows.append(compare(suite, score, ours, theirs, against, "measured here", pairs.get(score)))
+    return rows

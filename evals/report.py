@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evals import reference, report_page, report_plots
+from evals.comparison import Rows
 from evals.report_plots import Bar, Curve, Line, Points
 from storage import objects
 
@@ -17,6 +18,7 @@ class Baseline:
 
     name: str
     scores: Mapping[str, Mapping[str, Any]]  # suite -> score JSON
+    items: Mapping[str, Rows] = field(default_factory=dict)  # suite -> per-item rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class ReportData:
     main_log: str = ""
     metrics: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # suite -> score JSON
+    items: Mapping[str, Rows] = field(default_factory=dict)  # suite -> per-item rows; scores are compared by them
     samples: str = ""
     records: Sequence[Mapping[str, Any]] = ()  # of the run's outputs and of all that they were made from
     baselines: Sequence[Baseline] = ()
@@ -232,7 +235,7 @@ def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) 
     only = {suite: {**run.scores[suite], "scores": {name: run.scores[suite]["scores"][name]}}}
     rows = reference.against_published(only, model) if model else []
     for baseline in run.baselines:
-        rows += reference.against_run(only, baseline.scores, baseline.name)
+        rows += reference.against_run(only, baseline.scores, baseline.name, run.items, baseline.items)
     return rows
 
 
@@ -242,7 +245,7 @@ def comparisons(runs: Sequence[ReportData]) -> list[reference.Comparison]:
     model = reference.same_size(parameters(lead.config["model"]), "gpt2")
     rows = reference.against_published(lead.scores, model) if model else []
     for baseline in lead.baselines:
-        rows += reference.against_run(lead.scores, baseline.scores, baseline.name)
+        rows += reference.against_run(lead.scores, baseline.scores, baseline.name, lead.items, baseline.items)
     for run in runs[1:]:
-        rows += reference.against_run(lead.scores, run.scores, run.name)
+        rows += reference.against_run(lead.scores, run.scores, run.name, lead.items, run.items)
     return rows

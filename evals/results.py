@@ -70,6 +70,11 @@ def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
     return page
 
 
+def read_items(url: str) -> list[dict[str, Any]]:
+    """The per-item rows of a score, from its parquet."""
+    return pyarrow.parquet.read_table(io.BytesIO(objects.read_bytes(url))).to_pylist()
+
+
 def check_finite(result: EvalResult) -> None:
     for name, score in result.scores.items():
         if not math.isfinite(score.value):

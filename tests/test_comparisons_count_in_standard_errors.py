@@ -1,9 +1,11 @@
 """Better, worse or equal: by the difference in standard errors, in the direction that each score has."""
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from evals import reference
-from evals.comparison import Difference, differences
+from evals.comparison import Difference, differences, paired
 from evals.report import ReportData
 from evals.results import mean_score
 
@@ -23,6 +25,34 @@ def test_verdicts(score: str, ours: float, theirs: float, verdict: str) -> None:
     row = reference.compare("x", score, {"value": ours, "stderr": error}, {"value": theirs, "stderr": error}, "b", "s")
     assert row.verdict == verdict
     assert row.errors == pytest.approx((ours - theirs) / (error * 2**0.5))
+
+
+def test_the_same_items_are_compared_one_by_one() -> None:
+    """scipy's paired t statistic is the difference in standard errors."""
+    draw = np.random.default_rng(0)
+    hard = draw.normal(3.0, 1.0, 40)
+    left = [{"window": n, "tokens": 32, "bytes": 100, "logprob": -32 * v} for n, v in enumerate(hard)]
+    better = hard - draw.normal(0.02, 0.01, 40)
+    right = [{"window": n, "tokens": 32, "bytes": 100, "logprob": -32 * v} for n, v in enumerate(better)]
+    pages = [
+        {"validation_loss": {"scores": {"loss": {"value": v.mean(), "stderr": v.std(ddof=1) / 40**0.5}}}}
+        for v in (better, hard)
+    ]
+    items = [{"validation_loss": rows} for rows in (right, left)]
+    (apart,) = reference.against_run(*pages, "other")
+    (together,) = reference.against_run(*pages, "other", *items)
+    assert (apart.verdict, apart.same_items) == ("equal", False)
+    assert (together.verdict, together.same_items) == ("better", True)
+    assert together.errors == pytest.approx(ttest_rel(better, hard).statistic)
+
+
+def test_other_items_are_not_paired() -> None:
+    rows = [{"protocol": "harness", "ind": n, "correct": n % 2 == 0, "correct_norm": True} for n in range(6)]
+    assert set(paired(rows, rows)) == {"harness_acc", "harness_acc_norm"}
+    assert paired(rows, rows[:5]) == {}
+    core = [{"task": "piqa", "item": n, "correct": True} for n in range(3)]
+    lm_eval = [{"task": "piqa", "item": n, "filter": "none", "metrics": '{"acc": 1.0}'} for n in range(3)]
+    assert set(paired(core, core)) == {"piqa"} and set(paired(lm_eval, lm_eval)) == {"piqa/acc"}
 
 
 def test_without_any_error_there_is_no_verdict() -> None:
