@@ -24,10 +24,7 @@ from training import distributed
 from training.assemble import assemble
 from training.config import MachineConfig, RunConfig, TrainConfig, model_from_descriptor
 from training.distributed import World
-from training.gpt2 import GPT2
-from training.kernels import accelerate
 from training.metrics import utilization
-from training.optim import ShardedAdamW
 from training.recipes import RECIPES, recipe
 
 WARM_UP = 3
@@ -63,7 +60,7 @@ class Result:
     profile_ms: dict[str, float] | None = None
 
 
-def configure(name: str, micro_batch: int, batch_tokens: int) -> RunConfig:
+def configure(name: str, micro_batch: int, batch_tokens: int, fp8: bool = False) -> RunConfig:
     """The run of that recipe, or of a model such as "d48". Raises ValueError for neither."""
     if name in RECIPES:
         config = recipe(name)
@@ -72,16 +69,16 @@ def configure(name: str, micro_batch: int, batch_tokens: int) -> RunConfig:
         config = RunConfig(name, "random tokens", model_from_descriptor(name), train)
     else:
         raise ValueError(f"{name!r} is no recipe and no model: choose from {', '.join(RECIPES)}, or d12 … d48")
-    train = replace(config.train, batch_tokens=batch_tokens or config.train.batch_tokens)
+    train = replace(config.train, batch_tokens=batch_tokens or config.train.batch_tokens, fp8=fp8)
     return replace(config, train=train, machine=MachineConfig(micro_batch=micro_batch))
 
 
 class Bench:
     """Steps like the trainer's, over the same random tokens each time."""
 
-    def __init__(self, config: RunConfig, world: World, fp8: bool = False) -> None:
-        self.config, self.world, self.fp8 = config, world, fp8
-        self.model, self.optimizer = self.assemble()
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.model, self.optimizer = assemble(config, world, None)
         B, T = config.machine.micro_batch, config.model.context
         self.micro_steps = config.train.batch_tokens // (B * T * world.size)
         if self.micro_steps * B * T * world.size != config.train.batch_tokens:
@@ -89,12 +86,6 @@ class Bench:
         generator = torch.Generator().manual_seed(world.rank)
         tokens = torch.randint(0, config.model.vocab, (self.micro_steps, B, T + 1), generator=generator)
         self.tokens = tokens.to(world.device)
-
-    def assemble(self) -> tuple[GPT2, ShardedAdamW]:
-        model, optimizer = assemble(self.config, self.world, None)
-        if self.fp8:
-            accelerate(model, self.world.device, fp8=True)
-        return model, optimizer
 
     def step(self, number: int) -> float:
         """One optimizer step -> its loss."""
@@ -126,7 +117,7 @@ class Bench:
             model=self.config.recipe,
             micro_batch=self.config.machine.micro_batch,
             batch_tokens=self.config.train.batch_tokens,
-            fp8=self.fp8,
+            fp8=self.config.train.fp8,
             card=card,
             torch=torch.__version__,
             step_ms=round(step_ms, 2),
@@ -158,10 +149,14 @@ class Bench:
         totals: dict[str, float] = {}
         for event in recorded.key_averages():
             time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
-            kind = next((k for k, names in KINDS.items() if re.search(names, event.key)), "other")
+            kind = kind_of(event.key)
             totals[kind] = totals.get(kind, 0.0) + time_us / 1e3
         ordered = sorted(totals.items(), key=lambda item: -item[1])
         return {**{kind: round(ms, 1) for kind, ms in ordered}, "wall": round(wall, 1)}
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, names in KINDS.items() if re.search(names, kernel)), "other")
 
 
 def describe(result: Result) -> str:
@@ -191,9 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        config = configure(options.model, options.micro_batch, options.batch_tokens)
+        config = configure(options.model, options.micro_batch, options.batch_tokens, options.fp8)
         world = distributed.join()
-        result = Bench(config, world, options.fp8).run(options.steps, started, options.profile)
+        result = Bench(config, world).run(options.steps, started, options.profile)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -34,7 +34,6 @@ class Kernels:
     norm_forward: Callable[..., Any]
     norm_backward: Callable[..., Tensor]
     gelu_forward: Callable[[Tensor], Tensor]
-    gelu_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
     add_column_sums: Callable[[Tensor, Tensor], None]
     add_scaled: Callable[..., None]
     cross_entropy: Callable[[Tensor, Tensor, int, float | None], Tensor]
@@ -54,7 +53,7 @@ def accelerate(model: GPT2, device: torch.device, recompute: int = 0, fp8: bool 
     when they are whole. `recompute`: 0 keeps GELU's output, 1 and 2 compute it again, 3 whole blocks. `fp8`: the
     blocks' products but those for weight gradients take fp8. Raises ValueError where that cannot be had.
     """
-    reason = _obstacle(model, device)
+    reason = _obstacle(model, device) or (_fp8_obstacle(device) if fp8 else "")
     if reason and fp8:
         raise ValueError(f"fp8 was asked for, but {reason}")
     if reason:
@@ -76,7 +75,14 @@ def _obstacle(model: GPT2, device: torch.device) -> str:
         return f"the weights are {model.wte.weight.dtype}, the kernels are for bfloat16"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if model.config.channels % 16 or model.config.head_size % 8:
+        return "the kernels want channels in multiples of 16 and heads in multiples of 8"
     return ""
+
+
+def _fp8_obstacle(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability == (9, 0) else f"fp8 by rows is for Hopper (9.0), and this GPU is {capability}"
 
 
 @functools.cache
@@ -97,7 +103,6 @@ def fused(device: int) -> Kernels:
         norm_forward=kernels_norm.forward,
         norm_backward=kernels_norm.backward,
         gelu_forward=kernels_gelu.forward,
-        gelu_backward=kernels_gelu.backward,
         add_column_sums=kernels_reduce.add_column_sums,
         add_scaled=kernels_reduce.add_scaled,
         cross_entropy=kernels_loss.cross_entropy,
@@ -142,7 +147,6 @@ def references() -> Kernels:
         norm_forward=kernels_norm.reference_forward,
         norm_backward=kernels_norm.reference_backward,
         gelu_forward=kernels_gelu.reference_forward,
-        gelu_backward=kernels_gelu.reference_backward,
         add_column_sums=kernels_reduce.reference_add_column_sums,
         add_scaled=kernels_reduce.reference_add_scaled,
         cross_entropy=kernels_loss.reference_cross_entropy,

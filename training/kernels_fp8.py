@@ -33,7 +33,7 @@ def _quantize_rows(x, values, scales, partial, rows, columns, SUM: tl.constexpr,
         value = tl.load(x + place, inside, 0.0).to(tl.float32)
         scale = scale_of(tl.max(tl.abs(value), 0))
         tl.store(scales + row, scale)
-        tl.store(values + place, (value / scale).to(values.dtype.element_ty), inside)
+        tl.store(values + place, (value * (1.0 / scale)).to(values.dtype.element_ty), inside)
         if SUM:
             total += value
     if SUM:
@@ -49,7 +49,7 @@ def _gelu_quantize(h, values, scales, columns, BLOCK: tl.constexpr):
     value = x * gate(x)
     scale = scale_of(tl.max(tl.abs(value), 0))
     tl.store(scales + row, scale)
-    tl.store(values + row * columns + column, (value / scale).to(values.dtype.element_ty), inside)
+    tl.store(values + row * columns + column, (value * (1.0 / scale)).to(values.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _gelu_backward_quantize(dg, h, values, scales, partial, rows, columns, BLOCK
         tl.store(dg + place, change.to(dg.dtype.element_ty), inside)
         scale = scale_of(tl.max(tl.abs(change), 0))
         tl.store(scales + row, scale)
-        tl.store(values + place, (change / scale).to(values.dtype.element_ty), inside)
+        tl.store(values + place, (change * (1.0 / scale)).to(values.dtype.element_ty), inside)
         total += change
     tl.store(partial + program * columns + column, total, inside)
 
@@ -99,7 +99,7 @@ def _quantize_transposed(w, peaks, scales, values, rows, columns, SHARES: tl.con
         tl.store(scales + column, scale, column < columns)
     mask = (row < rows)[:, None] & inside
     value = tl.load(w + row[:, None].to(tl.int64) * columns + column[None, :], mask, 0.0).to(tl.float32)
-    turned = tl.trans(value / scale[None, :]).to(values.dtype.element_ty)
+    turned = tl.trans(value * (1.0 / scale)[None, :]).to(values.dtype.element_ty)
     mask = (column < columns)[:, None] & (row < rows)[None, :]
     tl.store(values + column[:, None].to(tl.int64) * rows + row[None, :], turned, mask)
 
@@ -174,7 +174,7 @@ def gelu_backward(dg: Tensor, h: Tensor, bias_grad: Tensor) -> Rows:
 
 def reference_quantize(x: Tensor, add_sums_to: Tensor | None = None) -> Rows:
     peak = x.float().abs().amax(1)
-    scales = torch.where(peak > 0, peak / LARGEST, 1.0)
+    scales = torch.where(peak > 1e-30, peak / LARGEST, 1.0)
     if add_sums_to is not None:
         add_sums_to.copy_(add_sums_to.float() + x.float().sum(0))
     return Rows((x.float() / scales[:, None]).to(DTYPE), scales)

@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 4
+BLOCK, WARPS = 8192, 8
+
+
+@triton.jit
+def _sum_of_exps(base, peak, vocab, columns, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
+        total += tl.exp(value - peak)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -17,14 +27,18 @@ def _cross_entropy(logits, targets, losses, vocab, columns, scale, BLOCK: tl.con
     base = logits + row.to(tl.int64) * columns
     target = tl.load(targets + row)
     at_target = tl.load(base + target).to(tl.float32)
+    # The target's own logit serves as the peak: one exponential, no maximum. Where another logit is so much
+    # higher that the sum overflows, a second pass takes the true maximum.
     peak = at_target
-    total = 0.0
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(value, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher), 0)
-        peak = higher
+    total = _sum_of_exps(base, peak, vocab, columns, BLOCK)
+    if total > 1e38:
+        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
+            highest = tl.maximum(highest, value)
+        peak = tl.max(highest, 0)
+        total = _sum_of_exps(base, peak, vocab, columns, BLOCK)
     log_sum = peak + tl.log(total)
     tl.store(losses + row, log_sum - at_target)
     if GRADIENT:

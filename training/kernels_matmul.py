@@ -26,7 +26,7 @@ DATA_TYPES = {
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS, AUX, AUX_STRIDE = 3, 4, 7, 8, 11, 12
 A_SCALE, B_SCALE, FAST_ACCUMULATION, BIAS_TYPE, A_SCALE_MODE, B_SCALE_MODE = 17, 18, 25, 26, 31, 32
 SCALE_BY_ROW = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F, for Hopper since CUDA 12.9
-EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "dgelu": 192, "dgelu_bias": 208, "sum_a": 512}
+EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "dgelu": 192}
 WORKSPACE_BYTES = 64 * 1024**2
 CANDIDATES = 16  # of cuBLASLt's own proposals
 # Which of cuBLASLt's proposals `benchmarks/tune_matmul.py` found fastest, where it is not the first. The table is
@@ -74,9 +74,8 @@ def multiply(
     """op(a) op(b), through the epilogue; the product's kind decides which algorithm runs.
 
     Added to the product before an activation: `bias` (N,) and `add` (M, N), which may be `out` itself.
-    "gelu" writes GELU's input to `aux`. "dgelu" takes GELU's gradient at `aux`; "dgelu_bias" also writes its
-    sum over the rows to `bias`. "sum_a" writes the sum of op(a) over k to `bias`. `scales`, of fp8 operands:
-    what the rows of op(a) and the columns of op(b) are to be multiplied by.
+    "gelu" writes GELU's input to `aux`. "dgelu" takes GELU's gradient at `aux`. `scales`, of fp8 operands: what
+    the rows of op(a) and the columns of op(b) are to be multiplied by.
     """
     m, k = a.shape[::-1] if transpose_a else a.shape
     n = b.shape[0] if transpose_b else b.shape[1]
@@ -268,15 +267,13 @@ def reference(
     value = (a.t() if transpose_a else a).float() @ (b.t() if transpose_b else b).float()
     if scales is not None:
         value = value * scales[0][:, None] * scales[1]
-    if epilogue.startswith("dgelu"):
+    if epilogue == "dgelu":
         assert aux is not None
         with torch.enable_grad():
             h = aux.float().requires_grad_()
             value = torch.autograd.grad(F.gelu(h, approximate="tanh"), h, value)[0]
-    if bias is not None and epilogue in ("", "gelu"):
+    if bias is not None:
         value = value + bias.float()
-    elif bias is not None:
-        bias.copy_(value.sum(0) if epilogue == "dgelu_bias" else (a.t() if transpose_a else a).float().sum(1))
     if add is not None:
         value = value + add.float()
     if epilogue == "gelu":

@@ -21,7 +21,9 @@ from training.kernels_fp8 import reference_quantize
 from training.kernels_reduce import Rows, add_sums, scale_of
 
 EPS = 1e-5
-PROGRAMS = {1024: 132 * 4, 2048: 132 * 3}  # of the backward kernel: fixed by the width, so that sums keep their order
+# Programs of the backward kernel, by padded width and whether it writes fp8: as many as run at once on a Hopper card,
+# and fixed, so that sums keep their order.
+PROGRAMS = {(1024, False): 132 * 4, (1024, True): 132 * 4, (2048, False): 132 * 3, (2048, True): 132 * 2}
 
 
 class Normed(NamedTuple):
@@ -54,7 +56,7 @@ def _norm_forward(
     if FP8:
         peak = scale_of(tl.max(tl.abs(out), 0))
         tl.store(scales + row, peak)
-        out = out / peak
+        out = out * (1.0 / peak)
     tl.store(y + row * columns + column, out.to(y.dtype.element_ty), inside)
     tl.store(mean_out + row, mean)
     tl.store(rstd_out + row, rstd)
@@ -102,7 +104,7 @@ def _norm_backward(
         if FP8:
             peak = scale_of(tl.max(tl.abs(tl.where(inside, change, 0.0)), 0))
             tl.store(scales + row, peak)
-            tl.store(values + place, (change / peak).to(values.dtype.element_ty), inside)
+            tl.store(values + place, (change * (1.0 / peak)).to(values.dtype.element_ty), inside)
         change = change.to(out.dtype.element_ty)
         tl.store(out + place, change, inside)
         sum_stream += change.to(tl.float32)
@@ -149,7 +151,7 @@ def backward(
     rows, columns = x.shape
     out = torch.empty_like(x) if stream is None else stream
     block = triton.next_power_of_2(columns)
-    programs = min(rows, PROGRAMS.get(block, 132 * 3))
+    programs = min(rows, PROGRAMS.get((block, fp8 is not None), 132 * 2))
     partial = torch.empty(programs, 3, columns, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
         dy, x, weight, bias, mean, rstd, out, out, dy, *(fp8 or (out, mean)), partial, rows, columns,

@@ -27,8 +27,8 @@ class Rows(NamedTuple):
 
 @triton.jit
 def scale_of(peak):
-    """The scale of a row whose largest magnitude is `peak`: 448 is e4m3's largest number."""
-    return tl.where(peak > 0.0, peak / 448.0, 1.0)
+    """The scale of a row whose largest magnitude is `peak`: 448 is e4m3's largest number. Dust becomes zero."""
+    return tl.where(peak > 1e-30, peak / 448.0, 1.0)
 
 
 @triton.jit
