@@ -12,9 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class LocalHub:
     """Datasets at commits, and the faults that the next answers show."""
 
-    repos: dict[str, dict[str, dict[str, bytes]]] = field(
-        default_factory=dict
-    )  # repo → commit → path → bytes
+    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # repo → commit → path → bytes
     heads: dict[str, str] = field(default_factory=dict)  # repo → commit of main
     cut_after: int = 0  # bytes of a file that a connection brings before it breaks; 0: all
     busy: int = 0  # answers of 429 to come
@@ -23,6 +21,8 @@ class LocalHub:
     ignore_range: bool = False
     page: int = 1000  # entries of a tree in one answer
     token: str = ""  # that a request must carry, if any
+    content_at: str = ""  # another server that files are redirected to, as the real hub does with its CDN
+    tokens_seen: list[str] = field(default_factory=list)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     url: str = ""
 
@@ -58,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         self.hub.requests.append(("GET", path, self.headers.get("Range", "")))
+        self.hub.tokens_seen.append(self.headers.get("Authorization", ""))
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self.answer(401, b"")
         elif self.hub.busy:
@@ -65,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(429, b"", {"Retry-After": self.hub.retry_after})
         elif path.startswith("/api/datasets/"):
             self.tell(path.removeprefix("/api/datasets/").split("/"), urllib.parse.parse_qs(query))
+        elif path.startswith("/datasets/") and self.hub.content_at:
+            self.answer(302, b"", {"Location": self.hub.content_at + path})
         elif path.startswith("/datasets/"):
             self.send(path.removeprefix("/datasets/").split("/"))
         else:

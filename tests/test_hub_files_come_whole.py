@@ -21,9 +21,7 @@ REPO = "HuggingFaceFW/fineweb-edu"
 
 def parquet(texts: list[str], column: str = "text") -> bytes:
     sink = io.BytesIO()
-    pq.write_table(
-        pa.table({column: texts, "id": list(map(str, range(len(texts))))}), sink, compression="none"
-    )
+    pq.write_table(pa.table({column: texts, "id": list(map(str, range(len(texts))))}), sink, compression="none")
     return sink.getvalue()
 
 
@@ -146,9 +144,7 @@ def test_files_go_on_to_s3(local, tmp_path, s3_store):
     assert [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()] == []
 
 
-CHILD = (
-    "import sys; from storage.sources import resolve; resolve(sys.argv[1]).fetch(sys.argv[2], lambda *_: 0)"
-)
+CHILD = "import sys; from storage.sources import resolve; resolve(sys.argv[1]).fetch(sys.argv[2], lambda *_: 0)"
 
 
 def test_another_process_goes_on_after_a_kill(local, tmp_path):
@@ -175,6 +171,18 @@ def test_a_token_goes_with_each_request(local, tmp_path, monkeypatch):
         sources.resolve("fineweb-edu-10B")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     fetch("fineweb-edu-10B:1", tmp_path)
+
+
+def test_a_redirect_to_the_cdn_keeps_the_range_and_drops_the_token(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    local.token = "hf_secret"
+    with LocalHub(local.repos, local.heads, cut_after=40_000) as cdn:
+        local.content_at = cdn.url
+        fetch("fineweb-edu-10B:1", tmp_path)
+        assert ranges(cdn)[:2] == ["", "bytes=40000-"]
+        assert set(cdn.tokens_seen) == {""}
+    assert set(local.tokens_seen) == {"Bearer hf_secret"}
+    assert (tmp_path / "000_00000.parquet").read_bytes() == FILES["sample/10BT/000_00000.parquet"]
 
 
 def test_what_is_not_there_is_named_with_the_fix(local, monkeypatch):
