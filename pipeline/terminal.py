@@ -67,6 +67,8 @@ class Terminal:
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
+                redirect_stdout=False,  # what the processes print belongs to the compute logs alone
+                redirect_stderr=False,
             )
             self.bar.add_task(asset, total=None, text="")
             self.bar.start()

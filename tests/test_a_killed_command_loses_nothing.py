@@ -15,7 +15,7 @@ from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 
 from storage.places import places
 
-LONG = ["run", "--name", "long", *TINY_SETTINGS, "--set", "steps=400", "--set", "checkpoint_every=5"]
+LONG = ["run", "--name", "long", *TINY_SETTINGS, "--set", "steps=120", "--set", "checkpoint_every=5"]
 
 
 def processes_of(store: Path) -> list[int]:
@@ -78,7 +78,7 @@ def test_kill_9_ends_every_rank_after_a_checkpoint_and_the_next_run_goes_on(
     assert statuses(store, monkeypatch) == ["SUCCESS", "FAILURE"]
     assert f"resumed from {store}/runs/long/checkpoints/{saved[-1]}" in (store / "runs/long/train.log").read_text()
     steps = [line for line in (store / "runs/long/main.log").read_text().splitlines() if " trl:" in line]
-    assert [int(line.split()[0][2:]) for line in steps] == list(range(400))
+    assert [int(line.split()[0][2:]) for line in steps] == list(range(120))
 
 
 @pytest.mark.slow
