@@ -5,6 +5,9 @@ other documents of the same set, near the right one in length, so that length gi
 HellaSwag, whose wrong endings were made to fool models: a score here is compared with nothing published.
 """
 
+import bisect
+import heapq
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +19,8 @@ from storage import shards, tokenizer
 CONTEXT_SENTENCES = 2
 WORDS = range(6, 41)  # words in a usable ending: shorter ones say nothing, longer ones dilute the choice
 PER_DOCUMENT = 8  # at most, so that one long document does not fill the set; doubled where that is too few
+MOST_DOCUMENTS = 2_000  # the first ones; a full shard holds a hundred thousand
+NEAR = 24  # documents whose endings are nearest in length: wrong endings are drawn from these
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -40,7 +45,7 @@ def make_items(texts: Iterable[tuple[str, str]], count: int, seed: int) -> list[
     Raises ValueError where the documents are too few to draw wrong endings from others.
     """
     draw = random.Random(seed)
-    found = [_passages(document, text) for document, text in texts]
+    found = [_passages(document, text) for document, text in itertools.islice(texts, MOST_DOCUMENTS)]
     most = PER_DOCUMENT
     while sum(min(most, len(several)) for several in found) < count and any(len(several) > most for several in found):
         most *= 2
@@ -85,13 +90,23 @@ def _item(number: int, passage: Passage, by_length: list[Passage], draw: random.
 
 
 def _wrong_endings(passage: Passage, by_length: list[Passage], draw: random.Random) -> list[str]:
-    """Three different endings of three other documents, among the 24 nearest in length."""
-    seen, usable = {passage.document}, []
-    for other in sorted(by_length, key=lambda p: abs(len(p.ending) - len(passage.ending))):
+    """Three different endings of three other documents, among the nearest in length."""
+    seen: set[str] = {passage.document}
+    usable: set[str] = set()
+    for other in _nearest(len(passage.ending), by_length):
         if other.document not in seen and other.ending != passage.ending:
             seen.add(other.document)
-            usable.append(other.ending)
-        if len(usable) == 24:
+            usable.add(other.ending)
+        if len(seen) > NEAR:
             break
-    distinct = sorted(set(usable))
-    return draw.sample(distinct, 3)
+    if len(usable) < 3:
+        raise ValueError("held-out documents repeat each other's sentences: use a larger validation shard")
+    return draw.sample(sorted(usable), 3)
+
+
+def _nearest(length: int, by_length: list[Passage]) -> Iterator[Passage]:
+    """Passages from the nearest in length of ending to the furthest."""
+    at = bisect.bisect_left(by_length, length, key=lambda p: len(p.ending))
+    shorter = (by_length[n] for n in range(at - 1, -1, -1))
+    longer = (by_length[n] for n in range(at, len(by_length)))
+    return heapq.merge(shorter, longer, key=lambda p: abs(len(p.ending) - length))
