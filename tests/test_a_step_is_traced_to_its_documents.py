@@ -1,0 +1,88 @@
+"""From a run's step to the documents in its batch, and back: as the trainer's own loader reads them."""
+
+import random
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from storage import shards, tokenizer
+from training import recipes, tokenization, trace
+from training.config import ModelConfig
+from training.loader import training_loader
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """Documents of one word each, so that every token names its document."""
+    folder = tmp_path_factory.mktemp("trace")
+    choose = random.Random(8)
+    texts = [f" {chr(97 + n % 26)}" * choose.randrange(1, 150) for n in range(200)]
+    table = pa.table({"text": texts, "id": [f"id {n}" for n in range(200)], "url": [f"u/{n}" for n in range(200)]})
+    pq.write_table(table, folder / "documents.parquet", row_group_size=30)
+    out = str(folder / "out")
+    file = str(folder / "documents.parquet")
+    tokenization.tokenize([file], out, "c", 3_000, str(folder / "work"), 1, lambda *_: None)
+    return out
+
+
+@pytest.fixture
+def config():
+    base = recipes.recipe("demo")
+    model = ModelConfig(layers=1, channels=8, heads=1, context=CONTEXT)
+    return replace(base, model=model, train=replace(base.train, steps=60, batch_tokens=4 * CONTEXT))
+
+
+def batch_of(tokens: str, config, step: int) -> list[int]:
+    load = training_loader(tokens, CONTEXT, config.train.order_seed, config.train.shuffle, torch.device("cpu"))
+    return load(list(range(step * 4, (step + 1) * 4)))[0].flatten().tolist()
+
+
+@pytest.mark.parametrize("step", [0, 7, 50, 59])
+def test_a_steps_documents_are_those_of_its_batch(tokens, config, step):
+    seen = trace.documents_of_step(tokens, config, step)
+    batch = batch_of(tokens, config, step)
+    assert sum(s.tokens for s in seen) == len(batch) == 4 * CONTEXT
+    words = {token for token in batch if token != tokenizer.EOT}
+    numbers = [int(s.id.removeprefix("id ")) for s in seen]
+    assert {int(tokenizer.encode(f" {chr(97 + n % 26)}")[0]) for n in numbers} >= words
+    for word in words:  # tokens of the documents of a word, their EOTs aside
+        letters = [s for s, n in zip(seen, numbers, strict=True) if tokenizer.encode(f" {chr(97 + n % 26)}")[0] == word]
+        assert 0 <= sum(s.tokens for s in letters) - batch.count(word) <= len(letters)
+    assert all(s.url == f"u/{n}" and s.row == n for s, n in zip(seen, numbers, strict=True))
+
+
+def test_the_steps_of_a_document_are_those_that_name_it(tokens, config):
+    named: dict[str, list[int]] = {}
+    for step in range(60):
+        for seen in trace.documents_of_step(tokens, config, step):
+            named.setdefault(seen.id, []).append(step)
+    for document in list(named)[::9]:
+        assert trace.steps_of_document(tokens, config, document) == named[document]
+
+
+def test_a_run_that_overfits_sees_its_first_batch(tokens, config):
+    overfit = replace(config, train=replace(config.train, overfit=True))
+    first = trace.documents_of_step(tokens, config, 0)
+    assert trace.documents_of_step(tokens, overfit, 40) == first
+
+
+def test_it_works_on_s3(tokens, config, s3_store):
+    from storage import objects
+
+    objects.copy_tree(tokens, f"{s3_store}/tokens/c")
+    assert trace.documents_of_step(f"{s3_store}/tokens/c", config, 9) == trace.documents_of_step(tokens, config, 9)
+
+
+def test_what_can_not_be_traced_is_said(tokens, config, tmp_path):
+    with pytest.raises(ValueError, match="no step 60, only 0 to 59"):
+        trace.documents_of_step(tokens, config, 60)
+    with pytest.raises(ValueError, match="no training shard in .* has a document 'id 9999'"):
+        trace.steps_of_document(tokens, config, "id 9999")
+    shards.write_shard(str(tmp_path / "e_train_000001.bin"), tokenizer.encode("word " * 1000))
+    with pytest.raises(ValueError, match="tokenized elsewhere"):
+        trace.documents_of_step(str(tmp_path), config, 1)
