@@ -1,13 +1,17 @@
 """On a GPU: do the fused kernels keep the model's function, and give the same bits every time?"""
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
 
 from training import kernels
+from training.attention import Torch
 from training.config import ModelConfig
 from training.gpt2 import GPT2
+from training.kernels_model import FusedModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,3 +73,15 @@ def test_the_same_step_gives_the_same_bits(channels: int, heads: int, sequences:
         again, grads = gradients(made, sequences)
         assert torch.equal(loss, again)
         assert all(torch.equal(a, b) for a, b in zip(first, grads, strict=True))
+
+
+def test_without_cudnns_frontend_too() -> None:
+    usual, other = model(768, 12), model(768, 12)
+    assert kernels.accelerate(usual, DEVICE)
+    ops = dataclasses.replace(kernels.fused(0), attention=functools.partial(Torch, deterministic=True))
+    other.runner = FusedModel(other, ops)
+    (loss, right), (again, ours) = gradients(usual, 4), gradients(other, 4)
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=0)
+    for a, b in zip(ours, right, strict=True):
+        assert ((a.float() - b.float()).norm() / b.float().norm()).item() < 0.02
+    assert all(torch.equal(a, b) for a, b in zip(ours, gradients(other, 4)[1], strict=True))

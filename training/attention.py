@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # their backward can be deterministic
+ANY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -30,7 +34,7 @@ class Torch:
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Any]:
         """qkv (B, T, 3, H, D) -> the output (B, T, H, D) and the graph behind it."""
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(REPEATABLE if self.deterministic else ANY):
             leaf = qkv.detach().requires_grad_()
             out = attend(leaf.flatten(2), self.shape[2]).view(self.shape)
         return out.detach(), (leaf, out)

@@ -122,7 +122,7 @@ def _attention(device: int) -> Callable[[int, int, int, int], AttentionKernel]:
     if importlib.util.find_spec("cudnn") is None:
         log.warning(
             "nvidia-cudnn-frontend is not installed: attention runs on PyTorch's flash kernel, which makes a "
-            "step about 10%% slower; `pip install 'gpt2-pipeline[gpu]'` brings it"
+            "step about 8%% slower; `pip install 'gpt2-pipeline[gpu]'` brings it"
         )
         return functools.partial(attention.Torch, deterministic=True)
     log.info("fused kernels: Triton, cuBLASLt, and cuDNN's deterministic attention")
