@@ -14,7 +14,7 @@ from training.checkpoint import complete
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 60
 CONFIG = tiny_run.config(steps=STEPS, val_every=6, checkpoint_every=7, warmup_steps=5, keep_checkpoints=3)
 
 
@@ -30,6 +30,10 @@ def wait_for(ready: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def start_and_end(run: str, shards: str, ranks: int, end: Callable[[subprocess.Popen[str]], None]) -> int:
     """Start a run, call `end` when it is amid its steps -> exit status."""
     log = Path(run, "main.log")
@@ -37,19 +41,17 @@ def start_and_end(run: str, shards: str, ranks: int, end: Callable[[subprocess.P
     with subprocess.Popen(
         started, cwd=tiny_run.ROOT, env=tiny_run.environment(), text=True, stderr=subprocess.PIPE
     ) as process:
-        wait_for(lambda: process.poll() is not None or (log.exists() and "s:9 trl" in log.read_text()))
+        wait_for(lambda: process.poll() is not None or ("s:9 trl" in read(log) and len(complete(run)) > 0))
         end(process)
         _, errors = process.communicate(timeout=60)
-        assert "s:39 trl" not in log.read_text(), (
+        assert f"s:{STEPS - 1} trl" not in log.read_text(), (
             f"the run ended before it could be interrupted: {errors[-2000:]}"
         )
         return process.returncode
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def uninterrupted(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, str, str]:
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, str]:
     """(ranks, shards, run folder)"""
     place = tmp_path_factory.mktemp("uninterrupted")
     shards = tiny_run.tokens(place / "tokens")
@@ -68,9 +70,7 @@ def check_equal(run: str, shards: str, ranks: int, whole: str) -> None:
     assert Path(run, "samples.txt").read_text() == Path(whole, "samples.txt").read_text()
 
 
-def test_sigterm_saves_a_checkpoint_and_ends_with_75(
-    uninterrupted: tuple[int, str, str], tmp_path: Path
-) -> None:
+def test_sigterm_saves_a_checkpoint_and_ends_with_75(uninterrupted: tuple[int, str, str], tmp_path: Path) -> None:
     ranks, shards, whole = uninterrupted
     run = tiny_run.folder(tmp_path / "run", CONFIG)
     assert start_and_end(run, shards, ranks, lambda process: process.terminate()) == 75

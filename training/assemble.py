@@ -14,13 +14,13 @@ from training.weights import empty_model, load_any
 def assemble(config: RunConfig, world: World, checkpoint: Path | None) -> tuple[GPT2, ShardedAdamW]:
     """The model and its optimizer on the rank's device, fresh or as a checkpoint left them.
 
-    Raises ValueError where `init_from` names a model of other sizes.
+    Raises ValueError where `init_from` names a model of other sizes, or fp8 cannot be had.
     """
     model = _weights(config, checkpoint)
     optimizer = ShardedAdamW(model, config.train, world)
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer)
-    fused = accelerate(model, world.device, max(0, config.machine.recompute))
+    fused = accelerate(model, world.device, max(0, config.machine.recompute), config.train.fp8)
     if not fused and world.device.type == "cuda":
         for block in model.blocks:
             block.compile()  # block by block: the layers share one graph, compiled in seconds

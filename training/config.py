@@ -104,6 +104,7 @@ class TrainConfig:
     clip: float = 1.0  # largest global gradient norm
     dtype: Literal["bf16", "fp32"] = "bf16"
     master_weights: bool = True  # -w: fp32 masters behind bf16 weights; false: stochastic rounding
+    fp8: bool = False  # fp8 operands in the blocks' products, but those of weight gradients: H100 or newer
     init_seed: int = 42
     init_from: str = ""  # -e: start from a Hugging Face folder or hub name, or an llm.c .bin
     shuffle: bool = True  # a seeded permutation of the sequences within each shard
