@@ -16,7 +16,6 @@ from training import launch
 
 RUNS = dg.DynamicPartitionsDefinition(name="run")
 
-REFUSED = 2  # the exit status of a process that was given bad input; its last line says what and why
 STOP_SECONDS = 120.0  # that a process gets to save its checkpoint before it is killed
 TAIL_LINES = 40  # of a failed process's output that its error quotes
 
@@ -92,6 +91,8 @@ class Launcher:
         assert process.stdout is not None
         for line in process.stdout:
             event = events.parse(line)
+            if event is not None and event["event"] == "refused":
+                raise Refused(event["message"])
             if event is not None:
                 on_event(event)
             else:
@@ -112,7 +113,5 @@ def stop(process: subprocess.Popen[str]) -> None:
 def _check_status(status: int, module: str, tail: collections.deque[str]) -> None:
     if status == launch.INTERRUPTED:
         raise Interrupted(f"{module} saved a checkpoint and stopped; the same command goes on from there")
-    if status == REFUSED:
-        raise Refused(tail[-1].strip() if tail else f"{module} refused its input without a word")
     if status:
         raise ProcessFailed(f"{module} ended with status {status}. Its last output:\n{''.join(tail)}")

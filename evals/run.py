@@ -58,6 +58,7 @@ def main(
         run(model, suite, out, inputs, batch, device, dtype)
     except ValueError as error:  # the user's input: one line that says what to do
         sys.stderr.write(f"{error}\n")
+        events.refuse(str(error))
         raise typer.Exit(2) from None
 
 

@@ -20,6 +20,12 @@ def emit(kind: str, **fields: Any) -> None:
         log.info("%s %s", kind, " ".join(f"{key}={_short(value)}" for key, value in fields.items()))
 
 
+def refuse(message: str) -> None:
+    """Tell whoever launched this process why it refuses its input; a person reads it in the log anyway."""
+    if os.environ.get(EVENTS_VARIABLE) == "1":
+        emit("refused", message=message)
+
+
 def parse(line: str) -> dict[str, Any] | None:
     """The event that a line of a process's output holds, or None for any other line."""
     if not line.startswith('{"event": '):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from storage import events
 from storage.shards import open_shard
 from storage.tokenizer import EOT, VOCABULARY
 from training.gpt2 import GPT2
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_any(o.run)
     except ValueError as error:
         log.error("%s", error)
+        events.refuse(str(error))
         return 2
     if o.out.endswith(".bin"):
         weights = {name: w.to(DTYPES[o.dtype]) for name, w in model.state_dict().items()}

@@ -321,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = prepare(options, stop)
     except ValueError as error:
         log.error("%s", error)
+        events.refuse(str(error))
         report_status(2)
         return 2
     status = trainer.loop()
