@@ -8,7 +8,8 @@ import tiny_run
 import torch
 
 from storage.shards import open_shard, shard_paths
-from training.loader import training_loader
+from training.arrival import Arrivals
+from training.loader import Loader, training_loader
 from training.order import Order, batch
 
 SHARDS = (1000, 40, 517)  # tokens
@@ -86,3 +87,24 @@ def test_the_loader_gives_the_tokens_at_those_places_and_their_successors(tmp_pa
     for row, (shard, at) in enumerate(batch(load.order, range(10, 30))):
         assert tokens[row].tolist() == shards[shard][at : at + T].tolist()
         assert targets[row].tolist() == shards[shard][at + 1 : at + T + 1].tolist()
+
+
+def test_the_loader_waits_for_shards_still_being_made_and_gives_the_same_batches(tmp_path: Path) -> None:
+    whole = tiny_run.tokens(tmp_path / "whole", shards=4)
+    everything = training_loader(whole, T, 5, True, torch.device("cpu"))
+    first, *later = shard_paths(whole, "train")
+    waits: list[int] = []
+
+    class Slow(Arrivals):
+        """One shard more each time that the loader waits; the third is the last."""
+
+        def wait(self, shards: int) -> None:
+            waits.append(shards)
+            self.paths.append(later[shards - 2])
+            self.complete = shards == 3
+
+    growing = Loader(Slow(whole, paths=[first]), T, 5, True, torch.device("cpu"))
+    for start in range(0, 90, 6):  # into the second epoch
+        for found, expected in zip(growing(range(start, start + 6)), everything(range(start, start + 6)), strict=True):
+            assert torch.equal(found, expected)
+    assert waits == [2, 3]

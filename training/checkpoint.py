@@ -88,7 +88,7 @@ def definition(config: RunConfig, device: str, shard_tokens: Sequence[int]) -> d
     """What a run has to share with its checkpoint, to go on from it as if it had never stopped."""
     settings = {f"model.{key}": value for key, value in to_dict(config.model).items()}
     settings |= {f"train.{k}": v for k, v in to_dict(config.train).items() if k not in WITHOUT_EFFECT}
-    settings["tokens"] = f"{sum(shard_tokens):,} in {len(shard_tokens)} shards"
+    settings["tokens"] = f"{shard_tokens[0]:,} in the first shard"  # later ones may be still to come
     made_by = {"trainer": TRAINER_VERSION, "torch": torch.__version__, "device": device}
     return {key: str(value) for key, value in {**settings, **made_by}.items()}
 
