@@ -65,6 +65,8 @@ def _check_document(stream: _Stream, row: dict[str, object]) -> None:
     position, count, url, number = row["position"], row["tokens"], row["file"], row["row"]
     assert isinstance(position, int) and isinstance(count, int) and isinstance(url, str)
     assert isinstance(number, int)
+    if not objects.exists(url):
+        raise ValueError(f"{url} is not there any more: its tokens can't be compared with its text")
     found = stream.read(position, count)
     if found[0] != tokenizer.EOT or tokenizer.decode(found[1:]) != document_text(url, number):
         raise ValueError(

@@ -48,6 +48,12 @@ def test_changed_documents_are_found(folder, tmp_path):
         verification.verify(str(folder))
 
 
+def test_documents_that_are_gone_are_said(folder, tmp_path):
+    (tmp_path / "documents.parquet").unlink()
+    with pytest.raises(ValueError, match="documents.parquet is not there any more"):
+        verification.verify(str(folder))
+
+
 def test_a_cut_shard_is_found(folder):
     path = folder / "c_train_000001.bin"
     path.write_bytes(path.read_bytes()[:-10])
