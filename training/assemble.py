@@ -1,7 +1,8 @@
-"""How is the model made ready for the machine? In one visible order: weights, shards, kernels, compile."""
+"""How is the model made ready for the machine? In one visible order: weights, shards, kernels, recompute."""
 
 from pathlib import Path
 
+from training import recompute
 from training.checkpoint import load_model, load_optimizer
 from training.config import RunConfig
 from training.distributed import World
@@ -20,10 +21,12 @@ def assemble(config: RunConfig, world: World, checkpoint: Path | None) -> tuple[
     optimizer = ShardedAdamW(model, config.train, world)
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer)
-    fused = accelerate(model, world.device, max(0, config.machine.recompute), config.train.fp8)
-    if not fused and world.device.type == "cuda":
-        for block in model.blocks:
-            block.compile()  # block by block: the layers share one graph, compiled in seconds
+    level = max(0, config.machine.recompute)
+    if not accelerate(model, world.device, level, config.train.fp8):
+        recompute.apply(model, level)
+        if world.device.type == "cuda":
+            for block in model.blocks:
+                block.compile()  # block by block: the layers share one graph, compiled in seconds
     return model, optimizer
 
 
