@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from training import recompute
 from training.checkpoint import load_model, load_optimizer
 from training.config import RunConfig
@@ -25,6 +27,9 @@ def assemble(config: RunConfig, world: World, checkpoint: Path | None) -> tuple[
     if not accelerate(model, world.device, level, config.train.fp8):
         recompute.apply(model, level)
         if world.device.type == "cuda":
+            # The fused kernels fix the order of every sum; PyTorch's do where they are told to.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             for block in model.blocks:
                 block.compile()  # block by block: the layers share one graph, compiled in seconds
     return model, optimizer

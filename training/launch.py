@@ -25,6 +25,7 @@ GRACE_SECONDS = 120  # that torchrun leaves the ranks for their last checkpoint
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # torchrun would set it, with a warning; the ranks share the cores out themselves
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow each other down manyfold on cores that others use, too
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS may give other bits from run to run
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),
 }
 _PR_SET_PDEATHSIG = 1

@@ -37,12 +37,19 @@ def generate(
     """
     generator = torch.Generator().manual_seed(seed)
     text = list(prompt) or [model.config.vocab - 1]
-    device = model.wte.weight.device
     for _ in range(tokens):
-        window = torch.tensor([text[-model.config.context :]], device=device)
-        logits = model.logits(window)[0, -1].float().cpu()
-        text.append(draw(logits, temperature, top_k, top_p, generator))
+        text.append(draw(_next_logits(model, text), temperature, top_k, top_p, generator))
     return text[-tokens:]
+
+
+def _next_logits(model: GPT2, text: Sequence[int]) -> Tensor:
+    """Logits (V,) of the token after `text`. On a GPU always over the whole context, so that nothing recompiles."""
+    device, context = model.wte.weight.device, model.config.context
+    window = text[-context:]
+    width = context if device.type == "cuda" else len(window)
+    padded = torch.tensor([[*window, *[0] * (width - len(window))]], device=device)
+    last = model.hidden(padded)[0, len(window) - 1]  # (C,), which does not see the padding behind it
+    return (model.wte.weight[: model.config.vocab] @ last).float().cpu()
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:

@@ -49,6 +49,7 @@ from training.schedule import learning_rate
 
 DIVERGED = 1  # exit status
 MOST_REWINDS = 3
+SHARE_OF_MEMORY = 0.97  # of a GPU's: what fragmentation leaves
 REWIND_STEPS = 32  # a divergence may have begun this many steps before it is seen
 
 log = logging.getLogger("gpt2.train")
@@ -279,7 +280,7 @@ def fitted(config: RunConfig, world: World) -> RunConfig:
     total = torch.cuda.mem_get_info(world.device)[1] / plan.GIB
     if machine.memory_gib:
         torch.cuda.set_per_process_memory_fraction(min(1.0, machine.memory_gib / total))
-    chosen = plan.fit(config, world.size, machine.memory_gib or total)
+    chosen = plan.fit(config, world.size, machine.memory_gib or SHARE_OF_MEMORY * total)
     if chosen.master_weights != config.train.master_weights:
         raise ValueError(
             f"{config.recipe} fits {machine.memory_gib or total:.1f} GiB only without fp32 master weights, which "
