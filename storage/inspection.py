@@ -213,6 +213,43 @@ def lengths(tokens_folder: str, dumps: int = 30) -> Lengths:
         return _lengths(connection, dumps)
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """All of it, for one corpus and its shards."""
+
+    contamination: Contamination
+    validation: Contamination  # documents of the validation shard in the training documents
+    duplicates: Duplicates
+    lengths: Lengths
+
+
+def inspect(files: Sequence[str], tokens_folder: str, items: Iterable[tuple[str, str]]) -> Inspection:
+    """Look at the parquet `files`, at the local shards made from them, and for the `items` in them."""
+    return Inspection(
+        contamination(files, items),
+        validation_overlap(files, tokens_folder),
+        duplicates(files),
+        lengths(tokens_folder),
+    )
+
+
+def numbers(found: Inspection) -> dict[str, int | float]:
+    """What was found as named numbers, for a check's metadata or a record's metrics."""
+    share = found.duplicates.near / max(found.duplicates.compared, 1)
+    return {
+        "items": found.contamination.items,
+        "contaminated_items": len(found.contamination.contaminated),
+        "documents_with_items": found.contamination.documents_with_items,
+        "validation_documents": found.validation.items,
+        "validation_documents_in_training": len(found.validation.contaminated),
+        "documents": found.duplicates.documents,
+        "exact_duplicates": found.duplicates.exact,
+        "near_duplicates_share": round(share, 4),
+        "tokens": found.lengths.tokens,
+        **{f"tokens_a_document_{name}": value for name, value in found.lengths.quantiles.items()},
+    }
+
+
 def _index(url: str) -> pa.Table:
     with objects.open_file(url) as f:
         return pq.ParquetFile(f).read(use_threads=False)

@@ -136,6 +136,17 @@ def test_lengths_count_each_document_once(tmp_path):
         inspection.lengths(str(tmp_path / "work"))
 
 
+def test_all_of_it_becomes_numbers(tmp_path):
+    choose = random.Random(3)
+    documents = [" ".join(choose.choices([f"word{n}" for n in range(5000)], k=400)) for _ in range(20)]
+    files, out = tokenized(tmp_path, [*documents, documents[3]], 4_000)
+    copied = ("copied", " ".join(documents[7].split()[5:25]))
+    found = inspection.numbers(inspection.inspect(files, out, [copied, ("other", "x " * 20)]))
+    expected = {"items": 2, "contaminated_items": 1, "documents_with_items": 1, "exact_duplicates": 1}
+    assert expected.items() <= found.items()
+    assert found["near_duplicates_share"] == round(1 / 21, 4) and found["documents"] == 21
+
+
 @pytest.mark.slow
 def test_no_real_item_is_in_the_real_corpus_and_a_planted_one_is_found(shared_data):
     files = sorted(map(str, (shared_data / "fineweb_edu_style" / "sample").glob("*.parquet")))

@@ -81,6 +81,7 @@ def test_machines_divide_the_pieces_and_give_the_same_bytes(corpus, tmp_path, wh
     assert digests(out) == alone(corpus, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_dead_machines_piece_is_taken_over(corpus, tmp_path):
     out = str(tmp_path / "shared")
     dead = machine(tmp_path, 0, out, corpus, slow=60)
@@ -94,6 +95,7 @@ def test_a_dead_machines_piece_is_taken_over(corpus, tmp_path):
     assert digests(out) == alone(corpus, tmp_path) == {f.path: f.sha256 for f in made.files}
 
 
+@pytest.mark.slow
 def test_one_who_comes_too_late_takes_what_the_others_have_made(corpus, tmp_path, monkeypatch):
     """A machine that slept through its lease finds that its piece's tokens have been used and removed."""
     out = str(tmp_path / "shared")

@@ -260,6 +260,7 @@ def test_from_a_position_one_finds_the_document(corpus, tmp_path):
             tokenization.document_at(path, len(tokens))
 
 
+@pytest.mark.slow
 def test_works_from_and_to_s3(corpus, tmp_path, s3_store):
     run(corpus[0], tmp_path / "local")
     urls = []
