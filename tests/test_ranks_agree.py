@@ -16,10 +16,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_run.tokens(tmp_path_factory.mktemp("tokens"))
 
 
-def losses(path: Path, shards: str, ranks: int, shard_ranks: int = 0, **train: Any) -> list[float]:
+def losses(
+    path: Path, shards: str, ranks: int, shard_ranks: int = 0, overlap: bool = True, **train: Any
+) -> list[float]:
     config = tiny_run.config(steps=STEPS, warmup_steps=10, val_every=0, **train)
-    config = replace(config, machine=replace(config.machine, shard_ranks=shard_ranks))
-    run = tiny_run.folder(path / f"{ranks}-{shard_ranks}", config)
+    config = replace(config, machine=replace(config.machine, shard_ranks=shard_ranks, overlap=overlap))
+    run = tiny_run.folder(path / f"{ranks}-{shard_ranks}{'' if overlap else '-apart'}", config)
     done = tiny_run.train(run, shards, ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     found = tiny_run.losses(run)
@@ -41,6 +43,11 @@ def test_four_ranks_do_too_also_as_two_groups_of_two(shards: str, tmp_path: Path
     assert largest_gap(one, losses(tmp_path, shards, 4)) < 1e-5
     assert largest_gap(one, losses(tmp_path, shards, 4, shard_ranks=2)) < 1e-5
     assert largest_gap(one, losses(tmp_path, shards, 4, shard_ranks=1)) < 1e-5
+
+
+@pytest.mark.slow
+def test_overlapping_communication_changes_nothing(shards: str, tmp_path: Path) -> None:
+    assert losses(tmp_path, shards, 2) == losses(tmp_path, shards, 2, overlap=False)
 
 
 @pytest.mark.slow

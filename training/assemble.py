@@ -20,7 +20,7 @@ def assemble(config: RunConfig, world: World, checkpoint: Path | None) -> tuple[
     Raises ValueError where `init_from` names a model of other sizes, or fp8 cannot be had.
     """
     model = _weights(config, checkpoint)
-    optimizer = ShardedAdamW(model, config.train, world)
+    optimizer = ShardedAdamW(model, config.train, world, config.machine.overlap)
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer)
     level = max(0, config.machine.recompute)

@@ -59,8 +59,8 @@ class Bucket:
 class ShardedAdamW:
     """Moves `model`'s parameters to the device as views into flat buffers, and updates them."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World, overlap: bool = True) -> None:
+        self.config, self.world, self.overlap = config, world, overlap
         self.dtype = DTYPES[config.dtype]
         self.masters = config.dtype == "bf16" and config.master_weights
         self.buckets = [self._bucket(name, group) for name, group in _groups(model)]
@@ -109,7 +109,7 @@ class ShardedAdamW:
 
     def _arrived(self, bucket: Bucket) -> None:
         bucket.missing -= 1
-        if self.last_micro_step and bucket.missing == 0:
+        if self.overlap and self.last_micro_step and bucket.missing == 0:
             self._send(bucket)
 
     def _send(self, bucket: Bucket) -> None:
@@ -119,7 +119,9 @@ class ShardedAdamW:
     def squared_norm(self) -> Tensor:
         """Wait for the summed gradients -> this rank's share of the squared global norm, an fp32 scalar."""
         for bucket in self.buckets:
-            assert bucket.left, f"no backward pass brought all gradients of {bucket.name}"
+            assert bucket.missing == 0, f"no backward pass brought all gradients of {bucket.name}"
+            if not bucket.left:
+                self._send(bucket)
             _wait(bucket)
             bucket.pending = [self.world.replicas.all_reduce(bucket.gradient)]
         for bucket in self.buckets:
@@ -141,6 +143,8 @@ class ShardedAdamW:
             if not self.masters and self.dtype == torch.bfloat16:
                 _round_into_weights(bucket, precise, seed=step * ROUNDING_STRIDE + index)
             bucket.pending = [self.world.shard.all_gather(bucket.weights, bucket.part)]
+            if not self.overlap:
+                _wait(bucket)
         for bucket in self.buckets:
             _wait(bucket)
 
