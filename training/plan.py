@@ -14,9 +14,9 @@ from training.metrics import PEAK_FLOPS
 GIB = 2**30
 LARGEST_MICRO_BATCH = 64  # sequences; more has brought nothing since the matmuls are full
 HEAD_BYTES = 400 * 2**20  # logits of one chunk, as the fused head holds them
-CUDA_BYTES = 0.6 * GIB  # context, libraries' workspaces, fragmentation: outside what is counted by line
-# llm.c's MFU on one H200 (d12 and d48), by channels: what a step is expected to reach at least.
-MEASURED_MFU = ((768, 0.461), (1600, 0.515))
+CUDA_BYTES = 1.3 * GIB  # context and libraries: outside of PyTorch's allocator, 1.0 to 1.25 GiB measured
+# MFU of whole steps on one H200 (benchmarks/gpt2_training.json: d12 and d48), by channels.
+MEASURED_MFU = ((768, 0.480), (1600, 0.545))
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,18 @@ def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> d
     shard = config.machine.shard_ranks or ranks
     state = 12 if train.dtype == "bf16" and train.master_weights else 8
     tokens = micro_batch * model.context
+    unit = tokens * model.channels * width  # one tensor of the residual stream's size
     lines = {
         "weights": parameters * width,
         "gradients": parameters * width * (1 + (1 / shard if shard > 1 else 0)),
         "optimizer state": parameters * state / shard,
-        "activations": tokens * model.layers * _kept_bytes(model, recompute) * width / 2,
-        "logits": min(HEAD_BYTES, 2.0 * tokens * model.padded_vocab) + model.padded_vocab * model.channels * width,
-        "one block's backward": tokens * _block_bytes(model, recompute) * width / 2,
+        "activations": tokens * model.layers * _kept_bytes(model, recompute, train.fp8) * width / 2,
+        "attention's workspace": 10 * unit,  # cuDNN's for the deterministic backward pass, as measured
+        "head or one block's backward": max(
+            3 * unit + min(HEAD_BYTES, tokens * model.padded_vocab * width),
+            12 * unit + tokens * _block_bytes(model, recompute, train.fp8) * width / 2,
+        )
+        + model.padded_vocab * model.channels * width,  # the gradient of the head's weight
         "CUDA": CUDA_BYTES,
     }
     return {name: float(size) for name, size in lines.items()}
@@ -90,24 +95,24 @@ def padded_parameters(model: ModelConfig) -> int:
     return model.parameters + (model.padded_vocab - model.vocab) * model.channels
 
 
-def _kept_bytes(model: ModelConfig, recompute: int) -> int:
+def _kept_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
     """Bytes a token and layer that wait for the backward pass, in bf16.
 
     The two residual streams, queries, keys and values, attention's output, GELU's input and, at level 0, its
-    output; beside them fp32 statistics: two a LayerNorm, one a head. Level 3 keeps the block's input alone.
+    output (fp8 computes it again); beside them fp32 statistics: two a LayerNorm, one a head. Level 3 keeps the
+    block's input alone.
     """
     C = model.channels
     if recompute == 3:
         return 2 * C
-    return 2 * (2 * C + 3 * C + C + 4 * C + (4 * C if recompute == 0 else 0)) + 4 * (4 + model.heads)
+    output = 4 * C if recompute == 0 and not fp8 else 0
+    return 2 * (2 * C + 3 * C + C + 4 * C + output) + 4 * (4 + model.heads)
 
 
-def _block_bytes(model: ModelConfig, recompute: int) -> int:
-    """Bytes a token that the backward pass of one block takes at its peak, beside what was kept."""
-    C = model.channels
-    again = 0 if recompute == 0 else 8 * C
-    whole = _kept_bytes(model, 1) if recompute == 3 else 0
-    return 2 * (C + C + 4 * C + C) + again + whole  # the stream's gradient, the head's, GELU's, LayerNorm's
+def _block_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
+    """Bytes a token that are computed again for one block's backward pass."""
+    again = 0 if recompute == 0 and not fp8 else 8 * model.channels
+    return again + (_kept_bytes(model, 1, fp8) if recompute == 3 else 0)
 
 
 def micro_batches(config: RunConfig, ranks: int) -> list[int]:
@@ -144,7 +149,7 @@ def _plans(config: RunConfig, ranks: int) -> Iterator[Plan]:
 
 
 def cost(config: RunConfig, plan: Plan, device: Gpu, ranks: int, dollars_an_hour: float | None) -> Cost:
-    """Time and money at the MFU that llm.c reaches; recompute adds its share of the forward pass."""
+    """Time and money at the MFU measured here; recompute adds its share of the forward pass."""
     mfu = expected_mfu(config.model)
     again = {0: 1.0, 1: 1.01, 2: 1.01, 3: 4 / 3}[plan.recompute]
     flops = config.train.batch_tokens * config.model.flops_per_token * again

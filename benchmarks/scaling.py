@@ -1,0 +1,174 @@
+"""How does training scale over the GPUs of one machine, and do its results stay the same?
+
+    python -m benchmarks.scaling speed|equality|overlap [--ranks 1 2 4 8] [--tiny] [--json FILE]
+
+speed:    d12 and d48 at each number of GPUs, the same micro-batch and accumulation on each
+equality: d12 at 131,072 tokens a step: losses on 1 and on all GPUs; a rank killed in mid-step; a checkpoint
+          of all GPUs resumed on half of them and on one
+overlap:  a step on all GPUs with gradients and weights travelling during the computation, and after it
+`--tiny` takes the demo's model on gloo ranks: that the script works, not how fast anything is.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.check_training import children, make_tokens, reached, wait_until
+from training.config import override, to_dict
+from training.launch import gpu_count
+from training.recipes import recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    micro_batch: int
+    micro_steps: int
+    context: int = 1024
+
+    def batch_tokens(self, ranks: int) -> int:
+        return self.micro_batch * self.micro_steps * self.context * ranks
+
+
+CASES = (Case("d12", 64, 8), Case("d48", 16, 8))
+TINY = (Case("demo", 2, 2, context=256),)
+
+
+def bench(case: Case, ranks: int, place: Path) -> dict[str, Any]:
+    file = place / "bench.json"
+    line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", "training.bench", case.model]
+    line += [f"--micro-batch={case.micro_batch}", f"--batch-tokens={case.batch_tokens(ranks)}", "--steps=5"]
+    subprocess.run([*line, f"--json={file}"], cwd=ROOT, check=True)
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+def speed(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> list[dict[str, Any]]:
+    found = []
+    print(f"{'model':<6} {'GPUs':>4} {'ms a step':>10} {'tokens/s':>10} {'efficiency':>10} {'GiB a GPU':>10}")
+    for case in cases:
+        for ranks in counts:
+            result = {"ranks": ranks, **bench(case, ranks, place)}
+            alone = next((r for r in found if r["model"] == result["model"]), result)
+            rate = result["tokens_per_second"] / ranks
+            result["efficiency"] = rate / (alone["tokens_per_second"] / alone["ranks"])
+            print(
+                f"{case.model:<6} {ranks:>4} {result['step_ms']:>10.1f} {result['tokens_per_second']:>10,} "
+                f"{result['efficiency']:>10.1%} {result['peak_gib']:>10.2f}", flush=True,
+            )  # fmt: skip
+            found.append(result)
+    return found
+
+
+class Runs:
+    """Training runs of one configuration on different numbers of ranks."""
+
+    def __init__(self, place: Path, tokens: str, name: str, settings: Sequence[str]) -> None:
+        self.place, self.tokens = place, tokens
+        quiet = ["warmup_steps=5", "val_every=0", "val_batches=1", "val_sequences=8", "sample_tokens=1"]
+        self.config = to_dict(override(recipe(name), [*quiet, "health_every=0", *settings]))
+
+    def start(self, name: str, ranks: int, *options: str) -> subprocess.Popen[bytes]:
+        run = self.place / name
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text(json.dumps(self.config))
+        line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", *options, "training.train"]
+        return subprocess.Popen([*line, str(run), f"--tokens={self.tokens}"], cwd=ROOT)
+
+    def losses(self, name: str) -> list[float]:
+        lines = (self.place / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    def kill_at(self, name: str, step: int, process: subprocess.Popen[bytes], count: int) -> None:
+        """SIGKILL `count` of the ranks as soon as `step` is in the log."""
+        wait_until(partial(reached, self.place / name, step), process)
+        (agent,) = children(process.pid)
+        for rank in children(agent)[-count:]:
+            os.kill(rank, signal.SIGKILL)
+
+    def gap(self, name: str, other: str) -> float:
+        return max(abs(a - b) for a, b in zip(self.losses(name), self.losses(other), strict=True))
+
+
+def equality(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> dict[str, Any]:
+    name, batch = ("demo", 1024) if cases is TINY else ("gpt2-124m", 131_072)
+    settings = [f"batch_tokens={batch}", "steps=20", "checkpoint_every=5", "keep_checkpoints=9"]
+    runs = Runs(place, shards(place), name, settings)
+    most = max(counts)
+    for name, ranks in (("one", 1), ("all", most)):
+        assert runs.start(name, ranks).wait() == 0
+    killed = runs.start("killed", most, "--restarts=1")
+    runs.kill_at("killed", 8, killed, count=1)
+    assert killed.wait() == 0
+    found: dict[str, Any] = {f"losses on 1 and {most} GPUs": runs.gap("one", "all")}
+    found[f"killed and restarted on {most}"] = runs.gap("all", "killed")
+    for ranks in sorted({max(1, most // 2), 1}, reverse=True):
+        name = f"on-{ranks}"
+        stopped = runs.start(name, most)
+        wait_until(partial(reached, place / name, 8), stopped)
+        stopped.terminate()
+        assert stopped.wait() == 75
+        assert runs.start(name, ranks).wait() == 0
+        found[f"stopped on {most}, resumed on {ranks}"] = runs.gap("all", name)
+    for what, gap in found.items():
+        print(f"{what:<40} largest difference of a step's loss {gap:.1e}")
+    found["main.log as undisturbed"] = (place / "killed/main.log").read_bytes() == (place / "all/main.log").read_bytes()
+    print(f"main.log after the kill equal to the bit: {found['main.log as undisturbed']}")
+    return found
+
+
+def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """One micro-step a step: communication weighs most where nothing is accumulated."""
+    found, tokens, most = [], shards(place), max(counts)
+    print(f"{'model':<12} {'GPUs':>4} {'overlap':>8} {'ms a step':>10}")
+    for case in cases:
+        name = {"d12": "gpt2-124m", "d48": "gpt2-1558m"}.get(case.model, case.model)
+        for together in ("true", "false"):
+            batch = replace(case, micro_steps=1).batch_tokens(most)
+            settings = [f"batch_tokens={batch}", f"micro_batch={case.micro_batch}", f"overlap={together}"]
+            runs = Runs(place, tokens, name, [*settings, "steps=13", "checkpoint_every=1000"])
+            process = runs.start(f"{name}-{together}", most)
+            runs.kill_at(f"{name}-{together}", 11, process, count=most)  # its checkpoint is not wanted
+            process.wait()
+            lines = (place / f"{name}-{together}/metrics.jsonl").read_text().splitlines()
+            ms = statistics.median(json.loads(line)["seconds"] for line in lines[3:]) * 1e3
+            print(f"{name:<12} {most:>4} {together:>8} {ms:>10.1f}", flush=True)
+            found.append({"model": name, "ranks": most, "overlap": together, "step_ms": ms})
+    return found
+
+
+def shards(place: Path) -> str:
+    data = os.environ.get("GPT2_SHARED_DATA", str(ROOT / "../shared/data"))
+    return make_tokens(f"{data}/fineweb_edu_style/sample", place / "tokens")
+
+
+PARTS = {"speed": speed, "equality": equality, "overlap": overlap}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure training on several GPUs.")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--ranks", type=int, nargs="+", help="[default: 1, 2, 4 … to all GPUs]")
+    parser.add_argument("--tiny", action="store_true", help="the demo's model, to try the script")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    options = parser.parse_args()
+    counts = options.ranks or [2**n for n in range(gpu_count().bit_length())]
+    with tempfile.TemporaryDirectory() as scratch:
+        found = PARTS[options.part](Path(scratch), counts, TINY if options.tiny else CASES)
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
