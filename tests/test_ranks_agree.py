@@ -1,5 +1,6 @@
 """1, 2 and 4 ranks train alike: the same batches, losses equal within rounding, state sharded among them."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,19 @@ def test_each_of_four_ranks_keeps_a_quarter_of_the_optimizer_s_state(shards: str
 def _sizes(path: Path) -> list[int]:
     with safe_open(path, framework="pt") as file:
         return [file.get_slice(name).get_shape()[0] for name in file.keys()]  # noqa: SIM118
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_by_four(shards: str, tmp_path: Path, dtype: str) -> None:
+    config = tiny_run.config(steps=12, checkpoint_every=5, keep_checkpoints=9, dtype=dtype, lr=1e-3)
+    two = tiny_run.folder(tmp_path / "two", config)
+    assert tiny_run.train(two, shards, 2).returncode == 0
+    for ranks in (1, 4):
+        run = tmp_path / str(ranks)
+        shutil.copytree(two, run)
+        for step in (10, 12):
+            shutil.rmtree(run / f"checkpoints/step_{step:06d}")
+        assert tiny_run.train(str(run), shards, ranks).returncode == 0
+        assert "written by 2 ranks" in (run / "train.log").read_text()
+        assert largest_gap(tiny_run.losses(two), tiny_run.losses(str(run))) < (1e-5 if dtype == "fp32" else 2e-3)
