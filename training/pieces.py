@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -62,9 +63,10 @@ class Encoded:
 def plan_pieces(files: Sequence[str]) -> list[Piece]:
     """The pieces of a corpus in its order, from the files' metadata alone."""
     pieces: list[Piece] = []
-    for url in files:
-        metadata = sources.read_metadata(url)
-        content = f"{EDITION} {url} {objects.stat(url)}"
+    with ThreadPoolExecutor(16) as pool:
+        described = list(pool.map(lambda url: (url, sources.read_metadata(url), objects.stat(url)), files))
+    for url, metadata, stat in described:
+        content = f"{EDITION} {url} {stat}"
         row = 0
         for groups, text_bytes in _group_runs(sources.group_text_bytes(metadata)):
             key = hashlib.sha256(f"{content} {groups}".encode()).hexdigest()[:16]
