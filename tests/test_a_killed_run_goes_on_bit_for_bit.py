@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_run
+from tiny_run import children, wait_for
 
 from training.checkpoint import complete
 
@@ -16,18 +16,6 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 CONFIG = tiny_run.config(steps=STEPS, val_every=6, checkpoint_every=7, warmup_steps=5, keep_checkpoints=3)
-
-
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
-
-
-def wait_for(ready: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def read(path: Path) -> str:

@@ -1,16 +1,17 @@
 """Restarts after a killed rank, and two machines as one: the same main.log as one undisturbed process."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_run
+from tiny_run import children, wait_for
 
 from training.checkpoint import complete
 from training.launch import command
@@ -44,19 +45,8 @@ def end(process: subprocess.Popen[str], status: int = 0) -> None:
     assert process.returncode == status, errors[-3000:]
 
 
-def wait_for(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
-    while not ready():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
 def is_amid_its_steps(run: str) -> bool:
     return len(complete(run)) > 0
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_the_launcher_restarts_all_ranks_when_one_is_killed(shards: str, undisturbed: str, tmp_path: Path) -> None:
@@ -90,6 +80,30 @@ def test_two_machines_train_as_one_and_come_back_when_one_of_them_is_lost(
     # Not to the bit: alone on its "machine", a rank computes with more threads than beside another.
     assert tiny_run.losses(run) == pytest.approx(tiny_run.losses(undisturbed), abs=1e-5)
     assert len(tiny_run.losses(run)) == 60
+
+
+def test_a_rank_that_hangs_is_named_and_all_start_again(
+    shards: str, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    run = tiny_run.folder(tmp_path / "run", replace(CONFIG, machine=replace(CONFIG.machine, timeout=5.0)))
+    process = launch(run, shards, "--gpus=2", "--restarts=1")
+    wait_for(lambda: is_amid_its_steps(run))
+    (agent,) = children(process.pid)
+    os.kill(rank_one(children(agent)), signal.SIGSTOP)
+    end(process)
+    where = r"rank 0 failed at step \d+\. rank 0: step \d+, after its backward pass; rank 1: step \d+, "
+    assert re.search(where, read(run, "train.log"))
+    assert read(run, "main.log") == read(undisturbed, "main.log")
+
+
+def rank_one(pids: list[int]) -> int:
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
+    return next(pid for pid, variables in environments.items() if b"RANK=1" in variables)
+
+
+def read(run: str, name: str) -> str:
+    return Path(run, name).read_text()
 
 
 def test_bad_input_ends_with_status_2_and_one_line(shards: str, tmp_path: Path) -> None:

@@ -110,3 +110,10 @@ def test_a_finished_run_is_left_as_it_is(shards: str, tmp_path: Path) -> None:
     tiny_run.steps(run, shards)
     assert Path(run, "main.log").read_text() == (tmp_path / "before/main.log").read_text()
     assert tiny_run.final_files(run) == tiny_run.final_files(str(tmp_path / "before"))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config(checkpoint_every=1))
+    (tmp_path / "run/checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="checkpoints"):
+        tiny_run.steps(run, shards)

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import HashStore
 
 from storage.objects import read_json
 from storage.shards import shard_name, write_shard
@@ -73,6 +76,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
 def losses(run: str) -> list[float]:
     return [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
@@ -86,7 +100,7 @@ def final_files(run: str) -> dict[str, bytes]:
 def alone() -> World:
     """The world of one process, without connecting anything."""
     one = Group(rank=0, size=1, handle=None)
-    return World(0, 1, 0, 1, torch.device("cpu"), everyone=one, shard=one, replicas=one)
+    return World(0, 1, 0, 1, torch.device("cpu"), everyone=one, shard=one, replicas=one, steps=HashStore())
 
 
 def model(seed: int = 0) -> GPT2:
@@ -98,9 +112,7 @@ def model(seed: int = 0) -> GPT2:
 def steps(run: str, shards: str, until: int | None = None, **options: Any) -> Trainer:
     """Train in this process, alone; ended after `until` steps as by a signal."""
     stop = Stop()
-    trainer = Trainer(
-        from_dict(RunConfig, read_json(f"{run}/config.json")), run, shards, alone(), stop, **options
-    )
+    trainer = Trainer(from_dict(RunConfig, read_json(f"{run}/config.json")), run, shards, alone(), stop, **options)
     if until is not None:
         take = trainer.step
 

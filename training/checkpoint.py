@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -197,7 +197,7 @@ class Checkpointer:
     def _guarded(self, *args: Any) -> None:
         try:
             self._write(*args)
-        except (OSError, ValueError) as error:  # the training thread raises it at its next save
+        except (OSError, ValueError, SafetensorError) as error:  # the training thread raises it at its next save
             self.failure = error
 
     def _write(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -171,6 +171,7 @@ class MachineConfig:
     nnodes: int = 1
     micro_batch: int = 0  # -b: sequences a rank and micro-step; 0: the largest that fits
     shard_ranks: int = 0  # -z: ranks that share one optimizer state; 0: all; 1: each has its own
+    timeout: float = 600.0  # seconds after which ranks that wait for each other give up: one of them hangs
     overlap: bool = True  # gradients and weights travel while others are computed; false: to measure what it brings
     recompute: int = -1  # -r: 0 none, 1 GELU, 2 also LayerNorm, 3 whole blocks; -1: the least that fits
     memory_gib: float = 0.0  # of a GPU that training may take; 0: all of it

@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-TIMEOUT = timedelta(minutes=10)  # of one collective: longer means that a rank hangs
 # torch 2.13 renamed both collectives; 2.11 has only the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -57,6 +57,7 @@ class World:
     everyone: Group
     shard: Group  # ranks that share one copy of the optimizer's state
     replicas: Group  # ranks that keep the same part of it
+    steps: dist.Store  # where each rank says how far it is
 
     @property
     def is_first(self) -> bool:
@@ -65,6 +66,16 @@ class World:
     @property
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    def reached(self, step: int, backward_done: bool = False) -> None:
+        """Say how far this rank is, for `where`."""
+        self.steps.set(str(self.rank), f"step {step}, {'after' if backward_done else 'in'} its backward pass")
+
+    def where(self) -> str:
+        """How far each rank is: the one that hangs is mostly behind the others."""
+        keys = [str(rank) for rank in range(self.size)]
+        places = {key: self.steps.get(key).decode() if self.steps.check([key]) else "not started" for key in keys}
+        return "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
 
     def barrier(self) -> None:
         self.sums([0.0])
@@ -82,8 +93,11 @@ def finish(work: dist.Work | None) -> None:
         work.wait()
 
 
-def join(shard_ranks: int = 0) -> World:
-    """Connect to the other ranks. `shard_ranks`: ranks a shard group; 0: all of them."""
+def join(shard_ranks: int = 0, timeout: float = 600.0) -> World:
+    """Connect to the other ranks.
+
+    `shard_ranks`: ranks a shard group; 0: all of them. `timeout`: seconds after which a collective has failed.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -92,8 +106,9 @@ def join(shard_ranks: int = 0) -> World:
         raise ValueError(f"shard_ranks={shard_ranks} does not divide the {size} ranks: choose a divisor")
     device = _device(local_rank, local_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = None if "RANK" in os.environ else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    limit = timedelta(seconds=timeout)
+    store = next(rendezvous("env://", timeout=limit))[0] if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=limit)
     first = rank - rank % shard_ranks
     shards = [range(start, start + shard_ranks) for start in range(0, size, shard_ranks)]
     replicas = [range(place, size, shard_ranks) for place in range(shard_ranks)]
@@ -104,8 +119,9 @@ def join(shard_ranks: int = 0) -> World:
         local_size=local_size,
         device=device,
         everyone=Group(rank, size, dist.group.WORLD),
-        shard=Group(rank - first, shard_ranks, _group_of(rank, shards)),
-        replicas=Group(rank // shard_ranks, size // shard_ranks, _group_of(rank, replicas)),
+        shard=Group(rank - first, shard_ranks, _group_of(rank, shards, limit)),
+        replicas=Group(rank // shard_ranks, size // shard_ranks, _group_of(rank, replicas, limit)),
+        steps=dist.PrefixStore("steps", store),
     )
 
 
@@ -113,11 +129,11 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def _group_of(rank: int, groups: Sequence[range]) -> dist.ProcessGroup | None:
+def _group_of(rank: int, groups: Sequence[range], limit: timedelta) -> dist.ProcessGroup | None:
     """Form every group (each rank has to take part in forming all) and return the one with `rank`."""
     if len(groups) == 1:
         return dist.group.WORLD
-    handles = [dist.new_group(list(ranks), timeout=TIMEOUT) if len(ranks) > 1 else None for ranks in groups]
+    handles = [dist.new_group(list(ranks), timeout=limit) if len(ranks) > 1 else None for ranks in groups]
     return next(handle for handle, ranks in zip(handles, groups, strict=True) if rank in ranks)
 
 

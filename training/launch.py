@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # torchrun would set it, with a warning; the ranks share the cores out themselves
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow each other down manyfold on cores that others use, too
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS may give other bits from run to run
+    "TORCH_NCCL_DESYNC_DEBUG": "1",  # a collective that times out names the ranks that did not come to it
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),
 }
 _PR_SET_PDEATHSIG = 1

@@ -178,8 +178,11 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step over `batch_tokens` tokens."""
         started, p = time.perf_counter(), self.progress
+        self.world.reached(p.step)
         lr = learning_rate(self.config.train, p.step)
-        shares: list[float | torch.Tensor] = [self.backward(), self.optimizer.squared_norm()]
+        share = self.backward()
+        self.world.reached(p.step, backward_done=True)
+        shares: list[float | torch.Tensor] = [share, self.optimizer.squared_norm()]
         loss, squared, stop = self.world.sums([*shares, float(self.stop.asked)])
         self.stop.agreed, norm = stop > 0, squared**0.5
         loss_z, norm_z = p.losses.score(loss), p.norms.score(norm)
@@ -325,7 +328,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         events.refuse(str(error))
         report_status(2)
         return 2
-    status = trainer.loop()
+    try:
+        status = trainer.loop()
+    except RuntimeError:  # of a collective, mostly, which says neither where nor who
+        world = trainer.world
+        log.error("rank %d failed at step %d. %s", world.rank, trainer.progress.step, world.where())
+        raise
     trainer.checkpoints.wait()
     trainer.checkpoints.upload()
     trainer.world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
@@ -336,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
     config = from_dict(RunConfig, objects.read_json(objects.join(options.run, "config.json")))
-    world = distributed.join(config.machine.shard_ranks)
+    world = distributed.join(config.machine.shard_ranks, config.machine.timeout)
     _log_to(options.run, world)
     if options.mirror and world.is_first:
         fetch_newest(options.mirror, options.run)
