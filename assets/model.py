@@ -9,11 +9,13 @@ from typing import Any
 
 import dagster as dg
 
+from assets.corpus import hellaswag_output
 from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
 from assets.resources import RUNS, Event
 from assets.tokens import validation_shard
 from evals import report
 from storage import objects, records
+from storage.items import FILES
 from storage.records import Record
 from training import launch
 from training.config import RunConfig, to_dict
@@ -44,7 +46,7 @@ LOGITS_AGREE = Check(
     group_name="training",
     kinds={"pytorch"},
     code_version=TRAIN_VERSION,
-    deps=["token_shards"],
+    deps=["token_shards", "eval_items"],  # of the items, HellaSwag's are scored while training, where it is asked to
     check_specs=[LOSS_IS_FINITE.spec("trained_model")],
     pool="gpu",
 )
@@ -61,7 +63,7 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
         ranks = launch.ranks_here(run.machine.gpus)
         maker.launcher.run(
             "training.launch",
-            ["--gpus", str(ranks), "training.train", *_train_arguments(maker, name, tokens)],
+            [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
             lambda event: observer.see(event, progress),
         )
         return _trained(maker.folder(output.key), run, ranks)
@@ -76,11 +78,21 @@ def trained_output(name: str, run: RunConfig, tokens: Record) -> Output:
     return Output("trained_model", f"runs/{name}", TRAIN_VERSION, defining, [tokens])
 
 
-def _train_arguments(maker: Maker, name: str, tokens: Record) -> list[str]:
+def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:
+    arguments = ["--gpus", str(ranks), "--restarts", str(run.machine.restarts)]
+    if run.machine.nnodes > 1:
+        arguments += ["--nnodes", str(run.machine.nnodes), "--rendezvous", run.machine.rendezvous]
+    return arguments
+
+
+def _train_arguments(maker: Maker, name: str, run: RunConfig, tokens: Record) -> list[str]:
     """The run folder, which holds config.json from here on, and where its tokens and its mirror are."""
     folder = maker.folder(f"runs/{name}")
-    objects.publish_json(objects.join(folder, "config.json"), to_dict(maker.run_config(name)))
+    objects.publish_json(objects.join(folder, "config.json"), to_dict(run))
     arguments = [folder, "--tokens", maker.stage(tokens)]
+    if run.train.hellaswag:
+        items = maker.parent(hellaswag_output(run).key, "eval_items")
+        arguments += ["--items", objects.join(maker.stage(items), FILES[1])]
     if not objects.is_local(maker.places.store):
         arguments += ["--mirror", records.folder_url(maker.places.store, f"runs/{name}")]
     return arguments

@@ -84,6 +84,10 @@ def check_possible(places: Places, config: RunConfig) -> None:
     items = config.evals.hellaswag
     if items not in ("", "hub") and not objects.exists(items):
         raise ValueError(f"evals.hellaswag={items}: there is no such file")
+    if config.train.hellaswag and not items:
+        raise ValueError("train.hellaswag=true needs the items: set evals.hellaswag to their file, or to hub")
+    if config.machine.nnodes > 1 and not config.machine.rendezvous:
+        raise ValueError(f"nnodes={config.machine.nnodes} needs rendezvous=HOST:PORT of the first machine")
     check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))
     objects.check_writable(places.store)  # last: it makes the store's folder
 

@@ -22,7 +22,7 @@ ASSETS = {
     "documents": ("data", []),
     "token_shards": ("data", ["documents"]),
     "eval_items": ("data", ["token_shards"]),
-    "trained_model": ("training", ["token_shards"]),
+    "trained_model": ("training", ["eval_items", "token_shards"]),
     "hf_model": ("training", ["trained_model"]),
     "validation_loss": ("evals", ["hf_model", "token_shards"]),
     "completion_demo": ("evals", ["eval_items", "hf_model"]),

@@ -168,7 +168,9 @@ class MachineConfig:
     """Where a run runs. None of this changes the result, so none of it enters a fingerprint."""
 
     gpus: int = 0  # ranks on this machine; 0: every GPU, or one CPU rank
-    nnodes: int = 1
+    nnodes: int = 1  # machines; the others run `python -m training.launch` by hand (docs/training.md)
+    rendezvous: str = ""  # host:port of the first of several machines
+    restarts: int = 0  # starts after a failure, each from the newest checkpoint
     micro_batch: int = 0  # -b: sequences a rank and micro-step; 0: the largest that fits
     shard_ranks: int = 0  # -z: ranks that share one optimizer state; 0: all; 1: each has its own
     timeout: float = 600.0  # seconds after which ranks that wait for each other give up: one of them hangs
