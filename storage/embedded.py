@@ -90,9 +90,7 @@ def _library() -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not LEFT_OUT & set(relative.parts) and not relative.parts[0].startswith("config-"):
-            yield from _split(
-                _module_prose(path), f"python:library/{relative.with_suffix('')}", str(relative)
-            )
+            yield from _split(_module_prose(path), f"python:library/{relative.with_suffix('')}", str(relative))
 
 
 def _module_prose(path: Path) -> list[str]:

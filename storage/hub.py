@@ -141,9 +141,7 @@ def fetch_file(url: str, local: str, entry: Entry, progress: Callable[[int], Non
             os.replace(part, local)
             return
         part.unlink()
-        log.warning(
-            "%s came with wrong bytes (sha256 %s)%s", url, found, ": fetching it anew" if again else ""
-        )
+        log.warning("%s came with wrong bytes (sha256 %s)%s", url, found, ": fetching it anew" if again else "")
     raise ValueError(f"{url} twice came with sha256 {found}, not {entry.sha256}: is a proxy changing it?")
 
 
@@ -166,9 +164,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _receive(
-    url: str, part: Path, here: int, progress: Callable[[int], None]
-) -> tuple[Exception | str, float | None]:
+def _receive(url: str, part: Path, here: int, progress: Callable[[int], None]) -> tuple[Exception | str, float | None]:
     """Append what one connection brings; (why it ended, seconds to wait that the hub asked for)."""
     try:
         _append(url, part, here, progress)

@@ -62,18 +62,14 @@ def _parse(url: str, number: int, line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except ValueError as error:
-        raise ValueError(
-            f"{url}, line {number}, is no JSON object ({error}): fetch the file again"
-        ) from error
+        raise ValueError(f"{url}, line {number}, is no JSON object ({error}): fetch the file again") from error
 
 
 def _whole(url: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
     """The item with its label as a number: the hub's copy has it as text."""
     missing = [key for key in ("activity_label", "ctx", "endings", "label") if row.get(key) in (None, "")]
     if missing:
-        raise ValueError(
-            f"{url}, item {number}, has no {', '.join(missing)}: are these HellaSwag's labelled items?"
-        )
+        raise ValueError(f"{url}, item {number}, has no {', '.join(missing)}: are these HellaSwag's labelled items?")
     item = {"ind": number - 1, **row, "label": int(row["label"]), "endings": list(row["endings"])}
     if len(item["endings"]) != shards.CHOICES or item["label"] not in range(shards.CHOICES):
         raise ValueError(
@@ -104,6 +100,4 @@ def write_items(items: Sequence[dict[str, Any]], out: str) -> list[File]:
 
 def _choice(item: dict[str, Any]) -> shards.Choice:
     endings = [tokenizer.encode(f" {ending}").tolist() for ending in item["endings"]]
-    return shards.Choice(
-        tuple(tokenizer.encode(item["ctx"]).tolist()), tuple(map(tuple, endings)), item["label"]
-    )
+    return shards.Choice(tuple(tokenizer.encode(item["ctx"]).tolist()), tuple(map(tuple, endings)), item["label"])

@@ -75,9 +75,7 @@ def _read_header(f: IO[bytes], path: str, magic: int, what: str) -> np.ndarray:
         raise ValueError(f"{path} is broken: {len(head)} bytes are no {what}; remove it and make it anew")
     values = np.frombuffer(head, dtype="<i4")
     if values[0] != magic:
-        raise ValueError(
-            f"{path} is no {what}: its magic is {values[0]}, not {magic}; is it another kind of file?"
-        )
+        raise ValueError(f"{path} is no {what}: its magic is {values[0]}, not {magic}; is it another kind of file?")
     if values[1] != VERSION:
         raise ValueError(f"{path} has version {values[1]} of the {what} format; this program reads {VERSION}")
     return values

@@ -39,9 +39,7 @@ def test_named_cases(texts):
 
 
 def test_every_assigned_character_beside_letters_numbers_blanks_and_marks():
-    assigned = [
-        c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")
-    ]
+    assigned = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
     batch = BatchTokenizer()
     for first in range(0, len(assigned), 4000):
         check([f"a{c}b {c} {c}1{c}{c} !{c}'s{c}  {c}" for c in assigned[first : first + 4000 : 7]], batch)
@@ -79,10 +77,7 @@ def test_bytes_that_are_no_utf8_are_replaced_as_python_does():
 def test_characters_that_python_does_not_know_go_to_tiktoken(monkeypatch):
     unassigned = next(c for c in map(chr, range(0x0870, 0x1FFFF)) if unicodedata.category(c) == "Cn")
     check([f"before {unassigned}{unassigned} after", "plain"])
-    assert (
-        batch_tokenizer.word_starts(f"\xff {unassigned}".encode("latin-1", "ignore") + unassigned.encode())
-        is None
-    )
+    assert batch_tokenizer.word_starts(f"\xff {unassigned}".encode("latin-1", "ignore") + unassigned.encode()) is None
 
 
 def test_a_wrong_word_is_noticed():

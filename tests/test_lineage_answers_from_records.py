@@ -34,9 +34,7 @@ def make(store: str, key: str, asset: str, *parents: Parent, code_version: str =
 def make_chain(store: str) -> dict[str, Parent]:
     documents = make(store, "corpora/c/documents", "documents", rows=3)
     tokens = make(store, "tokens/c", "token_shards", documents, tokens=100)
-    model = make(
-        store, "runs/demo", "trained_model", tokens, metrics={"val_loss": 3.25, "speed": {"mfu": 0.5}}
-    )
+    model = make(store, "runs/demo", "trained_model", tokens, metrics={"val_loss": 3.25, "speed": {"mfu": 0.5}})
     export = make(store, "runs/demo/export", "hf_model", model)
     items = make(store, "eval_items/hellaswag", "eval_items", rows=4)
     scores = {"scores": {"acc": {"value": 0.29, "stderr": 0.005, "n": 10042}}}
@@ -71,9 +69,7 @@ def test_a_scores_ancestry_reaches_the_documents(store, lineage):
     assert score.facts["commit"] == "c0ffee" and score.facts["dirty"] is False
 
 
-@pytest.mark.parametrize(
-    "name", ["tokens/c/token_shards.bin", "{store}/tokens/c/token_shards.bin", "{store}/tokens/c"]
-)
+@pytest.mark.parametrize("name", ["tokens/c/token_shards.bin", "{store}/tokens/c/token_shards.bin", "{store}/tokens/c"])
 def test_a_file_or_a_location_names_its_output(store, lineage, name):
     make_chain(store)
     lineage.ingest(store)

@@ -8,9 +8,7 @@ import pytest
 from storage import shards, tokenizer
 
 
-def llm_c_shard(
-    tokens: list[int], magic: int = 20240520, version: int = 1, count: int | None = None
-) -> bytes:
+def llm_c_shard(tokens: list[int], magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
     """A shard packed by hand from the format's description."""
     head = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
     return head + struct.pack(f"<{len(tokens)}H", *tokens)

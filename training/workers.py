@@ -123,7 +123,7 @@ def _ray(workers: int) -> Iterator[Engine]:
         modules = [str(root / "storage"), str(root / "training")]  # the cluster may have no checkout of ours
         ray.init(address, runtime_env={"py_modules": modules}, logging_level=logging.WARNING)
     else:
-        ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init("local", num_cpus=workers, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     try:
         yield RayTasks(ray, int(ray.cluster_resources()["CPU"]))
     finally:
