@@ -14,7 +14,7 @@ from training.checkpoint import complete
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60
+STEPS = 90
 CONFIG = tiny_run.config(steps=STEPS, val_every=6, checkpoint_every=7, warmup_steps=5, keep_checkpoints=3)
 
 
