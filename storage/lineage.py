@@ -47,6 +47,35 @@ class Node:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Cost:
+    key: str
+    job: str
+    seconds: float
+    gpu_hours: float
+    dollars: float
+
+
+DESCENDANTS = """
+WITH RECURSIVE below(key, distance) AS (
+    SELECT output, 1 FROM edges WHERE store = ? AND input = ?
+    UNION
+    SELECT e.output, b.distance + 1 FROM edges e JOIN below b ON e.input = b.key WHERE e.store = ?
+)
+SELECT key, min(distance) AS nearest FROM below GROUP BY key ORDER BY nearest, key
+"""
+
+COSTS = """
+WITH RECURSIVE above(store, key) AS (
+    SELECT ?, ?
+    UNION
+    SELECT e.store, e.input FROM edges e JOIN above a ON e.output = a.key WHERE e.store = ?
+)
+SELECT key, job, coalesce(seconds, 0), coalesce(gpu_hours, 0), coalesce(dollars, 0)
+FROM artifacts WHERE store = ? AND key IN (SELECT key FROM above) ORDER BY 5 DESC, 4 DESC, 3 DESC, 1
+"""
+
+
 class Lineage:
     """The index in one file. Every call opens, works and closes, so that others can have their turn."""
 
@@ -85,6 +114,19 @@ class Lineage:
         with self._reading() as connection:
             store, found = _locate(connection, key)
             return _node(connection, store, found)
+
+    def impact(self, key: str) -> list[Node]:
+        """Every output that was made from `key`, directly or not, the nearest first: what a fault in it reaches."""
+        with self._reading() as connection:
+            store, found = _locate(connection, key)
+            rows = connection.execute(DESCENDANTS, [store, found, store]).fetchall()
+            return [Node(*_identity(connection, store, row[0])) for row in rows]
+
+    def cost(self, key: str) -> list[Cost]:
+        """What `key` and everything that it was made from took, each output once, the dearest first."""
+        with self._reading() as connection:
+            store, found = _locate(connection, key)
+            return [Cost(*row) for row in connection.execute(COSTS, [store, found, store, store]).fetchall()]
 
     @contextmanager
     def _writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -226,6 +268,14 @@ def _locate(connection: duckdb.DuckDBPyConnection, key: str) -> tuple[str, str]:
         hint = f": did you mean {', '.join(k for (k,) in near)}?" if near else ": nothing has been made here yet"
         raise ValueError(f"no output or file {key!r}{hint}")
     return found
+
+
+def _identity(connection: duckdb.DuckDBPyConnection, store: str, key: str) -> tuple[str, str, str]:
+    """(key, job, fingerprint) of an output of the store."""
+    row = connection.execute("SELECT job, fingerprint FROM artifacts WHERE store = ? AND key = ?", [store, key])
+    found = row.fetchone()
+    assert found is not None  # edges are taken in with their output
+    return key, found[0], found[1]
 
 
 def _node(connection: duckdb.DuckDBPyConnection, store: str, key: str, used: str | None = None) -> Node:

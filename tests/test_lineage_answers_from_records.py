@@ -191,6 +191,31 @@ def test_an_unknown_key_gets_the_nearest(store, lineage):
         lineage.ancestry("runs/dmeo")
 
 
+def test_what_a_fault_reaches(store, lineage):
+    make_chain(store)
+    lineage.ingest(store)
+    reached = [(n.key, n.job) for n in lineage.impact("tokens/c")]
+    assert reached == [
+        ("runs/demo", "trained_model"),
+        ("runs/demo/export", "hf_model"),
+        ("runs/demo/scores/hellaswag", "hellaswag"),
+    ]
+    assert lineage.impact("runs/demo/scores/hellaswag") == []
+    assert len(lineage.impact("corpora/c/documents")) == 4
+
+
+def test_the_cost_of_a_score_counts_each_output_once(store, lineage):
+    documents = make(store, "corpora/c/documents", "documents", cost={"seconds": 5.0})
+    tokens = make(store, "tokens/c", "token_shards", documents, cost={"seconds": 10.0})
+    model = make(store, "runs/r", "trained_model", tokens, documents, cost={"seconds": 60.0, "gpu_hours": 0.5})
+    make(store, "runs/r/scores/s", "s", model, tokens, cost={"seconds": 7.0, "gpu_hours": 0.1, "dollars": 2.0})
+    make(store, "runs/other", "trained_model", tokens, cost={"seconds": 1000.0})
+    lineage.ingest(store)
+    costs = lineage.cost("runs/r/scores/s")
+    assert [c.key for c in costs] == ["runs/r/scores/s", "runs/r", "tokens/c", "corpora/c/documents"]
+    assert (sum(c.seconds for c in costs), round(sum(c.gpu_hours for c in costs), 6)) == (82.0, 0.6)
+
+
 def test_an_index_of_another_version_is_filled_anew(store, lineage):
     make_chain(store)
     lineage.ingest(store)
