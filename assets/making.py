@@ -57,6 +57,7 @@ class Produced:
     tokens: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     gpus: int = 0  # that were held while it was made
+    price: float = 0.0  # dollars an hour of one of them
     seconds: float | None = None  # paid for, over all attempts; None: the time of this one
 
 
@@ -207,7 +208,7 @@ class Maker:
             rows=produced.rows,
             tokens=produced.tokens,
             metrics=produced.metrics,
-            cost={"seconds": round(seconds, 3), "gpu_hours": seconds / 3600 * produced.gpus},
+            cost=_cost(seconds, produced.gpus, produced.price),
             commit=commit,
             dirty=dirty,
             versions=records.library_versions(),
@@ -279,6 +280,11 @@ def describe(made: Made) -> dict[str, Any]:
     }
     counts = {"rows": record.rows, "tokens": record.tokens}
     return shown | {name: value for name, value in counts.items() if value is not None}
+
+
+def _cost(seconds: float, gpus: int, price: float) -> dict[str, float]:
+    gpu_hours = seconds / 3600 * gpus
+    return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "dollars": gpu_hours * price}
 
 
 def image(name: str, png: bytes) -> dg.MarkdownMetadataValue:

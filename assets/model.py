@@ -117,6 +117,7 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
             "tokens_per_second": run.tokens / seconds,
         },
         gpus=ranks if launch.gpu_count() else 0,
+        price=run.machine.price_per_gpu_hour,
         seconds=seconds,
     )
 

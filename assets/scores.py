@@ -147,7 +147,8 @@ def _score(
 ) -> dg.MaterializeResult:
     """Score the exported model on a suite that reads outputs; `items`: how many it must score, where that is known."""
     model = maker.parent(f"runs/{run}/export", "hf_model")
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[maker.run_config(run).evals.dtype]
+    settings = maker.run_config(run)
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[settings.evals.dtype]
     defining = {"suite": suite, "dtype": dtype} | ({"items": items} if items else {}) | (definition or {})
     output = Output(suite, f"runs/{run}/scores/{suite}", VERSION, defining, [model, *reads])
 
@@ -165,6 +166,7 @@ def _score(
             rows=page["items"],
             metrics=metrics | {"truncated": page["truncated"]},
             gpus=min(launch.gpu_count(), 1),
+            price=settings.machine.price_per_gpu_hour,
         )
 
     made, checks = maker.make(config, output, produce, [ALL_SCORED])

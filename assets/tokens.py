@@ -8,7 +8,7 @@ import dagster as dg
 
 from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
-from storage import records, shards, sources, tokenizer
+from storage import objects, records, shards, sources, tokenizer
 from storage.records import Record
 from training import tokenization
 from training.config import RunConfig
@@ -51,6 +51,8 @@ def token_shards(
     else:
         output = Output("token_shards", f"tokens/{documents.key.split('/')[1]}", VERSION, {}, [documents])
         produce = partial(_fetch, maker, run, output)
+    if config.recompute:  # the shards that are there say that they are complete
+        objects.remove_tree(records.folder_url(maker.places.store, output.key))
     made, checks = maker.make(config, output, produce, [SHARDS_ARE_WHOLE])
     maker.remember_input(context.partition_key, tokens=output.key)
     return materialize(made, checks, dict(made.record.metrics))

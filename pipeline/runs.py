@@ -55,6 +55,24 @@ def known_runs(places: Places) -> list[str]:
     return [s.path.split("/")[0] for s in found if s.path.count("/") == 1]
 
 
+def existing(places: Places, run: str) -> RunConfig:
+    """The configuration of a run that is in the store. Raises ValueError naming those that are."""
+    config = stored(places, run)
+    if config is None:
+        known = ", ".join(known_runs(places)) or "none"
+        raise ValueError(f"there is no run {run!r} in {places.store}: the runs there are {known}")
+    return config
+
+
+def tokens_of(places: Places, run: str) -> str:
+    """The key of the token shards that a run reads."""
+    url = objects.join(places.store, "runs", run, "inputs.json")
+    key = objects.read_json(url).get("tokens") if objects.exists(url) else None
+    if key is None:
+        raise ValueError(f"run {run!r} has no token shards yet: `gpt2 run` makes them")
+    return str(key)
+
+
 def check_name(name: str) -> None:
     if not name or name != sources.safe_name(name):
         raise ValueError(

@@ -118,6 +118,8 @@ def summary(record: Record) -> str:
     """What an output is, in a few words."""
     metrics = record.metrics
     match record.asset:
+        case "documents" if not metrics["text_bytes"]:
+            return f"{record.rows:,} shards that others have made"
         case "documents":
             return f"{record.rows:,} documents, {metrics['text_bytes'] / 1e6:,.1f} MB of text"
         case "token_shards":

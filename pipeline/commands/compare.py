@@ -83,11 +83,6 @@ def report(
 
 
 def _read(place: Places, run: str) -> ReportData:
-    if runs.stored(place, run) is None:
-        known = ", ".join(runs.known_runs(place)) or "none"
-        published = ", ".join(reference.SIZES)
-        raise ValueError(
-            f"there is no run {run!r} in {place.store}: the runs there are {known}; published are {published}"
-        )
+    runs.existing(place, run)
     maker = Maker(place, Launcher(), Silent())
     return report_data(maker, run, outputs_of(maker, run))

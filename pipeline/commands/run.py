@@ -31,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe; `gpt2 recipes` lists them.")] = "demo",
     corpus: Annotated[
-        str | None, typer.Option(help='"embedded", a folder of parquet files with a text column, or s3://….')
+        str | None, typer.Option(help="embedded, a folder of parquet, s3://…, fineweb-edu-10B …: docs/data.md.")
     ] = None,
     name: Annotated[
         str | None,
@@ -83,9 +83,7 @@ def evals(
 ) -> None:
     """Score a run's exported model anew and rewrite its report; nothing else is touched."""
     place = places(store)
-    if runs.stored(place, name) is None:
-        known = ", ".join(runs.known_runs(place)) or "none"
-        raise ValueError(f"there is no run {name!r} in {place.store}: the runs there are {known}")
+    runs.existing(place, name)
     names = _stages([*suite, "report"] if suite else ["evals"])
     instance.prepare(place)
     _execute(place, "evals_only", name, names, as_json)
