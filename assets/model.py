@@ -105,7 +105,7 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
     checkpoint = f"checkpoints/step_{run.train.steps:06d}"
     seconds = sum(step["seconds"] for step in steps)
     return Produced(
-        paths=["main.log", "metrics.jsonl", "train.log", "samples.txt", "config.json"],
+        paths=["main.log", "metrics.jsonl", "train.log", "samples.txt"],
         mirrored=[f"{checkpoint}/{s.path}" for s in objects.list_files(objects.join(folder, checkpoint))],
         rows=run.train.steps,
         tokens=run.tokens,

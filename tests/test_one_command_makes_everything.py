@@ -87,7 +87,7 @@ def test_dagster_remembers_the_run_its_checks_and_its_metadata(
     with dg.DagsterInstance.get() as instance:
         run = instance.get_run_by_id(finished.answer["dagster_run"])
         assert run is not None and run.is_success
-        assert instance.get_dynamic_partitions("run") == ["tiny"]
+        assert "tiny" in instance.get_dynamic_partitions("run")
         for name in STAGES:
             event = instance.get_latest_materialization_event(dg.AssetKey(name))
             assert event is not None and event.asset_materialization is not None
@@ -130,7 +130,7 @@ def test_only_evals_scores_anew_and_touches_nothing_else(finished: Finished, tmp
 def test_any_recipe_runs_on_a_folder_of_parquet(finished: Finished, tmp_path: Path) -> None:
     """Two ranks over gloo, and a corpus that stays where it is."""
     folder = Path(finished.store, "corpora", corpus(finished), "documents")
-    settings = [*TINY_SETTINGS, "--set", "dtype=fp32", "--set", "shard_tokens=30000"]
+    settings = [*TINY_SETTINGS, "--set", "train.dtype=fp32", "--set", "shard_tokens=30000"]
     store = str(tmp_path / "store")
     done = gpt2(
         *("run", "gpt2-124m", "--corpus", str(folder), "--gpus", "2", *settings, "--store", store, "--json"),
