@@ -14,7 +14,7 @@ from storage.records import Record
 from training.config import RunConfig
 
 DOCUMENTS_VERSION = "1"
-ITEMS_VERSION = "1"
+ITEMS_VERSION = "2"
 ITEMS_SEED = 42
 
 

@@ -1,9 +1,11 @@
 """How is an output made, or reused, checked, recorded and shown in Dagster? One way for every asset."""
 
 import base64
+import fcntl
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -142,6 +144,24 @@ class Maker:
             )
         objects.publish_json(url, {"fingerprint": fingerprint})
 
+    @contextmanager
+    def training(self, run: str) -> Iterator[None]:
+        """Hold a run while it is trained here: two trainings in one folder would tear each other's files."""
+        path = self.places.home / "locks" / f"{run}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise ValueError(
+                    f"run {run!r} is being trained by process {lock.read()}: wait for it or stop it"
+                ) from error
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
     def folder(self, key: str) -> str:
         """The local folder in which the files of `key` are worked on."""
         return self.places.local_folder(records.folder_url(self.places.store, key))
@@ -150,10 +170,12 @@ class Maker:
         """The local folder that holds an output's files (of such an ending), copied from S3 if not there yet."""
         folder = self.folder(record.key)
         if not objects.is_local(self.places.store):
+            stamps = _stamps(folder)
             for f in record.files:
-                if f.path.endswith(suffix):
+                if f.path.endswith(suffix) and stamps.get(f.path) != f.sha256:
                     url = records.file_url(self.places.store, record.key, f.path)
-                    objects.fetch(url, objects.join(folder, f.path))
+                    objects.copy(url, objects.join(folder, f.path))
+                    _stamp(folder, [f])
         return folder
 
     def make(
@@ -230,12 +252,26 @@ class Maker:
             found = objects.stat(objects.join(final, path))
             digest = objects.sha256(objects.join(local, path))
             described.append(File(path, found.bytes, found.modified, digest))
+        if local != final:
+            _stamp(local, described)
         return described
 
     def _remember(self, record: Record, new: bool) -> None:
         if new:
             records.write_record(self.places.store, record)
         Lineage(self.places.lineage).ingest(self.places.store)
+
+
+STAMPS = ".staged.json"  # which content the local copies of an output's files have: path → sha256
+
+
+def _stamps(folder: str) -> dict[str, str]:
+    url = objects.join(folder, STAMPS)
+    return objects.read_json(url) if objects.exists(url) else {}
+
+
+def _stamp(folder: str, files: Sequence[File]) -> None:
+    objects.publish_json(objects.join(folder, STAMPS), _stamps(folder) | {f.path: f.sha256 for f in files})
 
 
 def _result(check: Check, asset: str, record: Record, store: str) -> dg.AssetCheckResult:

@@ -59,13 +59,14 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
     observer = Observer(context)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
-        maker.claim_run(name, output.fingerprint)
         ranks = launch.ranks_here(run.machine.gpus)
-        maker.launcher.run(
-            "training.launch",
-            [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
-            lambda event: observer.see(event, progress),
-        )
+        with maker.training(name):
+            maker.claim_run(name, output.fingerprint)
+            maker.launcher.run(
+                "training.launch",
+                [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
+                lambda event: observer.see(event, progress),
+            )
         return _trained(maker.folder(output.key), run, ranks)
 
     made, checks = maker.make(StageConfig(), output, produce, [LOSS_IS_FINITE])
@@ -177,7 +178,7 @@ def hf_model(
             progress,
         )
         check = objects.read_json(objects.join(folder, "export_check.json"))
-        paths = [s.path for s in objects.list_files(folder) if s.path != "record.json"]
+        paths = [s.path for s in objects.list_files(folder) if not s.path.startswith((".", "record.json"))]
         return Produced(paths=paths, metrics={"parameters": run.model.parameters, **check})
 
     made, checks = maker.make(config, output, produce, [LOGITS_AGREE])

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import dagster as dg
 
+from assets.failures import Interrupted, ProcessFailed, Refused
 from storage import events
 from training import launch
 
@@ -40,18 +41,6 @@ class Silent:
     def progressed(self, asset: str, event: Event) -> None: ...
 
     def finished(self, asset: str, made: Any) -> None: ...
-
-
-class ProcessFailed(RuntimeError):
-    """A launched process ended with another status than 0; the message holds the end of its output."""
-
-
-class Refused(ValueError):
-    """A launched process refused its input; the message is its own."""
-
-
-class Interrupted(RuntimeError):
-    """Training saved a checkpoint and stopped, because it was told to."""
 
 
 @dataclass(frozen=True)

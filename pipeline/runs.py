@@ -1,16 +1,21 @@
 """Which run does a command mean, and can it succeed? Settled, and refused where it can't, before anything starts."""
 
+import difflib
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from evals.run import HARNESS_SUITES
 from storage import objects, sources
 from storage.places import Places
 from training import launch, recipes
 from training.config import RunConfig, from_dict, override, settable_keys, to_dict
 
+SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core")
 CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
 EXPORT_BYTES = 4  # a parameter
 
@@ -97,8 +102,9 @@ def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
 
 def check_possible(places: Places, config: RunConfig) -> None:
     """Raise ValueError for a run that can't succeed: its corpus, its batch, its store or its space."""
-    source = sources.resolve(config.corpus)
+    source = _source(config.corpus)
     check_batch(config)
+    check_tasks(config.evals.harness)
     items = config.evals.hellaswag
     if items not in ("", "hub") and not objects.exists(items):
         raise ValueError(f"evals.hellaswag={items}: there is no such file")
@@ -108,6 +114,51 @@ def check_possible(places: Places, config: RunConfig) -> None:
         raise ValueError(f"nnodes={config.machine.nnodes} needs rendezvous=HOST:PORT of the first machine")
     check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))
     objects.check_writable(places.store)  # last: it makes the store's folder
+
+
+def _source(corpus: str) -> sources.Source:
+    try:
+        return sources.resolve(corpus)
+    except objects.failures() as error:
+        raise ValueError(
+            f"the corpus {corpus} can't be read ({error}): check its name, and for s3:// AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+        ) from error
+
+
+def check_inputs(places: Places, run: str, config: RunConfig, names: Sequence[str]) -> None:
+    """Refuse to run single stages of a run where what they read has not been made."""
+    there = objects.join(places.store, "runs", run)
+    reads = {"documents": "inputs.json", "trained_model": "record.json", "hf_model": "export/record.json"}
+    readers = {"documents": {*names}, "trained_model": {"hf_model", "report"}, "hf_model": {*SUITES, "report"}}
+    for made, file in reads.items():
+        wanted = readers[made] & {*names}
+        if wanted and made not in names and not objects.exists(objects.join(there, file)):
+            raise ValueError(
+                f"{', '.join(sorted(wanted))} of run {run!r} need {made}, which is not made yet: "
+                f"`gpt2 run {config.recipe} --name {run}` makes it all"
+            )
+    for suite, key in (("hellaswag", "evals.hellaswag"), ("core", "evals.core")):
+        if [*names] in ([suite], [suite, "report"]) and not config_value(config, key):
+            raise ValueError(f"{suite} of run {run!r} has no data: make a run with --set {key}=… ")
+
+
+def config_value(config: RunConfig, key: str) -> Any:
+    return settable_keys(config)[key]
+
+
+def check_tasks(tasks: str) -> None:
+    """Refuse harness tasks that lm-eval does not know: it takes some seconds to say so, training takes hours."""
+    if not tasks or tasks in HARNESS_SUITES:
+        return
+    listing = "from lm_eval.tasks import TaskManager; print(*TaskManager().all_tasks, sep=chr(10))"
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    known = done.stdout.splitlines()
+    for task in tasks.split(","):
+        if task not in known:
+            near = difflib.get_close_matches(task, [*HARNESS_SUITES, *known], n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"or a suite: {', '.join(HARNESS_SUITES)}"
+            raise ValueError(f"evals.harness={task}: lm-eval has no such task, {hint}")
 
 
 def check_batch(config: RunConfig) -> None:

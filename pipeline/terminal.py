@@ -5,15 +5,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from assets.making import Made
-from assets.resources import Event
 from storage import objects
 from storage.records import Record
+
+if TYPE_CHECKING:  # Dagster takes a second to load, which commands that only ask need not wait for
+    from assets.making import Made
+    from assets.resources import Event
 
 PLAIN_WIDTH = 140  # columns, where the output is no terminal
 
@@ -53,7 +56,7 @@ class Terminal:
     """A listener that draws. Where there is no terminal it prints a line now and then instead of a bar."""
 
     console: Console
-    made: dict[str, Made] = field(default_factory=dict)
+    made: "dict[str, Made]" = field(default_factory=dict)
     bar: Progress | None = None
     quarter: int = -1  # of the stage, last printed where there is no bar
 
@@ -73,7 +76,7 @@ class Terminal:
             self.bar.add_task(asset, total=None, text="")
             self.bar.start()
 
-    def progressed(self, asset: str, event: Event) -> None:
+    def progressed(self, asset: str, event: "Event") -> None:
         shown = _progress(event)
         if shown is None:
             return
@@ -84,7 +87,7 @@ class Terminal:
             self.quarter = 4 * done // total
             self.console.print(f"    {asset}: {100 * done // total}%  {text}")
 
-    def finished(self, asset: str, made: Made) -> None:
+    def finished(self, asset: str, made: "Made") -> None:
         self.close()
         self.made[made.record.key] = made
         verb = f"reused: {made.reason}" if made.reused else f"made in {made.seconds:.1f} s ({made.reason})"
@@ -96,7 +99,7 @@ class Terminal:
             self.bar = None
 
 
-def _progress(event: Event) -> tuple[int, int, str] | None:
+def _progress(event: "Event") -> tuple[int, int, str] | None:
     """(done, total, what to say) of an event; None for one that moves no bar."""
     match event["event"]:
         case "training_step":
@@ -140,7 +143,7 @@ def summary(record: Record) -> str:
     return ", ".join(shown[:2])
 
 
-def results_table(made: list[Made]) -> Table:
+def results_table(made: "list[Made]") -> Table:
     """Stage, what was made, seconds, size, path: a row an output."""
     table = Table(title=None, header_style="bold", expand=False)
     table.add_column("stage", no_wrap=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,16 +187,17 @@ def copy_tree(source: str, destination: str, skip_same_size: bool = False) -> No
     there = {s.path: s.bytes for s in list_files(destination)} if skip_same_size else {}
     for found in list_files(source):
         if there.get(found.path) != found.bytes:
-            _copy(join(source, found.path), join(destination, found.path))
+            copy(join(source, found.path), join(destination, found.path))
 
 
 def fetch(source: str, local: str) -> None:
-    """Copy `source` to the local path unless a file of its size is there already."""
+    """Copy `source` to the local path unless a file of its size is there already: for files that never change."""
     if not (os.path.exists(local) and os.path.getsize(local) == stat(source).bytes):
-        _copy(source, local)
+        copy(source, local)
 
 
-def _copy(source: str, destination: str) -> None:
+def copy(source: str, destination: str) -> None:
+    """Copy one file; the copy appears only when it is complete."""
     if is_local(source):
         publish_file(source, destination)
     elif is_local(destination):
@@ -219,14 +221,23 @@ def check_writable(url: str) -> None:
     try:
         publish_bytes(probe, b"")
         remove(probe)
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
+    except failures() as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         fix = (
             "choose a folder you may write to with --store"
             if is_local(url)
             else "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
         )
         raise ValueError(f"the store {url} can't be written ({reason}): {fix}") from error
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What can go wrong with a location that a user named; S3's client has errors of its own, once it is loaded."""
+    if "botocore" not in sys.modules:
+        return (OSError,)
+    from botocore.exceptions import BotoCoreError
+
+    return (OSError, BotoCoreError)
 
 
 def free_bytes(url: str) -> int | None:

@@ -32,7 +32,7 @@ class Places:
         """The local folder that stands for `output_folder` of the store: itself, or its copy in the home."""
         if objects.is_local(self.store):
             return output_folder
-        return str(self.home / "staged" / output_folder.removeprefix(self.store).strip("/"))
+        return str(self.home / "staged" / output_folder.split("://", 1)[1])
 
     def variables(self) -> dict[str, str]:
         """The environment that makes Dagster's own commands see the same instance and outputs."""

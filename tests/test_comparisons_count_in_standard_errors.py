@@ -61,7 +61,7 @@ def test_without_any_error_there_is_no_verdict() -> None:
 
 
 def test_published_hellaswag_errors_follow_from_its_items() -> None:
-    """REFERENCE: about .005 at this size; the closed form is that of 10,042 zeros and ones."""
+    """About .005 at this size; the closed form is that of 10,042 zeros and ones."""
     published = reference.published("hellaswag", "harness_acc_norm")["gpt2-xl"]
     ones = round(published.value * 10_042)
     assert published.stderr == pytest.approx(mean_score([1.0] * ones + [0.0] * (10_042 - ones)).stderr, rel=1e-3)

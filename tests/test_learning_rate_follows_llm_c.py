@@ -61,17 +61,13 @@ def reference(schedule: str, final: float) -> list[float]:
 def test_after_the_warm_up_it_is_transformers_schedule(schedule: str, final: float) -> None:
     expected = reference(schedule, final)
     for step in range(WARMUP, STEPS):
-        assert learning_rate(config(schedule, final), step) == pytest.approx(
-            expected[step], rel=1e-9, abs=1e-12
-        )
+        assert learning_rate(config(schedule, final), step) == pytest.approx(expected[step], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_warm_up_rises_from_one_step_s_share_to_the_maximum(schedule: str) -> None:
     for step in range(WARMUP):
-        assert learning_rate(config(schedule, 0.1), step) == pytest.approx(
-            LR * (step + 1) / WARMUP, rel=1e-12
-        )
+        assert learning_rate(config(schedule, 0.1), step) == pytest.approx(LR * (step + 1) / WARMUP, rel=1e-12)
 
 
 def test_linear_ends_above_its_final_share_by_one_step() -> None:

@@ -38,9 +38,7 @@ def reference(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=False
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=False)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -108,8 +106,7 @@ def test_stochastic_rounding_is_unbiased_and_repeats_with_its_seed() -> None:
     values = torch.tensor([1.0 + 0.3 * 2**-7, -2.0 - 0.8 * 2**-6, 1e-3, 0.0])
     many = values.repeat(100_000)
     rounded, again = (
-        round_stochastically(many, rounding_noise(len(many), torch.Generator().manual_seed(1)))
-        for _ in range(2)
+        round_stochastically(many, rounding_noise(len(many), torch.Generator().manual_seed(1))) for _ in range(2)
     )
     assert torch.equal(rounded, again)
     gap = torch.tensor([2**-7, 2**-6, 2**-17, 0.0])  # between neighbouring bf16 values there

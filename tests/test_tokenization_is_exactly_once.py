@@ -320,14 +320,6 @@ def test_the_automatic_shard_size_leaves_training_shards(text_bytes, tokens):
     assert tokenization.automatic_shard_tokens(text_bytes) == tokens
 
 
-@pytest.fixture
-def shared_data():
-    place = os.environ.get("GPT2_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-    if not (Path(place) / "validation").is_dir():
-        pytest.skip(f"the shared corpus is not at {place}: set GPT2_SHARED_DATA")
-    return Path(place)
-
-
 def test_token_counts_of_the_real_corpus(shared_data, tmp_path):
     """The corpus's own README gives its tokens without EOT, document by document."""
     file = shared_data / "validation" / "000_00000.parquet"

@@ -74,9 +74,7 @@ def test_a_model_that_is_not_gpt2_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "version"), [(torch.float32, 3), (torch.bfloat16, 5)])
-def test_llm_c_files_round_trip_bit_for_bit(
-    model: GPT2, dtype: torch.dtype, version: int, tmp_path: Path
-) -> None:
+def test_llm_c_files_round_trip_bit_for_bit(model: GPT2, dtype: torch.dtype, version: int, tmp_path: Path) -> None:
     weights = {name: w.to(dtype) for name, w in model.state_dict().items()}
     path = str(tmp_path / "model.bin")
     write_llmc(path, weights, SIZES)

@@ -183,8 +183,11 @@ class MachineConfig:
     def __post_init__(self) -> None:
         if self.recompute not in (-1, 0, 1, 2, 3):
             raise ValueError(f"recompute={self.recompute} must be 0, 1, 2 or 3, or -1 for the least that fits")
-        if min(self.memory_gib, self.gpus, self.micro_batch, self.shard_ranks, self.workers) < 0 or self.nnodes < 1:
-            raise ValueError(f"{self}: nnodes must be at least 1, and no number negative")
+        for name in ("memory_gib", "gpus", "micro_batch", "shard_ranks", "workers", "restarts", "price_per_gpu_hour"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.nnodes < 1:
+            raise ValueError(f"nnodes={self.nnodes} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -243,9 +246,7 @@ def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
     missing = [
         f.name
         for f in dataclasses.fields(cls)
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")

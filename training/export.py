@@ -28,9 +28,7 @@ from training.weights import load_any, to_huggingface, write_llmc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHECK = "export_check.json"
-TOLERANCE = (
-    1e-4  # largest absolute difference of fp32 logits; times the logits' size in tens where that is more
-)
+TOLERANCE = 1e-4  # largest absolute difference of fp32 logits; times the logits' size in tens where that is more
 
 log = logging.getLogger("gpt2.export")
 

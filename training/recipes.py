@@ -146,9 +146,7 @@ def gpt3_1_3b() -> RunConfig:
 
 def _gpt3_like_125m(name: str, model: str, lr: float) -> RunConfig:
     base = gpt3_125m()
-    return replace(
-        base, recipe=name, model=model_from_descriptor(model), train=replace(base.train, lr=lr)
-    )
+    return replace(base, recipe=name, model=model_from_descriptor(model), train=replace(base.train, lr=lr))
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {

@@ -85,9 +85,7 @@ def model_config(huggingface: Any) -> ModelConfig:
     expected |= {"scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, value in expected.items():
         if found.get(key, value) != value:
-            raise ValueError(
-                f"{key}={found[key]!r} in the model's config.json: only GPT-2's {value!r} is supported"
-            )
+            raise ValueError(f"{key}={found[key]!r} in the model's config.json: only GPT-2's {value!r} is supported")
     return ModelConfig(
         layers=found["n_layer"],
         channels=found["n_embd"],
@@ -107,9 +105,7 @@ def read_llmc(path: str) -> tuple[ModelConfig, Weights]:
         raise ValueError(f"{path} has version {version}: only 3 (fp32) and 5 (bf16) are read; export it anew")
     config = ModelConfig(layers=layers, channels=channels, heads=heads, context=context, vocab=vocab)
     if config.padded_vocab != padded:
-        raise ValueError(
-            f"{path} pads {vocab} tokens to {padded}, not to {config.padded_vocab}: export it anew"
-        )
+        raise ValueError(f"{path} pads {vocab} tokens to {padded}, not to {config.padded_vocab}: export it anew")
     return config, dict(_read_tensors(path, config, LLMC_DTYPES[version]))
 
 
@@ -167,9 +163,7 @@ def load_run(run: str) -> GPT2:
 def load_huggingface(source: str) -> GPT2:
     """Raises ValueError for a folder without a GPT-2."""
     if Path(source).is_dir() and not Path(source, "config.json").exists():
-        raise ValueError(
-            f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder"
-        )
+        raise ValueError(f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder")
     from transformers import AutoConfig, GPT2LMHeadModel
 
     config = model_config(AutoConfig.from_pretrained(source))

@@ -2,21 +2,20 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from assets.making import Maker
-from assets.report import outputs_of, report_data
-from assets.resources import Launcher, Silent
 from evals import reference
 from evals.comparison import differences
-from evals.report import ReportData, build
 from pipeline import runs
 from pipeline.commands.run import JsonOption, StoreOption
 from pipeline.terminal import console
 from storage.places import Places, places
+
+if TYPE_CHECKING:
+    from evals.report import ReportData
 
 RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs in the store.")]
 
@@ -77,12 +76,18 @@ def report(
     store: StoreOption = None,
 ) -> None:
     """Write one page that overlays several runs; the first leads."""
+    from evals.report import build  # matplotlib takes a second to load
+
     place = places(store)
     made = build([_read(place, name) for name in names], out)
     print(made.files[0])
 
 
-def _read(place: Places, run: str) -> ReportData:
+def _read(place: Places, run: str) -> "ReportData":
+    from assets.making import Maker  # Dagster too
+    from assets.report import outputs_of, report_data
+    from assets.resources import Launcher, Silent
+
     runs.existing(place, run)
     maker = Maker(place, Launcher(), Silent())
     return report_data(maker, run, outputs_of(maker, run))

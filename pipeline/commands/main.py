@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from assets.resources import Interrupted
+from assets.failures import Interrupted, ProcessFailed
 from pipeline.commands import compare, lineage, model, run
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ def main() -> None:
         app(prog_name="gpt2")
     except ValueError as error:
         sys.exit(_say(str(error), 2))
-    except Interrupted as error:
+    except (Interrupted, ProcessFailed) as error:
         sys.exit(_say(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(_say("stopped; what is complete is kept, the same command goes on from there", 1))

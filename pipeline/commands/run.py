@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +11,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline import instance, runs
+from pipeline import runs
+from pipeline.terminal import near, results_table
 from storage import objects, records
 from storage.places import Places, places
 from training.config import to_dict
 
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", help="Where outputs lie: a folder or s3://bucket/prefix. [default: $GPT2_STORE or store/]"),
+    typer.Option("--store", help="Where outputs lie: a folder or s3://bucket/prefix. (default: $GPT2_STORE or store/)"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
@@ -35,7 +38,7 @@ def run(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="The run's name. [default: the recipe's, with a suffix for changed settings]"),
+        typer.Option(help="The run's name. (default: the recipe's, with a suffix for changed settings)"),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -46,7 +49,7 @@ def run(
         typer.Option(help="Only this stage: data, training, evals, or an asset's name. Evals are scored anew."),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="Ranks on this machine. [default: every GPU, or one CPU rank]")
+        int | None, typer.Option(help="Ranks on this machine. (default: every GPU, or one CPU rank)")
     ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -70,22 +73,24 @@ def run(
     runs.check_unchanged(place, run_name, config)
     names = _stages(only or [])
     runs.check_possible(place, config)
-    instance.prepare(place)
+    runs.check_inputs(place, run_name, config, names)
+    _prepare(place)
     objects.publish_json(runs.config_url(place, run_name), to_dict(config))
     _execute(place, "full_pipeline", run_name, names, as_json)
 
 
 def evals(
     name: Annotated[str, typer.Argument(metavar="RUN", help="A run in the store.")],
-    suite: Annotated[list[str] | None, typer.Option(help="Only this suite. [default: all]")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="Only this suite. (default: all)")] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a run's exported model anew and rewrite its report; nothing else is touched."""
     place = places(store)
-    runs.existing(place, name)
+    config = runs.existing(place, name)
     names = _stages([*suite, "report"] if suite else ["evals"])
-    instance.prepare(place)
+    runs.check_inputs(place, name, config, names)
+    _prepare(place)
     _execute(place, "evals_only", name, names, as_json)
 
 
@@ -98,9 +103,15 @@ def _stages(only: list[str]) -> list[str]:
     return execution.stages(only)
 
 
+def _prepare(place: Places) -> None:
+    from pipeline import instance
+
+    instance.prepare(place)
+
+
 def _execute(place: Places, job: str, run_name: str, names: list[str], as_json: bool) -> None:
     from pipeline import execution
-    from pipeline.terminal import Terminal, quiet_output, results_table
+    from pipeline.terminal import Terminal, quiet_output
 
     rescored = [n for n in names if n in execution.stages(["evals"])]
     with quiet_output() as console:
@@ -135,8 +146,6 @@ def _rows(made: list) -> list[dict]:  # type: ignore[type-arg]
 
 def _epilogue(console: Console, place: Places, run_name: str) -> None:
     """What a person wants to know next: did it learn, what does it write, where is the report, what now."""
-    from pipeline.terminal import near
-
     trained = records.read_record(place.store, f"runs/{run_name}")
     if trained:
         before, after = trained.metrics["validation_loss_before"], trained.metrics["validation_loss_after"]
@@ -146,15 +155,18 @@ def _epilogue(console: Console, place: Places, run_name: str) -> None:
             text = objects.read_text(samples).rsplit("===", 1)[-1]
             console.print(f"sample           {' '.join(text.split())[:300]}", markup=False)
     page = objects.join(place.store, "runs", run_name, "report/index.html")
-    console.print(f"report           {near(page)}", soft_wrap=True)
+    if objects.exists(page):
+        console.print(f"report           {near(page)}", soft_wrap=True)
+    program = "gpt2" if shutil.which("gpt2") else near(sys.argv[0])
+    elsewhere = "" if place == places() else f" --store {place.store}"
     console.print("\nnext:")
     for command, what in (
-        (f"gpt2 evals {run_name}", "score the model again"),
-        (f"gpt2 lineage show {run_name}", "what it was made from"),
-        (f'gpt2 sample {run_name} "The"', "let it write"),
-        ("gpt2 ui", "look at the assets and runs in a browser"),
+        (f"evals {run_name}", "score the model again"),
+        (f"lineage show {run_name}", "what it was made from"),
+        (f'sample {run_name} "The"', "let it write"),
+        ("ui", "look at the assets and runs in a browser"),
     ):
-        console.print(f"  {command:<32} [dim]{what}[/dim]", soft_wrap=True)
+        console.print(f"  {f'{program} {command}{elsewhere}':<44} [dim]{what}[/dim]", soft_wrap=True)
 
 
 def ui(
@@ -164,7 +176,7 @@ def ui(
     """Serve Dagster's web UI and its daemon on this machine until Ctrl-C."""
     place = places(store)
     objects.check_writable(place.store)
-    instance.prepare(place)
+    _prepare(place)
     _add_partitions(place)
     workspace = Path(__file__).resolve().parents[2] / "workspace.yaml"
     sys.stderr.write(f"Dagster's UI: http://127.0.0.1:{port}  (store: {place.store})\n")
@@ -179,6 +191,8 @@ def _add_partitions(place: Places) -> None:
     """Every run of the store, and the demo, so that there is something to materialize."""
     import dagster as dg
 
+    from pipeline import instance
+
     with dg.DagsterInstance.get() as dagster:
         dagster.add_dynamic_partitions("run", ["demo", *runs.known_runs(place)])
         instance.sweep(dagster)
@@ -191,4 +205,4 @@ def env(store: StoreOption = None, as_json: JsonOption = False) -> None:
         print(json.dumps(variables, indent=2))
     else:
         for key, value in variables.items():
-            print(f"export {key}={value!r}")
+            print(f"export {key}={shlex.quote(value)}")

@@ -1,0 +1,13 @@
+"""How can a launched process end other than well? Errors that the command line tells apart; no Dagster here."""
+
+
+class ProcessFailed(RuntimeError):
+    """It ended with another status than 0; the message holds the end of its output."""
+
+
+class Refused(ValueError):
+    """It refused its input; the message is its own."""
+
+
+class Interrupted(RuntimeError):
+    """Training saved a checkpoint and stopped, because it was told to."""
