@@ -290,7 +290,7 @@ def materialize(
 ) -> dg.MaterializeResult:
     """What Dagster shows of an output: the same facts for every asset, and its own beside them."""
     return dg.MaterializeResult(
-        metadata=describe(made) | (metadata or {}),
+        metadata=(metadata or {}) | describe(made),
         data_version=dg.DataVersion(made.record.fingerprint[:16]),
         check_results=list(checks),
     )

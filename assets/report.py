@@ -31,7 +31,7 @@ def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.
         return Produced(paths=[url.removeprefix(folder).lstrip("/") for url in made.files])
 
     made, _ = maker.make(config, output, produce)
-    context.add_output_metadata(describe(made) | _figures(maker.stage(made.record)))
+    context.add_output_metadata(_figures(maker.stage(made.record)) | describe(made))
 
 
 def outputs_of(maker: Maker, run: str) -> list[Record]:

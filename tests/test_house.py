@@ -96,6 +96,18 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     assert shown == folders | {"workspace.yaml"}
 
 
+def test_the_readme_shows_what_is_there() -> None:
+    """No placeholder, and every linked picture and page exists."""
+    assert "<!--" not in readme()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme()):
+        assert (ROOT / link).exists(), link
+
+
+def test_commands_that_only_ask_do_not_load_dagster() -> None:
+    code = "import sys, pipeline.commands.main; assert 'dagster' not in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def commands(command: click.Command, name: str) -> Iterator[str]:
     if isinstance(command, click.Group) or hasattr(command, "commands"):
         for sub, inner in command.commands.items():  # type: ignore[attr-defined]
