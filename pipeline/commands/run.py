@@ -88,19 +88,19 @@ def evals(
     """Score a run's exported model anew and rewrite its report; nothing else is touched."""
     place = places(store)
     config = runs.existing(place, name)
-    names = _stages([*suite, "report"] if suite else ["evals"])
+    names = _stages([*suite, "report"] if suite else ["evals"], "--suite")
     runs.check_inputs(place, name, config, names)
     _prepare(place)
     _execute(place, "evals_only", name, names, as_json)
 
 
-def _stages(only: list[str]) -> list[str]:
+def _stages(only: list[str], option: str = "--only") -> list[str]:
     """The assets that were named; empty for all of them."""
     if not only:
         return []
     from pipeline import execution  # Dagster takes a second to load, which most bad input need not wait for
 
-    return execution.stages(only)
+    return execution.stages(only, option)
 
 
 def _prepare(place: Places) -> None:
