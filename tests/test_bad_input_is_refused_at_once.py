@@ -35,7 +35,7 @@ def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
         (["demo", "--corpus", "embeded"], "no corpus 'embeded': did you mean embedded?"),
         (["demo", "--corpus", "absent/folder"], "no corpus 'absent/folder'"),
         (["demo", "--name", "a/b"], "--name 'a/b' is not a good name"),
-        (["demo", "--only", "eval"], "--only eval: did you mean evals),
+        (["demo", "--only", "eval"], "--only eval: did you mean evals"),
         (["demo", "--gpus", "3"], "the nearest that do are 768 or 1536"),
     ],
 )
