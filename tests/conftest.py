@@ -10,12 +10,16 @@ import fsspec
 import pytest
 from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
 
+from training.launch import gpu_count
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    """Nothing may leave this machine, and Dagster tells nobody what it does."""
+    """Nothing may leave this machine, Dagster tells nobody what it does, and kernels are interpreted without a GPU."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DAGSTER_DISABLE_TELEMETRY": "1"}
+    if gpu_count() == 0:  # before anything imports Triton, which looks at it once: its kernels run on the CPU then
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
