@@ -22,8 +22,12 @@ def pytest_configure() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the items of other markers are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests on real data are no part of the suite where that data is not at hand."""
+    """Tests on real data are no part of the suite where that data is not at hand; a finished run makes a test slow."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     if not real_data().is_dir():
         there = [item for item in items if "shared_data" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=there)

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 import tiny_run
 from tiny_run import final_files
 
@@ -45,6 +46,7 @@ def test_a_torn_upload_is_passed_over_and_made_good(s3_store: str, tmp_path: Pat
     assert complete(mirror) == [7, 8]
 
 
+@pytest.mark.slow
 def test_the_whole_program_with_a_mirror(s3_store: str, tmp_path: Path) -> None:
     run = tiny_run.folder(tmp_path / "run", CONFIG)
     mirror = objects.join(s3_store, "runs/tiny")

@@ -34,6 +34,7 @@ def largest_gap(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 def test_two_ranks_and_one_give_the_same_losses(shards: str, tmp_path: Path) -> None:
     assert largest_gap(losses(tmp_path, shards, 1), losses(tmp_path, shards, 2)) < 1e-5
 

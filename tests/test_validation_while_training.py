@@ -63,6 +63,7 @@ def test_loss_is_the_mean_over_the_split_s_first_sequences(theirs: GPT2LMHeadMod
     assert everything == mean_loss(tiny_run.model(), load, load.order.sequences_per_epoch, 4, tiny_run.alone())
 
 
+@pytest.mark.slow
 def test_it_is_written_on_its_interval_on_two_ranks_as_on_one(tmp_path: Path) -> None:
     config = tiny_run.config(steps=4, val_every=2, hellaswag=True, sample_every=2)
     shards, file = tiny_run.tokens(tmp_path / "tokens"), str(tmp_path / "items.bin")
