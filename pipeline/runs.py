@@ -149,16 +149,17 @@ def config_value(config: RunConfig, key: str) -> Any:
 
 def check_tasks(tasks: str) -> None:
     """Refuse harness tasks that lm-eval does not know: it takes some seconds to say so, training takes hours."""
-    if not tasks or tasks in HARNESS_SUITES:
+    suites = [suite for suite in HARNESS_SUITES if suite != "eleuther"]  # which is the tasks that a run names
+    if not tasks or tasks in suites:
         return
     listing = "from lm_eval.tasks import TaskManager; print(*TaskManager().all_tasks, sep=chr(10))"
     done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
     known = done.stdout.splitlines()
     for task in tasks.split(","):
         if task not in known:
-            near = difflib.get_close_matches(task, [*HARNESS_SUITES, *known], n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"or a suite: {', '.join(HARNESS_SUITES)}"
-            raise ValueError(f"evals.harness={task}: lm-eval has no such task, {hint}")
+            near = difflib.get_close_matches(task, [*suites, *known], n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"suites of tasks are {' and '.join(suites)}"
+            raise ValueError(f"evals.harness={task}: lm-eval has no such task; {hint}")
 
 
 def check_batch(config: RunConfig) -> None:
