@@ -12,10 +12,9 @@ from assets.resources import RUNS, Event
 from evals import report as pages
 from storage import objects, records
 from storage.records import Record
-from training.config import to_dict
+from training.config import SUITES, to_dict
 
 VERSION = "1"
-SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core")
 
 
 @dg.op(ins={"scores": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), code_version=VERSION)

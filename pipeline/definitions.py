@@ -10,6 +10,7 @@ from assets.making import Maker
 from assets.report import report
 from assets.resources import RUNS, Launcher, Listener, Silent
 from storage.places import places
+from training.config import SUITES
 
 ASSETS = [
     corpus.documents,
@@ -24,7 +25,7 @@ ASSETS = [
     scores.core,
     report,
 ]
-RESCORED = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core", "report")
+RESCORED = (*SUITES, "report")
 
 
 def rescore(names: Iterable[str] = RESCORED) -> dict[str, Any]:

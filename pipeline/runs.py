@@ -13,9 +13,8 @@ from evals.run import HARNESS_SUITES
 from storage import objects, sources
 from storage.places import Places
 from training import launch, recipes
-from training.config import RunConfig, from_dict, override, settable_keys, to_dict
+from training.config import SUITES, RunConfig, from_dict, override, settable_keys, to_dict
 
-SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core")
 CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
 EXPORT_BYTES = 4  # a parameter
 
@@ -139,12 +138,8 @@ def check_inputs(places: Places, run: str, config: RunConfig, names: Sequence[st
                 f"`gpt2 run {config.recipe} --name {run}` makes it all"
             )
     for suite, key in (("hellaswag", "evals.hellaswag"), ("core", "evals.core")):
-        if [*names] in ([suite], [suite, "report"]) and not config_value(config, key):
+        if [*names] in ([suite], [suite, "report"]) and not settable_keys(config)[key]:
             raise ValueError(f"{suite} of run {run!r} has no data: make a run with --set {key}=… ")
-
-
-def config_value(config: RunConfig, key: str) -> Any:
-    return settable_keys(config)[key]
 
 
 def check_tasks(tasks: str) -> None:

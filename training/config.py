@@ -147,6 +147,10 @@ class TokenizeConfig:
             raise ValueError(f"shard_tokens={self.shard_tokens} must not be negative")
 
 
+# What a run is scored on: an asset, and a file in the run's scores/, of that name each.
+SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core")
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     completion_items: int = 100  # items made from held-out documents, in HellaSwag's format
