@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,7 @@ from assets.resources import Event, Launcher, Listener
 from storage import objects, records
 from storage.lineage import Lineage
 from storage.places import Places
-from storage.records import File, Parent, Record
+from storage.records import Checked, File, Parent, Record
 from training import recipes
 from training.config import RunConfig, from_dict, to_dict
 
@@ -198,8 +198,9 @@ class Maker:
             reason = "asked for anew" if found else reason
             record = self._produce(output, produce)
         results = [_result(check, output.asset, record, self.places.store) for check in checks]
-        if all(r.passed for r in results):
-            self._remember(record, new=record is not found)
+        if record is not found and all(r.passed for r in results):
+            record = replace(record, checks=[_checked(r) for r in results])
+            self._remember(record)
         made = Made(
             record,
             reused=record is found,
@@ -256,10 +257,10 @@ class Maker:
             _stamp(local, described)
         return described
 
-    def _remember(self, record: Record, new: bool) -> None:
-        if new:
-            records.write_record(self.places.store, record)
-        Lineage(self.places.lineage).ingest(self.places.store)
+    def _remember(self, record: Record) -> None:
+        """The record and its rows in the index, which needs no look at the rest of the store for that."""
+        records.write_record(self.places.store, record)
+        Lineage(self.places.lineage).add(self.places.store, record.key)
 
 
 STAMPS = ".staged.json"  # which content the local copies of an output's files have: path → sha256
@@ -283,6 +284,10 @@ def _result(check: Check, asset: str, record: Record, store: str) -> dg.AssetChe
         metadata=numbers,
         severity=dg.AssetCheckSeverity.ERROR,
     )
+
+
+def _checked(result: dg.AssetCheckResult) -> Checked:
+    return Checked(result.check_name or "", result.passed, {name: m.value for name, m in result.metadata.items()})
 
 
 def materialize(
@@ -318,7 +323,7 @@ def describe(made: Made) -> dict[str, Any]:
     return shown | {name: value for name, value in counts.items() if value is not None}
 
 
-def _cost(seconds: float, gpus: int, price: float) -> dict[str, float]:
+def _cost(seconds: float, gpus: int, price: float) -> dict[str, float | None]:
     gpu_hours = seconds / 3600 * gpus
     return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "dollars": gpu_hours * price}
 

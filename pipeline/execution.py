@@ -11,6 +11,7 @@ import dagster as dg
 
 from pipeline import definitions, instance
 from pipeline.terminal import Terminal
+from storage.lineage import Lineage
 from storage.places import Places
 
 LOG_QUIETLY = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -44,6 +45,8 @@ def execute(
             )
         finally:
             terminal.close()
+    # Once: the stages have added what they made. After a run that fails, the next command that asks does it.
+    Lineage(places.lineage).ingest(places.store)
     return result.run_id
 
 

@@ -1,38 +1,33 @@
 """What came from what: which documents, code and weights does an output, a file or a score stand on?
 
 A DuckDB index over the store's records. The records are the truth: the index takes in what changed, can be
-rebuilt from them at any time, and a lost one loses nothing. DuckDB admits one process at a time, so
-connections are short and taken in turn through a lock file. Names follow OpenLineage where it has one: a
-job makes outputs from inputs.
+rebuilt from them at any time, and a lost or damaged one loses nothing. A change is made to a copy, which then
+takes the index's name, by one process at a time: whoever reads, in whatever program and however long, waits for
+nobody and holds nobody up, and an index is never seen half-written.
 """
 
 import fcntl
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
+from storage import lineage_rows as rows_of
+from storage import lineage_schema as schema
 from storage import objects
-from storage.records import Record, from_json
+from storage.documents import show_documents
+from storage.lineage_rows import Rows
 
-SCHEMA_VERSION = 1
-ROWS_AT_ONCE = 200  # in one INSERT
-TABLES = {  # what `gpt2 lineage sql` shows; a key is an output's path in its store
-    "artifacts": "store VARCHAR, key VARCHAR, job VARCHAR, fingerprint VARCHAR, code_version VARCHAR, "
-    "run VARCHAR, config JSON, started TIMESTAMPTZ, ended TIMESTAMPTZ, seconds DOUBLE, gpu_hours DOUBLE, "
-    "dollars DOUBLE, rows BIGINT, tokens BIGINT, bytes BIGINT, commit VARCHAR, dirty BOOLEAN, versions JSON, "
-    "hardware JSON",
-    "files": "store VARCHAR, key VARCHAR, path VARCHAR, bytes BIGINT, modified VARCHAR, sha256 VARCHAR",
-    "edges": "store VARCHAR, output VARCHAR, input VARCHAR, input_fingerprint VARCHAR",
-    "metrics": "store VARCHAR, key VARCHAR, name VARCHAR, value DOUBLE",
-    "scores": "store VARCHAR, key VARCHAR, run VARCHAR, suite VARCHAR, name VARCHAR, value DOUBLE, "
-    "stderr DOUBLE, items BIGINT",
-    "ingested": "store VARCHAR, key VARCHAR, url VARCHAR, modified VARCHAR",
-}
+READERS = 16  # files of a store that are read at once
 
 
 @dataclass(frozen=True)
@@ -45,66 +40,95 @@ class Node:
     replaced: bool = False  # the store now holds another version of it than the one that was used
     inputs: tuple["Node", ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Mapping[str, Any], ...] = ()  # path, size, sha256
 
 
 @dataclass(frozen=True)
 class Cost:
     key: str
     job: str
-    seconds: float
-    gpu_hours: float
-    dollars: float
+    seconds: float | None
+    gpu_hours: float | None
+    dollars: float | None
+    joules: float | None  # None: they could not be read
+    goodput: float | None  # of training: seconds of steps that the weights stand on, over all that were paid for
+    restarts: int | None
+    rewinds: int | None
+    skipped_updates: int | None
 
 
 DESCENDANTS = """
-WITH RECURSIVE below(key, distance) AS (
-    SELECT output, 1 FROM edges WHERE store = ? AND input = ?
+WITH RECURSIVE below(name, distance) AS (
+    SELECT output, 1 FROM edges WHERE namespace = ? AND list_contains(?, input)
     UNION
-    SELECT e.output, b.distance + 1 FROM edges e JOIN below b ON e.input = b.key WHERE e.store = ?
+    SELECT e.output, b.distance + 1 FROM edges e JOIN below b ON e.input = b.name WHERE e.namespace = ?
 )
-SELECT key, min(distance) AS nearest FROM below GROUP BY key ORDER BY nearest, key
+SELECT b.name, a.job, a.fingerprint FROM below b JOIN artifacts a ON a.name = b.name AND a.namespace = ?
+GROUP BY ALL ORDER BY min(distance), b.name
 """
 
 COSTS = """
-WITH RECURSIVE above(store, key) AS (
-    SELECT ?, ?
+WITH RECURSIVE above(name) AS (
+    SELECT ?
     UNION
-    SELECT e.store, e.input FROM edges e JOIN above a ON e.output = a.key WHERE e.store = ?
+    SELECT e.input FROM edges e JOIN above a ON e.output = a.name WHERE e.namespace = ?
 )
-SELECT key, job, coalesce(seconds, 0), coalesce(gpu_hours, 0), coalesce(dollars, 0)
-FROM artifacts WHERE store = ? AND key IN (SELECT key FROM above) ORDER BY 5 DESC, 4 DESC, 3 DESC, 1
+SELECT a.name, a.job, c.* EXCLUDE (namespace, dataset)
+FROM artifacts a JOIN costs c ON c.namespace = a.namespace AND c.dataset = a.name
+WHERE a.namespace = ? AND a.name IN (SELECT name FROM above)
+ORDER BY c.dollars DESC NULLS LAST, c.gpu_hours DESC NULLS LAST, c.seconds DESC NULLS LAST, a.name
 """
 
 
 class Lineage:
-    """The index in one file. Every call opens, works and closes, so that others can have their turn."""
+    """The index in one file. Every call opens, works and closes.
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    `store`: the one whose outputs are meant where several have such a key; "" for any.
+    """
+
+    def __init__(self, path: Path, store: str = ""):
+        self.path, self.store = Path(path), store
 
     def ingest(self, store: str) -> int:
-        """Take in new and changed records and forget those that are gone; how many these were."""
-        with self._writing() as connection:
-            return _ingest(connection, store)
+        """Take in new and changed files of the store and forget those that are gone; how many these were."""
+        return self._anew_if_damaged(lambda: self._ingest(store))
+
+    def add(self, store: str, key: str) -> None:
+        """Take in one output, without a look at the rest of the store."""
+        read = _read(store, rows_of.files_beside(store, key))
+        self._anew_if_damaged(lambda: self._write(lambda connection: _replace(connection, store, read)))
 
     def rebuild(self, store: str) -> int:
-        """Make the index of `store` anew from its records; how many there are."""
-        with self._writing() as connection:
-            for table in TABLES:
-                connection.execute(f"DELETE FROM {table} WHERE store = ?", [store])
-            return _ingest(connection, store)
+        """Make the index of `store` anew from its records; how many files were read."""
+        read = _read(store, rows_of.files_of(store))
 
-    def sql(self, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+        def change(connection: duckdb.DuckDBPyConnection) -> None:
+            for table in (*schema.TABLES, schema.INGESTED):
+                connection.execute(f"DELETE FROM {table} WHERE namespace = ?", [store])
+            _insert(connection, read)
+
+        self._anew_if_damaged(lambda: self._write(change))
+        return len(read)
+
+    def sql(self, query: str, documents: Sequence[str] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Answer a query: (column names, rows). Nothing can be changed and no other file is read.
 
-        Raises ValueError where the query is wrong, with DuckDB's reason.
+        `documents` are stores whose shards' indexes the table `documents` shows, where the query names it. Raises
+        ValueError where the query is wrong, with DuckDB's reason.
         """
         with self._reading() as connection:
             try:
+                if re.search(r"\b(from|join)\s+documents\b", query, re.IGNORECASE):
+                    show_documents(connection, documents)
+                connection.execute("SET enable_external_access = false; SET lock_configuration = true")
+                for statement in connection.extract_statements(query):
+                    if statement.type != duckdb.StatementType.SELECT:
+                        raise ValueError(f"{query!r} can't be answered: only SELECT is, the index stays as it is")
                 result = connection.execute(query)
                 return [c[0] for c in result.description or []], result.fetchall()
             except duckdb.Error as error:
-                raise ValueError(f"{query!r} can't be answered: {error} (tables: {', '.join(TABLES)})") from error
+                known = ", ".join((*schema.TABLES, "documents"))
+                raise ValueError(f"{query!r} can't be answered: {error} (tables: {known})") from error
 
     def ancestry(self, key: str) -> Node:
         """The tree of what `key` was made from, down to the documents.
@@ -112,187 +136,199 @@ class Lineage:
         `key` is an output's ("runs/demo"), or a file's path or URL. Raises ValueError for an unknown one.
         """
         with self._reading() as connection:
-            store, found = _locate(connection, key)
+            store, found = _locate(connection, self.store, key)
             return _node(connection, store, found)
 
-    def impact(self, key: str) -> list[Node]:
-        """Every output that was made from `key`, directly or not, the nearest first: what a fault in it reaches."""
+    def knows(self, key: str) -> bool:
+        """Whether `key` is an output, or a file of one."""
         with self._reading() as connection:
-            store, found = _locate(connection, key)
-            rows = connection.execute(DESCENDANTS, [store, found, store]).fetchall()
-            return [Node(*_identity(connection, store, row[0])) for row in rows]
+            return _found(connection, self.store, key.rstrip("/")) is not None
+
+    def impact(self, *keys: str) -> list[Node]:
+        """Every output that was made from `keys`, directly or not, the nearest first: what a fault in them reaches."""
+        with self._reading() as connection:
+            found = [_locate(connection, self.store, key) for key in keys]
+            store = found[0][0]
+            rows = connection.execute(DESCENDANTS, [store, [key for _, key in found], store, store]).fetchall()
+            return [Node(*row) for row in rows]
 
     def cost(self, key: str) -> list[Cost]:
         """What `key` and everything that it was made from took, each output once, the dearest first."""
         with self._reading() as connection:
-            store, found = _locate(connection, key)
-            return [Cost(*row) for row in connection.execute(COSTS, [store, found, store, store]).fetchall()]
+            store, found = _locate(connection, self.store, key)
+            return [Cost(*row) for row in connection.execute(COSTS, [found, store, store]).fetchall()]
+
+    def _ingest(self, store: str) -> int:
+        with self._reading() as connection:
+            known = _known(connection, store)
+        found = rows_of.files_of(store)  # one listing, which may take a while on S3; nobody waits for it
+        gone = [path for path in known if path not in found]
+        changed = [path for path, stamp in found.items() if known.get(path) != stamp]
+        if gone or changed:
+            read = _read(store, changed)
+            self._write(lambda connection: _replace(connection, store, read, gone))
+        return len(gone) + len(changed)
+
+    def _anew_if_damaged(self, work: Callable[[], Any]) -> Any:
+        """A file that DuckDB can't read, or not to its end, is dropped: the records have all that was in it."""
+        try:
+            return work()
+        except duckdb.Error:
+            self.path.unlink(missing_ok=True)
+            return work()
+
+    def _write(self, change: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+        """Change the index, one process at a time; a process that dies in between leaves it as it was."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in self.path.parent.glob(f".{self.path.stem}-*"):  # by one that was killed: nobody else is here
+                left.unlink()
+            with self._copied() as copy:
+                with duckdb.connect(str(copy)) as connection:
+                    schema.prepare(connection)
+                    connection.begin()
+                    change(connection)
+                    connection.commit()
+                copy.replace(self.path)
 
     @contextmanager
-    def _writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        with self._turn(), duckdb.connect(str(self.path)) as connection:
-            _prepare(connection)
-            connection.begin()
-            yield connection
-            connection.commit()
+    def _copied(self) -> Iterator[Path]:
+        copy = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex[:8]}")
+        if self.path.exists():
+            shutil.copyfile(self.path, copy)
+        try:
+            yield copy
+        finally:
+            copy.unlink(missing_ok=True)
 
     @contextmanager
     def _reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        with self._turn():
-            if not self.path.exists():
-                with duckdb.connect(str(self.path)) as connection:
-                    _prepare(connection)
-            config: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
-            with duckdb.connect(str(self.path), read_only=True, config=config) as connection:
+        if not self.path.exists():
+            self._write(lambda connection: None)
+        with ExitStack() as stack:
+            connection = stack.enter_context(self._open(stack))
+            if schema.version(connection) == schema.VERSION:
                 yield connection
+                return
+        self._write(lambda connection: None)  # which empties one of another version
+        with duckdb.connect(str(self.path), read_only=True) as connection:
+            yield connection
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait for our turn: DuckDB itself refuses a second process at once instead of waiting."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
-
-
-def _prepare(connection: duckdb.DuckDBPyConnection) -> None:
-    """Create the tables; those of another schema version are dropped, since records refill them."""
-    connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER)")
-    found = connection.execute("SELECT max(version) FROM schema_version").fetchone()
-    if found != (SCHEMA_VERSION,):
-        for table in TABLES:
-            connection.execute(f"DROP TABLE IF EXISTS {table}")
-        connection.execute("DELETE FROM schema_version")
-        connection.execute("INSERT INTO schema_version VALUES (?)", [SCHEMA_VERSION])
-    for table, columns in TABLES.items():
-        connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+    def _open(self, stack: ExitStack) -> duckdb.DuckDBPyConnection:
+        try:
+            return duckdb.connect(str(self.path), read_only=True)
+        except duckdb.IOException as error:
+            if "lock" not in str(error):
+                raise
+        # another program has it open to write, such as DuckDB's own shell
+        copy = Path(stack.enter_context(tempfile.TemporaryDirectory()), "copy.duckdb")
+        shutil.copyfile(self.path, copy)
+        return duckdb.connect(str(copy), read_only=True)
 
 
-def _ingest(connection: duckdb.DuckDBPyConnection, store: str) -> int:
-    known = dict(connection.execute("SELECT url, modified FROM ingested WHERE store = ?", [store]).fetchall())
-    found = {s.path: s.modified for s in objects.list_files(store, "record.json")}
-    gone = [path for path in known if path not in found]
-    changed = [path for path, modified in found.items() if known.get(path) != modified]
-    for path in [*gone, *(path for path in changed if path in known)]:
-        _forget(connection, store, path)
-    rows: dict[str, list[tuple[Any, ...]]] = {table: [] for table in TABLES}
-    for path in changed:
-        url = objects.join(store, path)
-        _describe(rows, store, path, found[path], from_json(url, objects.read_json(url)))
-    for table, values in rows.items():
-        for first in range(0, len(values), ROWS_AT_ONCE):
-            _insert(connection, table, values[first : first + ROWS_AT_ONCE])
-    return len(gone) + len(changed)
+def _known(connection: duckdb.DuckDBPyConnection, store: str) -> dict[str, str]:
+    return dict(connection.execute("SELECT path, modified FROM ingested WHERE namespace = ?", [store]).fetchall())
+
+
+def _read(store: str, paths: Iterable[str]) -> list[Rows]:
+    """The rows of files, many at a time, which matters on S3; a file that has gone since is left to the next ingest."""
+
+    def one(path: str) -> Rows | None:
+        try:
+            return rows_of.read(store, path)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [rows for rows in pool.map(one, paths) if rows]
+
+
+def _replace(connection: duckdb.DuckDBPyConnection, store: str, read: Sequence[Rows], gone: Sequence[str] = ()) -> None:
+    for rows in read:
+        _forget(connection, store, rows["ingested"][0][2])
+    for path in gone:
+        if not objects.exists(objects.join(store, path)):  # another process may have made it since we looked
+            _forget(connection, store, path)
+    _insert(connection, read)
 
 
 def _forget(connection: duckdb.DuckDBPyConnection, store: str, path: str) -> None:
-    keys = connection.execute("SELECT key FROM ingested WHERE store = ? AND url = ?", [store, path]).fetchall()
-    for (key,) in keys:
-        for table in TABLES:
-            column = "output" if table == "edges" else "key"
-            connection.execute(f"DELETE FROM {table} WHERE store = ? AND {column} = ?", [store, key])
+    where = "FROM ingested WHERE namespace = ? AND path = ?"
+    for (dataset,) in connection.execute(f"SELECT dataset {where}", [store, path]).fetchall():
+        for table, condition in rows_of.stands_on(path).items():
+            connection.execute(f"DELETE FROM {table} WHERE namespace = $1 AND {condition}", [store, dataset])
+    connection.execute(f"DELETE {where}", [store, path])
 
 
-def _describe(rows: dict[str, list[tuple[Any, ...]]], store: str, path: str, modified: str, record: Record) -> None:
-    """Add what a record says to the rows of each table."""
-    key = record.key
-    numbers, scores = _flatten(record.metrics)
-    rows["artifacts"].append(_artifact(store, record))
-    rows["files"] += [(store, key, f.path, f.bytes, f.modified, f.sha256) for f in record.files]
-    rows["edges"] += [(store, key, p.key, p.fingerprint) for p in record.parents]
-    rows["metrics"] += [(store, key, name, value) for name, value in numbers]
-    suite = key.rsplit("/", 1)[-1]
-    rows["scores"] += [(store, key, _run_of(key), suite, name, *score) for name, score in scores]
-    rows["ingested"].append((store, key, path, modified))
+def _insert(connection: duckdb.DuckDBPyConnection, read: Sequence[Rows]) -> None:
+    """One statement a table: row by row takes a millisecond each."""
+    for table in (*schema.TABLES, schema.INGESTED):
+        values = [row for rows in read for row in rows.get(table, [])]
+        if values:
+            columns = [pa.array(column) for column in zip(*values, strict=True)]
+            connection.register("incoming", pa.table(columns, names=[f"c{n}" for n in range(len(columns))]))
+            connection.execute(f"INSERT INTO {table} SELECT * FROM incoming")
+            connection.unregister("incoming")
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: list[tuple[Any, ...]]) -> None:
-    """One statement for many rows: row by row takes a millisecond each."""
-    row = f"({', '.join('?' * len(rows[0]))})"
-    values = ", ".join([row] * len(rows))
-    connection.execute(f"INSERT INTO {table} VALUES {values}", [value for one in rows for value in one])
-
-
-def _artifact(store: str, record: Record) -> tuple[Any, ...]:
-    cost = (record.cost.get(name) for name in ("seconds", "gpu_hours", "dollars"))
-    return (
-        *(store, record.key, record.asset, record.fingerprint, record.code_version, _run_of(record.key)),
-        *(json.dumps(record.config), record.started, record.ended, *cost),
-        *(record.rows, record.tokens, record.bytes, record.commit, record.dirty),
-        *(json.dumps(record.versions), json.dumps(record.hardware)),
-    )
-
-
-def _run_of(key: str) -> str | None:
-    """The run that an output belongs to; corpora, tokens and items are shared by runs."""
-    return key.split("/")[1] if key.startswith("runs/") else None
-
-
-def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> tuple[list[Any], list[Any]]:
-    """Numbers by their dotted name, and scores: entries of {value, stderr, n}."""
-    numbers: list[Any] = []
-    scores: list[Any] = []
-    for name, value in metrics.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, Mapping) and isinstance(value.get("value"), int | float):
-            short = full.removeprefix("scores.")
-            scores.append((short, (value["value"], value.get("stderr"), value.get("n"))))
-        elif isinstance(value, Mapping):
-            inner = _flatten(value, f"{full}.")
-            numbers, scores = numbers + inner[0], scores + inner[1]
-        elif isinstance(value, int | float):
-            numbers.append((full, float(value)))
-    return numbers, scores
-
-
-def _locate(connection: duckdb.DuckDBPyConnection, key: str) -> tuple[str, str]:
-    """(store, key) of the output that `key` names, itself or through one of its files."""
+def _locate(connection: duckdb.DuckDBPyConnection, store: str, key: str) -> tuple[str, str]:
+    """(store, name) of the output that `key` means, itself or through one of its files."""
     wanted = key.rstrip("/")
-    found = (
-        connection.execute(
-            "SELECT store, key FROM artifacts WHERE $1 IN (key, store || '/' || key) OR key = 'runs/' || $1 "
-            "ORDER BY ended DESC",
-            [wanted],
-        ).fetchone()
-        or connection.execute(
-            "SELECT store, key FROM files "
-            "WHERE $1 IN (path, key || '/' || path, store || '/' || key || '/' || path) "
-            "ORDER BY store, key",
-            [wanted],
-        ).fetchone()
-    )
+    found = _found(connection, store, wanted)
     if found is None:
         near = connection.execute(
-            "SELECT key FROM artifacts ORDER BY jaro_winkler_similarity(key, ?) DESC LIMIT 3", [wanted]
+            "SELECT name FROM artifacts ORDER BY jaro_winkler_similarity(name, ?) DESC LIMIT 3", [wanted]
         ).fetchall()
         hint = f": did you mean {', '.join(k for (k,) in near)}?" if near else ": nothing has been made here yet"
         raise ValueError(f"no output or file {key!r}{hint}")
     return found
 
 
-def _identity(connection: duckdb.DuckDBPyConnection, store: str, key: str) -> tuple[str, str, str]:
-    """(key, job, fingerprint) of an output of the store."""
-    row = connection.execute("SELECT job, fingerprint FROM artifacts WHERE store = ? AND key = ?", [store, key])
-    found = row.fetchone()
-    assert found is not None  # edges are taken in with their output
-    return key, found[0], found[1]
+def _found(connection: duckdb.DuckDBPyConnection, store: str, wanted: str) -> tuple[str, str] | None:
+    output = connection.execute(
+        "SELECT namespace, name FROM artifacts WHERE $2 IN ('', namespace) "
+        "AND ($1 IN (name, namespace || '/' || name) OR name = 'runs/' || $1) ORDER BY ended DESC",
+        [wanted, store],
+    )
+    if found := output.fetchone():
+        return found
+    # a score's file lies beside its record, not below it
+    file = connection.execute(
+        "SELECT namespace, dataset FROM files WHERE $2 IN ('', namespace) AND $1 IN (path, dataset || '/' || path, "
+        "namespace || '/' || dataset || '/' || path, "
+        "namespace || '/' || regexp_replace(dataset, '[^/]*$', '') || path, "
+        "regexp_replace(dataset, '[^/]*$', '') || path) ORDER BY namespace, dataset",
+        [wanted, store],
+    )
+    return file.fetchone()
+
+
+FACTS = ("started", "ended", "rows", "tokens", "bytes", "commit", "dirty", "code_version", "revision", "url")
 
 
 def _node(connection: duckdb.DuckDBPyConnection, store: str, key: str, used: str | None = None) -> Node:
     """`used` is the fingerprint that the output below was made from; None at the top."""
     row = connection.execute(
-        "SELECT job, fingerprint, started, ended, rows, tokens, bytes, commit, dirty, code_version "
-        "FROM artifacts WHERE store = ? AND key = ?",
+        "SELECT job, fingerprint, started, ended, row_count, tokens, size, commit, dirty, code_version, "
+        "facets ->> 'revision', facets ->> 'url' "
+        "FROM artifacts a LEFT JOIN environments e ON e.namespace = a.namespace AND e.dataset = a.name "
+        "WHERE a.namespace = ? AND a.name = ?",
         [store, key],
     ).fetchone()
     if row is None:
         return Node(key, "", used or "", replaced=True)
-    names = ("started", "ended", "rows", "tokens", "bytes", "commit", "dirty", "code_version")
-    facts = {name: value for name, value in zip(names, row[2:], strict=True) if value is not None}
+    facts = {name: value for name, value in zip(FACTS, row[2:], strict=True) if value is not None}
     inputs = connection.execute(
-        "SELECT input, input_fingerprint FROM edges WHERE store = ? AND output = ? ORDER BY input",
+        "SELECT input, input_fingerprint FROM edges WHERE namespace = ? AND output = ? ORDER BY input",
         [store, key],
     ).fetchall()
     replaced = used is not None and used != row[1]
-    below = () if replaced else tuple(_node(connection, store, i, f) for i, f in inputs)
-    return Node(key, row[0], used or row[1], replaced, below, facts)
+    if replaced:  # what is there now is not what was used
+        return Node(key, row[0], used or row[1], replaced, (), facts)
+    files = connection.execute(
+        "SELECT path, size, sha256 FROM files WHERE namespace = ? AND dataset = ? ORDER BY path", [store, key]
+    ).fetchall()
+    listed = tuple({"path": path, "bytes": size, "sha256": digest} for path, size, digest in files)
+    below = tuple(_node(connection, store, i, f) for i, f in inputs)
+    return Node(key, row[0], row[1], replaced, below, facts, listed)

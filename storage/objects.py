@@ -250,6 +250,11 @@ def free_bytes(url: str) -> int | None:
     return shutil.disk_usage(path).free
 
 
+def filesystem(url: str) -> Any:
+    """The fsspec filesystem of a location on S3, for libraries that take one."""
+    return _remote(url)
+
+
 def _remote(url: str) -> Any:
     """The fsspec filesystem of a URL. Listings are never cached: other processes write to the same store."""
     protocol = url.split("://", 1)[0]

@@ -40,6 +40,15 @@ class Parent:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """A check that the output went through before it was recorded."""
+
+    assertion: str
+    success: bool
+    numbers: dict[str, Any]  # that it looked at
+
+
+@dataclass(frozen=True)
 class Record:
     asset: str
     key: str
@@ -53,7 +62,8 @@ class Record:
     rows: int | None = None
     tokens: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)  # seconds, gpu_hours, dollars
+    cost: dict[str, float | None] = field(default_factory=dict)  # seconds, gpu_hours, dollars, joules; of training more
+    checks: list[Checked] = field(default_factory=list)
     commit: str | None = None
     dirty: bool | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -118,6 +128,7 @@ def from_json(url: str, data: dict[str, Any]) -> Record:
     values = {name: value for name, value in data.items() if name in names}
     values["parents"] = [Parent(**p) for p in data["parents"]]
     values["files"] = [File(**f) for f in data["files"]]
+    values["checks"] = [Checked(**c) for c in data.get("checks", [])]
     return Record(**values)
 
 

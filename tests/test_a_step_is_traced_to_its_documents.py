@@ -2,13 +2,15 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from storage import shards, tokenizer
+from storage import documents, objects, shards, tokenizer
+from storage.records import File, Record
 from training import recipes, tokenization, trace
 from training.config import ModelConfig
 from training.loader import training_loader
@@ -62,18 +64,37 @@ def test_the_steps_of_a_document_are_those_that_name_it(tokens, config):
         for seen in trace.documents_of_step(tokens, config, step):
             named.setdefault(seen.id, []).append(step)
     for document in list(named)[::9]:
-        assert trace.steps_of_document(tokens, config, document) == named[document]
+        assert steps_of(tokens, config, document) == named[document]
+        assert steps_of(tokens, config, document.replace("id ", "u/")) == named[document]
+
+
+def steps_of(tokens: str, config, document: str, **known) -> list[int]:
+    """By the lookup that the command uses."""
+    store, _, key = tokens.rpartition("/")
+    files = [File(s.path, 0, "", "") for s in objects.list_files(tokens)]
+    record = Record("token_shards", key, "f" * 64, "1", {}, [], files, "", "")
+    places = documents.find(store, record, Path(store) / "home", document)
+    return trace.steps_of_places(tokens, config, [(p.shard, p.start, p.tokens) for p in places], **known)
+
+
+def test_a_run_that_left_data_out_is_traced_by_its_metrics(tokens, config):
+    """As after a rewind: from step 30 on it reads 8 sequences further on in the order."""
+    positions = {step: 4 * step + (8 if step >= 30 else 0) for step in range(60)}
+    assert trace.documents_of_step(tokens, config, 40, positions) == trace.documents_of_step(tokens, config, 42)
+    for document in ("id 30", "id 77", "id 120"):
+        seen = [trace.documents_of_step(tokens, config, step, positions) for step in range(60)]
+        there = [step for step, found in enumerate(seen) if document in [d.id for d in found]]
+        assert steps_of(tokens, config, document, positions=positions) == there
 
 
 def test_a_run_that_overfits_sees_its_first_batch(tokens, config):
     overfit = replace(config, train=replace(config.train, overfit=True))
     first = trace.documents_of_step(tokens, config, 0)
     assert trace.documents_of_step(tokens, overfit, 40) == first
+    assert steps_of(tokens, overfit, first[0].id) == [*range(60)]
 
 
 def test_it_works_on_s3(tokens, config, s3_store):
-    from storage import objects
-
     objects.copy_tree(tokens, f"{s3_store}/tokens/c")
     assert trace.documents_of_step(f"{s3_store}/tokens/c", config, 9) == trace.documents_of_step(tokens, config, 9)
 
@@ -81,8 +102,7 @@ def test_it_works_on_s3(tokens, config, s3_store):
 def test_what_can_not_be_traced_is_said(tokens, config, tmp_path):
     with pytest.raises(ValueError, match="no step 60, only 0 to 59"):
         trace.documents_of_step(tokens, config, 60)
-    with pytest.raises(ValueError, match="no training shard in .* has a document 'id 9999'"):
-        trace.steps_of_document(tokens, config, "id 9999")
+    assert steps_of(tokens, config, "id 9999") == []
     shards.write_shard(str(tmp_path / "e_train_000001.bin"), tokenizer.encode("word " * 1000))
     with pytest.raises(ValueError, match="tokenized elsewhere"):
         trace.documents_of_step(str(tmp_path), config, 1)

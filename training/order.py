@@ -56,9 +56,12 @@ class Order:
     def sequence(self, position: int) -> tuple[int, int]:
         """(shard, offset of its first token) of the sequence at `position`."""
         epoch, shard, index = self.locate(position)
-        if self.shuffle:
-            index = int(_permutation(self.shard_sequences[shard], self.seed, epoch, shard)[index])
-        return shard, index * self.context
+        return shard, int(self.permutation(epoch, shard)[index]) * self.context
+
+    def permutation(self, epoch: int, shard: int) -> NDArray[np.int64]:
+        """The order in which an epoch takes a shard's sequences, as indices into the shard."""
+        count = self.shard_sequences[shard]
+        return _permutation(count, self.seed, epoch, shard) if self.shuffle else _straight(count)
 
 
 def batch(order: Order, positions: Sequence[int]) -> list[tuple[int, int]]:
@@ -73,6 +76,11 @@ def _permutation(count: int, seed: int, epoch: int, shard: int) -> NDArray[np.in
     for part in (epoch, shard):
         key = _hash(key ^ np.uint64(part))
     return np.argsort(_hash(key ^ _hash(np.arange(count, dtype=np.uint64))), kind="stable")
+
+
+@lru_cache(maxsize=4)
+def _straight(count: int) -> NDArray[np.int64]:
+    return np.arange(count)
 
 
 def _hash(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

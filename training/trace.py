@@ -1,19 +1,20 @@
 """Which documents did a training step see, and which steps saw a document?
 
 A pure function of the run's configuration and the shards: the order gives a step's sequences, the shards'
-indexes give the documents in them. It holds for runs that read their data straight through, as all do but
-those that were rewound past a divergence.
+indexes give the documents in them. A run that was rewound past a divergence left data out; its metrics say
+where in the order each of its steps began.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from storage import objects, shards
-from storage.verification import read_table
 from training.config import RunConfig
 from training.cuts import index_name
 from training.order import Order
@@ -32,7 +33,17 @@ class Seen:
     tokens: int  # of it in the batch, as inputs
 
 
-def documents_of_step(tokens: str, config: RunConfig, step: int) -> list[Seen]:
+Positions = Mapping[int, int]  # step → its first sequence's place in the order
+STRAIGHT: Positions = MappingProxyType({})  # of a run that left nothing out
+
+
+def positions_of(run: str) -> Positions:
+    """Where each step of a run began, from the metrics in its folder."""
+    lines = objects.read_text(objects.join(run, "metrics.jsonl")).splitlines()
+    return {step["step"]: step["position"] for step in map(json.loads, lines)}
+
+
+def documents_of_step(tokens: str, config: RunConfig, step: int, positions: Positions = STRAIGHT) -> list[Seen]:
     """The documents in the batch of `step`, counted from 0 as in main.log, those with most tokens first.
 
     `tokens` is the folder of the run's shards, local or on S3. Raises ValueError for a step that the run has not,
@@ -41,19 +52,22 @@ def documents_of_step(tokens: str, config: RunConfig, step: int) -> list[Seen]:
     if not 0 <= step < config.train.steps:
         raise ValueError(f"the run has no step {step}, only 0 to {config.train.steps - 1}")
     names, order = _order(tokens, config)
-    per_step = config.train.batch_tokens // config.model.context
-    first = 0 if config.train.overfit else step * per_step
+    per_step = _per_step(config)
+    first = 0 if config.train.overfit else positions.get(step, step * per_step)
     by_shard: dict[int, list[int]] = {}
     for position in range(first, first + per_step):
         shard, offset = order.sequence(position)
         by_shard.setdefault(shard, []).append(offset)
-    seen: dict[tuple[str, int], Seen] = {}
-    for shard, offsets in by_shard.items():
-        index = _index(tokens, names[shard])
-        for found in _in_sequences(index, names[shard], offsets, config.model.context):
-            known = seen.get((found.file, found.row))
-            seen[found.file, found.row] = replace(found, tokens=found.tokens + (known.tokens if known else 0))
-    return sorted(seen.values(), key=lambda s: (-s.tokens, s.file, s.row))
+    found = [_in_sequences(tokens, names[shard], offsets, config) for shard, offsets in by_shard.items()]
+    merged: dict[tuple[str, int], Seen] = {}
+    for seen in (seen for part in found for seen in part):
+        known = merged.get((seen.file, seen.row))
+        merged[seen.file, seen.row] = replace(seen, tokens=seen.tokens + (known.tokens if known else 0))
+    return sorted(merged.values(), key=lambda s: (-s.tokens, s.file, s.row))
+
+
+def _per_step(config: RunConfig) -> int:
+    return config.train.batch_tokens // config.model.context
 
 
 def _order(tokens: str, config: RunConfig) -> tuple[list[str], Order]:
@@ -64,50 +78,64 @@ def _order(tokens: str, config: RunConfig) -> tuple[list[str], Order]:
     return [s.path for s in found], order
 
 
-def _index(tokens: str, shard: str) -> pa.Table:
-    url = objects.join(tokens, index_name(shard))
+def _in_sequences(tokens: str, shard: str, offsets: Sequence[int], config: RunConfig) -> list[Seen]:
+    """The documents in sequences of a shard, each once, with their tokens in these."""
+    url, context = objects.join(tokens, index_name(shard)), config.model.context
     if not objects.exists(url):
         raise ValueError(f"{shard} has no index of its documents: it was tokenized elsewhere")
-    return read_table(url)
-
-
-def _in_sequences(index: pa.Table, shard: str, offsets: Sequence[int], context: int) -> list[Seen]:
-    starts, lengths = index["start"].to_numpy(), index["tokens"].to_numpy()
-    found = []
+    with objects.open_file(url) as f:
+        index = pq.ParquetFile(f).read(use_threads=False)
+    starts, lengths = _numbers(index, "start"), _numbers(index, "tokens")
+    inside: dict[int, int] = {}  # row of the index → tokens
     for offset in offsets:
         low = int(np.searchsorted(starts, offset, side="right")) - 1
         high = int(np.searchsorted(starts, offset + context, side="left"))
-        for at, row in enumerate(index.slice(low, high - low).to_pylist(), start=low):
-            inside = min(starts[at] + lengths[at], offset + context) - max(starts[at], offset)
-            names = {name: row[name] or "" for name in ("id", "url", "dump", "file")}
-            found.append(Seen(**names, row=row["row"], shard=shard, tokens=int(inside)))
-    return found
+        for at in range(low, high):
+            count = min(starts[at] + lengths[at], offset + context) - max(starts[at], offset)
+            inside[at] = inside.get(at, 0) + int(count)
+    rows = index.take(pa.array([*inside], pa.int64())).to_pylist()
+    texts = ("id", "url", "dump", "file")
+    return [
+        Seen(**{name: row[name] or "" for name in texts}, row=row["row"], shard=shard, tokens=count)
+        for row, count in zip(rows, inside.values(), strict=True)
+    ]
 
 
-def steps_of_document(tokens: str, config: RunConfig, document: str) -> list[int]:
-    """The steps of a run, from 0, whose batches hold a token of the document with this id, as input.
+def _numbers(table: pa.Table, column: str) -> np.ndarray:
+    """A column as numpy sees it; pyarrow's own way there loads pandas, which takes longer than all else here."""
+    return np.from_dlpack(table[column].combine_chunks())
 
-    Raises ValueError where no training shard has such a document.
+
+def steps_of_places(
+    tokens: str, config: RunConfig, places: Iterable[tuple[str, int, int]], positions: Positions = STRAIGHT
+) -> list[int]:
+    """The steps of a run, from 0, whose batches hold one of these places' tokens as input; empty where none does.
+
+    A place is (training shard, first token in it, tokens); others are passed over.
     """
     names, order = _order(tokens, config)
-    places = [(n, start, count) for n, name in enumerate(names) for start, count in _places(tokens, name, document)]
-    if not places:
-        raise ValueError(f"no training shard in {tokens} has a document {document!r}: is it in the validation shard?")
-    per_step = config.train.batch_tokens // config.model.context
-    sequences = config.train.steps * per_step
-    steps = set()
-    for shard, start, count in places:
-        first = order.shard_ends[shard] - order.shard_sequences[shard]
-        for epoch in range(-(-sequences // order.sequences_per_epoch)):
-            began = epoch * order.sequences_per_epoch + first
-            for position in range(began, min(began + order.shard_sequences[shard], sequences)):
-                offset = order.sequence(position)[1]
-                if offset < start + count and offset + config.model.context > start:
-                    steps.add(position // per_step)
-    return sorted(steps)
+    per_step = _per_step(config)
+    sequences = per_step if config.train.overfit else config.train.steps * per_step
+    end = max([sequences, *(position + per_step for position in positions.values())])  # some data may be left out
+    held = [_positions(order, names.index(s), start, count, end) for s, start, count in places if s in names]
+    found = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *held]))
+    if config.train.overfit:
+        return [*range(config.train.steps)] if len(found) else []
+    if not positions:
+        return [int(step) for step in np.unique(found // per_step)]
+    began = np.array([*positions.values()])
+    seen = np.searchsorted(found, began + per_step) > np.searchsorted(found, began)
+    return [step for step, is_seen in zip(positions, seen, strict=True) if is_seen]
 
 
-def _places(tokens: str, shard: str, document: str) -> list[tuple[int, int]]:
-    """(start, tokens) of a document in a shard."""
-    rows = _index(tokens, shard).filter(pc.field("id") == document)
-    return [(row["start"], row["tokens"]) for row in rows.to_pylist()]
+def _positions(order: Order, shard: int, start: int, count: int, end: int) -> np.ndarray:
+    """Positions before `end` of the sequences that hold one of `count` tokens from `start` of a shard."""
+    have = order.shard_sequences[shard]
+    indices = np.arange(max(0, start) // order.context, min(-(-(start + count) // order.context), have))
+    first = order.shard_ends[shard] - have
+    found = [np.zeros(0, dtype=np.int64)]
+    for epoch in range(-(-end // order.sequences_per_epoch)):
+        places = np.flatnonzero(np.isin(order.permutation(epoch, shard), indices))
+        found.append(epoch * order.sequences_per_epoch + first + places)
+    every = np.concatenate(found)
+    return every[every < end]

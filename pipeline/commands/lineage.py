@@ -1,6 +1,8 @@
 """Commands that ask what came from what: `gpt2 lineage show | trace | impact | cost | sql | rebuild`."""
 
 import json
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,10 +13,12 @@ from rich.tree import Tree
 from pipeline import runs
 from pipeline.commands.run import JsonOption, StoreOption
 from pipeline.terminal import console, size
-from storage import objects
+from storage import documents, objects, records
+from storage.documents import Place
 from storage.lineage import Lineage, Node
-from storage.places import places
+from storage.places import Places, places
 from training import trace as tracing
+from training.config import RunConfig
 
 app = typer.Typer(help="What an output, a file or a score was made from.", no_args_is_help=True)
 
@@ -24,22 +28,31 @@ def show(
     what: Annotated[
         str, typer.Argument(help='A run ("demo"), an output ("demo/scores/eleuther"), or the path of a file.')
     ],
+    files: Annotated[int, typer.Option(help="How many files of each output to list.")] = 8,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the tree from an output down to its documents, with fingerprints and files."""
+    """Print the tree from an output down to its documents: fingerprints, hub revision, files and their sha256."""
     node = _index(store).ancestry(what)
     if as_json:
         print(json.dumps(asdict(node), indent=2, default=str))
         return
     tree = Tree(_line(node))
-    _grow(tree, node)
-    console().print(tree)
+    _grow(tree, node, files, set())
+    console().print(tree, soft_wrap=True)
 
 
-def _grow(tree: Tree, node: Node) -> None:
+def _grow(tree: Tree, node: Node, files: int, shown: set[str]) -> None:
+    """Each output's files once, under the first place where it stands."""
+    if node.key not in shown:
+        listed = node.files[:files]
+        for f in listed:
+            tree.add(f"[dim]{f['path']}  {size(f['bytes'])}  sha256 {f['sha256']}[/dim]")
+        if len(node.files) > len(listed):
+            tree.add(f"[dim]… and {len(node.files) - len(listed):,} files more: --files {len(node.files)}[/dim]")
+    shown.add(node.key)
     for parent in node.inputs:
-        _grow(tree.add(_line(parent)), parent)
+        _grow(tree.add(_line(parent)), parent, files, shown)
 
 
 def _line(node: Node) -> str:
@@ -47,11 +60,12 @@ def _line(node: Node) -> str:
     counts = [f"{facts[name]:,} {name}" for name in ("rows", "tokens") if name in facts]
     made = [size(facts["bytes"])] if "bytes" in facts else []
     when = [f"{facts['ended']:%Y-%m-%d %H:%M}"] if "ended" in facts else []
+    source = [f"{facts['url']} at revision {facts['revision']}"] if "revision" in facts and "url" in facts else []
     code = (
         [f"commit {facts['commit'][:10]}{' with changes' if facts.get('dirty') else ''}"] if "commit" in facts else []
     )
     replaced = ["[yellow]replaced since[/yellow]"] if node.replaced else []
-    described = ", ".join([*counts, *made, *when, *code, *replaced])
+    described = ", ".join([*counts, *made, *source, *when, *code, *replaced])
     return f"[bold]{node.key}[/bold]  {node.job} [dim]{node.fingerprint[:12]}[/dim]  {described}"
 
 
@@ -59,33 +73,120 @@ def _line(node: Node) -> str:
 def trace(
     run: Annotated[str, typer.Argument(help="A run in the store.")],
     step: Annotated[int | None, typer.Option(help="Name the documents in this step's batch, counted from 0.")] = None,
-    document: Annotated[str | None, typer.Option(help="Say at which steps the document of this id was seen.")] = None,
+    document: Annotated[
+        str | None, typer.Option(metavar="ID|URL", help="Say at which steps this document was seen.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the documents themselves.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """From a training step to its documents, or from a document to the steps that saw it."""
     if (step is None) == (document is None):
-        raise ValueError("trace needs either --step N or --document ID")
+        raise ValueError("trace needs either --step N or --document ID|URL")
     place = places(store)
     config = runs.existing(place, run)
-    tokens = objects.join(place.store, runs.tokens_of(place, run))
+    found: list[dict[str, Any]]
     if step is not None:
-        seen = tracing.documents_of_step(tokens, config, step)
-        _print_rows([asdict(s) for s in seen], ["id", "url", "dump", "file", "row", "shard", "tokens"], as_json)
+        tokens = objects.join(place.store, runs.tokens_of(place, run))
+        found = [asdict(s) for s in tracing.documents_of_step(tokens, config, step, _positions(place, run, config))]
+        names = ["id", "url", "dump", "file", "row", "shard", "tokens"]
     else:
-        steps = tracing.steps_of_document(tokens, config, document or "")
-        _print_rows([{"step": s} for s in steps], ["step"], as_json)
+        found = _seen(place, run, config, document or "")
+        names = ["step", "id", "url", "shard"]
+    if text:
+        _add_texts(place, found)
+        if not as_json:
+            _print_texts(found)
+            return
+    _print_rows(found, names, as_json)
+
+
+def _positions(place: Places, run: str, config: RunConfig) -> tracing.Positions:
+    """Where each step began; only a run that may have been rewound need be asked."""
+    folder = objects.join(place.store, "runs", run)
+    may_be_rewound = config.train.on_divergence == "rewind" and objects.exists(objects.join(folder, "metrics.jsonl"))
+    return tracing.positions_of(folder) if may_be_rewound else {}
+
+
+def _seen(place: Places, run: str, config: RunConfig, document: str) -> list[dict[str, Any]]:
+    """A row for each step of the run that saw the document. Raises ValueError where its corpus has no such one."""
+    key = runs.tokens_of(place, run)
+    found = _find(place, key, document)
+    if not found:
+        raise ValueError(f"no shard in {key} has a document of the id or URL {document!r}")
+    one = found[0]
+    tokens = objects.join(place.store, key)
+    where = [(p.shard, p.start, p.tokens) for p in found]
+    steps = tracing.steps_of_places(tokens, config, where, _positions(place, run, config))
+    if not steps:
+        held_out = all("_val_" in p.shard for p in found)
+        why = "it is held out, for validation" if held_out else "its shards come after the last step"
+        sys.stderr.write(f"{document} of {one.shard} was seen at no step: {why}\n")
+    known = {"id": one.id, "url": one.url, "shard": one.shard, "file": one.file, "row": one.row}
+    return [{"step": step, **known} for step in steps]
+
+
+def _find(place: Places, key: str, document: str) -> list[Place]:
+    record = records.read_record(place.store, key)
+    return documents.find(place.store, record, place.home, document) if record else []
+
+
+def _add_texts(place: Places, found: list[dict[str, Any]]) -> None:
+    """The text of each document, from the file that it was read from, which the store's paths are relative to."""
+    rows: dict[str, list[int]] = {}
+    for row in found:
+        rows.setdefault(row["file"], []).append(row["row"])
+    texts = {file: documents.texts_at(records.file_url(place.store, "", file), rows[file]) for file in rows}
+    for row in found:
+        row["text"] = texts[row["file"]][row["row"]]
+
+
+def _print_texts(found: list[dict[str, Any]]) -> None:
+    for row in {(row["file"], row["row"]): row for row in found}.values():
+        print(f"=== {row['id']}  {row['url']}  ({row['file']}, row {row['row']})\n{row['text']}\n")
 
 
 @app.command()
 def impact(
-    what: Annotated[str, typer.Argument(help="An output or a file, such as a corpus's documents or a shard.")],
+    what: Annotated[
+        str, typer.Argument(help="An output, such as a corpus; a file of one, such as a shard; a document's id or URL.")
+    ],
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List every output that depends on this one: what a fault in it reaches."""
-    nodes = _index(store).impact(what)
-    _print_rows([{"output": n.key, "made by": n.job, "fingerprint": n.fingerprint} for n in nodes], None, as_json)
+    """List every model and score, and all else, that depends on this: what a fault in it reaches."""
+    place = places(store)
+    index = _index(store)
+    if index.knows(what):
+        nodes = index.impact(what)
+    elif readers := _readers(place, index, what):
+        nodes = [*readers, *index.impact(*(node.key for node in readers))]
+    else:
+        raise ValueError(f"there is no output, file or document {what!r} in {place.store} that anything was made from")
+    rows = [{"output": n.key, "made by": n.job, "fingerprint": n.fingerprint} for n in nodes]
+    _print_rows(list({row["output"]: row for row in rows}.values()), None, as_json)
+
+
+def _readers(place: Places, index: Lineage, document: str) -> list[Node]:
+    """What was made from a document itself: models whose training saw it, and what reads the shard held out."""
+    _, rows = index.sql("SELECT namespace, name FROM artifacts WHERE job = 'token_shards'")
+    readers = []
+    for key in (name for namespace, name in rows if namespace == place.store):
+        found = _find(place, key, document)
+        held_out = any("_val_" in p.shard for p in found)
+        for node in index.impact(key) if found else []:
+            direct = key in (parent.key for parent in index.ancestry(node.key).inputs)
+            if direct and (_saw(place, node.key, found) if node.job == "trained_model" else held_out):
+                readers.append(node)
+    return readers
+
+
+def _saw(place: Places, key: str, found: list[Place]) -> bool:
+    run = objects.name_of(key)
+    config = runs.existing(place, run)
+    tokens = objects.join(place.store, runs.tokens_of(place, run))
+    where = [(p.shard, p.start, p.tokens) for p in found]
+    return bool(tracing.steps_of_places(tokens, config, where, _positions(place, run, config)))
 
 
 @app.command()
@@ -94,14 +195,31 @@ def cost(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What an output and all that it was made from took: seconds, GPU hours, dollars."""
-    _print_rows([asdict(c) for c in _index(store).cost(what)], None, as_json)
+    """What an output and all that it was made from took: seconds, GPU hours, dollars, energy, and what was wasted."""
+    rows = [asdict(c) for c in _index(store).cost(what)]
+    if not as_json:
+        sums = {name: _sum(row[name] for row in rows) for name in ("seconds", "gpu_hours", "dollars", "joules")}
+        rows.append(dict.fromkeys(rows[0]) | {"key": "together", **sums})
+        rows = [{name: _rounded(value) for name, value in row.items()} for row in rows]
+    _print_rows(rows, None, as_json)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _index(store: str | None) -> Lineage:
     """The index, with the store's present records in it."""
     place = places(store)
-    index = Lineage(place.lineage)
+    index = Lineage(place.lineage, place.store)
     index.ingest(place.store)
     return index
 
@@ -119,12 +237,13 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str] | None, as_json: 
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(help='Such as "SELECT key, job, bytes FROM artifacts".')],
+    query: Annotated[str, typer.Argument(help='Such as "SELECT name, job, size FROM artifacts".')],
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a SQL query over the index: tables artifacts, files, edges, metrics, scores."""
-    columns, rows = _index(store).sql(query)
+    """Answer a SQL query over the index: tables artifacts, files, edges, runs, metrics, scores, checks, costs,
+    environments, documents (docs/lineage.md)."""
+    columns, rows = _index(store).sql(query, [places(store).store])
     _print_rows([dict(zip(columns, row, strict=True)) for row in rows], columns, as_json)
 
 
@@ -133,4 +252,4 @@ def rebuild(store: StoreOption = None) -> None:
     """Make the index anew from the records in the store."""
     place = places(store)
     count = Lineage(place.lineage).rebuild(place.store)
-    print(f"{count} records of {place.store} are in {place.lineage}")
+    print(f"{count} files of {place.store} are in {place.lineage}")

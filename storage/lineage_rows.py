@@ -1,0 +1,141 @@
+"""What does the index take in from a file of a store: an output's record, a run's configuration, its metrics?"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from storage import objects
+from storage.records import Record, from_json, record_url
+
+Rows = dict[str, list[tuple[Any, ...]]]  # by table
+
+
+def files_of(store: str) -> dict[str, str]:
+    """What of a store the index reads: path → modified, from one listing."""
+    found = {s.path: s.modified for s in objects.list_files(store)}
+    return {path: _stamp(path, found) for path in found if _is_read(path)}
+
+
+def files_beside(store: str, key: str) -> list[str]:
+    """What there is to read of one output."""
+    own = record_url("", key).lstrip("/")
+    run = [f"{key}/config.json", f"{key}/metrics.jsonl"] if key.startswith("runs/") and key.count("/") == 1 else []
+    return [path for path in (own, *run) if objects.exists(objects.join(store, path))]
+
+
+def _is_read(path: str) -> bool:
+    parts = path.split("/")
+    if parts[0] not in ("corpora", "tokens", "eval_items", "runs"):
+        return False
+    return path.endswith("record.json") or (parts[0] == "runs" and parts[2:] in (["config.json"], ["metrics.jsonl"]))
+
+
+def _stamp(path: str, modified: Mapping[str, str]) -> str:
+    """When a file changed; a run's configuration is read together with what its inputs are called."""
+    return " ".join(modified.get(one, "") for one in (path, *_beside(path)))
+
+
+def _beside(path: str) -> list[str]:
+    return [path.replace("config.json", "inputs.json")] if path.endswith("config.json") else []
+
+
+def read(store: str, path: str) -> Rows:
+    """The rows of each table that stand on a file of the store, and that it is taken in.
+
+    Raises FileNotFoundError where it is gone.
+    """
+    url, folder = objects.join(store, path), path.rpartition("/")[0]
+    there = [p for p in (path, *_beside(path)) if p == path or objects.exists(objects.join(store, p))]
+    # when they changed is asked before they are read: a change in between is seen by the next that asks
+    stamp = _stamp(path, {p: objects.stat(objects.join(store, p)).modified for p in there})
+    if path.endswith("record.json"):
+        record = from_json(url, objects.read_json(url))
+        rows, dataset = _of_record(store, record), record.key
+    elif path.endswith("metrics.jsonl"):
+        rows, dataset = {"metrics": list(_of_steps(store, folder, objects.read_text(url)))}, folder
+    else:
+        config, inputs = [*(objects.read_json(objects.join(store, p)) for p in there), {}][:2]
+        rows, dataset = {"runs": [_run(store, folder, config, inputs)]}, folder
+    return rows | {"ingested": [(store, dataset, path, stamp)]}
+
+
+def stands_on(path: str) -> dict[str, str]:
+    """The tables that have rows from a file of this name, each with the condition for those of dataset $2."""
+    if path.endswith("metrics.jsonl"):
+        return {"metrics": "dataset = $2 AND step IS NOT NULL"}
+    if path.endswith("config.json"):
+        return {"runs": "'runs/' || run = $2"}
+    tables = ("files", "scores", "checks", "costs", "environments")
+    own = {"artifacts": "name = $2", "edges": "output = $2", "metrics": "dataset = $2 AND step IS NULL"}
+    return own | dict.fromkeys(tables, "dataset = $2")
+
+
+def _of_record(store: str, record: Record) -> Rows:
+    key, run = record.key, _run_of(record.key)
+    numbers, scores = _flatten(record.metrics)
+    suite = objects.name_of(key)
+    return {
+        "artifacts": [_artifact(store, record)],
+        "files": [(store, key, f.path, f.bytes, f.modified, f.sha256) for f in record.files],
+        "edges": [(store, key, p.key, p.fingerprint) for p in record.parents],
+        "metrics": [(store, key, name, value, None) for name, value in numbers],
+        "scores": [(store, key, run, suite, name, *score) for name, score in scores],
+        "checks": [(store, key, c.assertion, c.success, json.dumps(c.numbers)) for c in record.checks],
+        "costs": [(store, key, *(record.cost.get(name) for name in COSTS))],
+        "environments": [_environment(store, record)],
+    }
+
+
+COSTS = ("seconds", "gpu_hours", "dollars", "joules", "goodput", "restarts", "rewinds", "skipped_updates")
+
+
+def _artifact(store: str, record: Record) -> tuple[Any, ...]:
+    return (
+        *(store, record.key, record.asset, record.fingerprint, record.code_version, _run_of(record.key)),
+        *(json.dumps(record.config), record.started, record.ended),
+        *(record.rows, record.tokens, record.bytes, len(record.files), json.dumps(record.metrics)),
+    )
+
+
+def _environment(store: str, record: Record) -> tuple[Any, ...]:
+    versions, hardware = json.dumps(record.versions), json.dumps(record.hardware)
+    return store, record.key, record.commit, record.dirty, record.versions.get("python"), versions, hardware
+
+
+def _run_of(key: str) -> str | None:
+    """The run that an output belongs to; corpora, tokens and items are shared by runs."""
+    return key.split("/")[1] if key.startswith("runs/") else None
+
+
+def _run(store: str, folder: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A run as it is configured, whatever of it is made yet."""
+    train = config["train"]
+    return (
+        *(store, objects.name_of(folder), config["recipe"], config["corpus"], train["steps"], train["batch_tokens"]),
+        *(inputs.get("documents"), inputs.get("tokens"), json.dumps(config)),
+    )
+
+
+def _of_steps(store: str, folder: str, text: str) -> Iterator[tuple[Any, ...]]:
+    for line in text[: text.rfind("\n") + 1].splitlines():  # the last one may be being written
+        values = json.loads(line)
+        step = values.pop("step")
+        for name, value in _flatten(values)[0]:
+            yield store, folder, name, value, step
+
+
+def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> tuple[list[Any], list[Any]]:
+    """Numbers by their dotted name, and scores: entries of {value, stderr, n}."""
+    numbers: list[Any] = []
+    scores: list[Any] = []
+    for name, value in metrics.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, Mapping) and isinstance(value.get("value"), int | float):
+            short = full.removeprefix("scores.")
+            scores.append((short, (value["value"], value.get("stderr"), value.get("n"))))
+        elif isinstance(value, Mapping):
+            inner = _flatten(value, f"{full}.")
+            numbers, scores = numbers + inner[0], scores + inner[1]
+        elif isinstance(value, int | float):
+            numbers.append((full, float(value)))
+    return numbers, scores
