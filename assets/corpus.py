@@ -11,7 +11,7 @@ from assets.tokens import validation_shard
 from evals import completion_items
 from storage import items, objects, records, sources
 from storage.records import Record
-from training.config import RunConfig
+from training.config import EvalConfig
 
 DOCUMENTS_VERSION = "1"
 ITEMS_VERSION = "2"
@@ -72,8 +72,8 @@ def eval_items(
     """Items to complete, made from documents held out in the validation shard; HellaSwag's where it is at hand."""
     run = maker.run_config(context.partition_key)
     if run.evals.hellaswag:
-        maker.make(config, hellaswag_output(run), lambda _: _hellaswag_items(maker, run))
-    output = completion_output(maker, context.partition_key, run)
+        make_hellaswag(maker, config, run.evals)
+    output = completion_output(maker, context.partition_key, run.evals)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         texts = completion_items.held_out_documents(validation_shard(maker, context.partition_key))
@@ -85,26 +85,31 @@ def eval_items(
     return materialize(made, checks, {"hellaswag": run.evals.hellaswag or "no items: set evals.hellaswag=FILE"})
 
 
-def completion_output(maker: Maker, name: str, run: RunConfig) -> Output:
+def completion_output(maker: Maker, name: str, settings: EvalConfig) -> Output:
     """The demo's items, by the shards that they are made from."""
     tokens = maker.input(name, "tokens", "token_shards")
     return Output(
         "eval_items",
-        f"eval_items/completion_demo-{objects.name_of(tokens.key)}-{run.evals.completion_items}",
+        f"eval_items/completion_demo-{objects.name_of(tokens.key)}-{settings.completion_items}",
         ITEMS_VERSION,
-        {"suite": "completion_demo", "items": run.evals.completion_items, "seed": ITEMS_SEED},
+        {"suite": "completion_demo", "items": settings.completion_items, "seed": ITEMS_SEED},
         [tokens],
     )
 
 
-def hellaswag_output(run: RunConfig) -> Output:
+def hellaswag_output(settings: EvalConfig) -> Output:
     """HellaSwag's validation items, by their file's content; the hub's copy is the published one."""
-    place = run.evals.hellaswag
+    place = settings.hellaswag
     version = "hub" if place == "hub" else objects.sha256(place)
     definition = {"suite": "hellaswag", "version": version}
     return Output("eval_items", f"eval_items/hellaswag-{version[:8]}", ITEMS_VERSION, definition)
 
 
-def _hellaswag_items(maker: Maker, run: RunConfig) -> Produced:
-    out = records.folder_url(maker.places.store, hellaswag_output(run).key)
-    return Produced(files=items.hellaswag(run.evals.hellaswag, out), rows=items.HELLASWAG_ITEMS)
+def make_hellaswag(maker: Maker, config: StageConfig, settings: EvalConfig) -> None:
+    output = hellaswag_output(settings)
+
+    def produce(progress: Callable[[Event], None]) -> Produced:
+        out = records.folder_url(maker.places.store, output.key)
+        return Produced(files=items.hellaswag(settings.hellaswag, out), rows=items.HELLASWAG_ITEMS)
+
+    maker.make(config, output, produce)

@@ -92,7 +92,7 @@ def _train_arguments(maker: Maker, name: str, run: RunConfig, tokens: Record) ->
     objects.publish_json(objects.join(folder, "config.json"), to_dict(run))
     arguments = [folder, "--tokens", maker.stage(tokens)]
     if run.train.hellaswag:
-        items = maker.parent(hellaswag_output(run).key, "eval_items")
+        items = maker.parent(hellaswag_output(run.evals).key, "eval_items")
         arguments += ["--items", objects.join(maker.stage(items), FILES[1])]
     if not objects.is_local(maker.places.store):
         arguments += ["--mirror", records.folder_url(maker.places.store, f"runs/{name}")]

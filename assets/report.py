@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.baselines import Beside, baseline, beside, items, page
 from assets.making import Maker, Output, Produced, StageConfig, describe, image
 from assets.resources import RUNS, Event
 from evals import report as pages
@@ -14,7 +15,7 @@ from storage import objects, records
 from storage.records import Record
 from training.config import SUITES, to_dict
 
-VERSION = "1"
+VERSION = "2"
 
 
 @dg.op(ins={"scores": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), code_version=VERSION)
@@ -22,11 +23,13 @@ def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.
     """One self-contained page and its figures."""
     run = context.partition_key
     parts = outputs_of(maker, run)
-    output = Output("report", f"runs/{run}/report", VERSION, {}, parts)
+    others = beside(maker, run, parts)
+    compared = [score for other in others for score in other.scores]
+    output = Output("report", f"runs/{run}/report", VERSION, {}, [*parts, *compared])
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         folder = maker.folder(output.key)
-        made = pages.build(report_data(maker, run, parts), folder)
+        made = pages.build(report_data(maker, run, parts, others), folder)
         return Produced(paths=[url.removeprefix(folder).lstrip("/") for url in made.files])
 
     made, _ = maker.make(config, output, produce)
@@ -65,9 +68,10 @@ def report(validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther:
     return write_report(scores=[scored.alias(f"{name}_done")(suite) for name, suite in suites.items()])
 
 
-def report_data(maker: Maker, run: str, outputs: Sequence[Record]) -> pages.ReportData:
-    """A run as plain data: its logs, scores and samples, and the records of all that it stands on."""
-    folder = records.folder_url(maker.places.store, f"runs/{run}")
+def report_data(maker: Maker, run: str, outputs: Sequence[Record], others: Sequence[Beside] = ()) -> pages.ReportData:
+    """A run as plain data: its logs, scores and samples, the records of all that it stands on, and its baselines."""
+    store = maker.places.store
+    folder = records.folder_url(store, f"runs/{run}")
     scores = {r.asset: r for r in outputs if r.asset in SUITES}
     metrics = objects.read_text(objects.join(folder, "metrics.jsonl"))
     return pages.ReportData(
@@ -75,9 +79,11 @@ def report_data(maker: Maker, run: str, outputs: Sequence[Record]) -> pages.Repo
         config=to_dict(maker.run_config(run)),
         main_log=objects.read_text(objects.join(folder, "main.log")),
         metrics=[json.loads(line) for line in metrics.splitlines()],
-        scores={name: objects.read_json(objects.join(folder, "scores", f"{name}.json")) for name in scores},
+        scores={name: page(store, score) for name, score in scores.items()},
+        items={name: items(store, score) for name, score in scores.items()},
         samples=objects.read_text(objects.join(folder, "samples.txt")),
         records=[asdict(record) for record in _with_ancestors(maker, outputs)],
+        baselines=[baseline(store, other) for other in others],
     )
 
 

@@ -1,26 +1,22 @@
 """Is the model GPT-2 grade? DCLM's CORE: 22 tasks, each accuracy centred between chance and 1, averaged.
 
 The tasks, their few-shot examples and the order of items follow nanochat, whose numbers for the released GPT-2
-stand in evals/reference.py (0.256525 for gpt2-xl). A bundle is a folder as nanochat publishes it: core.yaml lists
-the tasks, eval_meta_data.csv their chance, eval_data/ holds one jsonl a task.
+stand in evals/reference.py (0.256525 for gpt2-xl). Their data is a bundle: evals/core_bundle.py.
 """
 
 import csv
-import hashlib
 import io
 import json
 import logging
 import math
 import random
-import urllib.request
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from evals.core_bundle import BUNDLE, digest
 from evals.model import LoadedModel
 from evals.results import EvalResult, Score, mean_score
 from evals.scoring import Request, Scored, Scorer
@@ -28,8 +24,8 @@ from storage import objects
 
 log = logging.getLogger(__name__)
 
-BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 TASKS = 22
+PARTIAL = "partial_core"  # the name of a mean over fewer tasks, or over some items of each
 SHUFFLE_SEED = 1337  # of a task's items
 SHOTS_SEED = 1234  # plus the item's number: of its few-shot examples
 
@@ -74,11 +70,13 @@ def evaluate(
         log.info("%s: accuracy %.4f over %d items", task.label, accuracy.value, accuracy.n)
         if progress:
             progress(number + 1, len(tasks))
-    together = {"core": average([scores[f"{task.label}/centred"] for task in tasks])}
+    complete = len(tasks) == TASKS and not limit
+    # a mean of fewer tasks or items has another name: nothing may be held against published numbers of CORE
+    together = {"core" if complete else PARTIAL: average([scores[f"{task.label}/centred"] for task in tasks])}
     details = {
         "tasks": {t.label: {"kind": t.kind, "shots": t.shots, "chance": t.chance} for t in tasks},
-        "complete": len(tasks) == TASKS and not limit,
-        "bundle_sha256": _digest(bundle),
+        "complete": complete,
+        "bundle_sha256": digest(bundle),
     }
     return EvalResult(
         "core", "nanochat's CORE", model.describe(), together | scores, len(per_item), cut, per_item, details
@@ -219,39 +217,3 @@ def _is_right(task: Task, item: dict[str, Any], scored: Sequence[Scored]) -> boo
         return scored[0].greedy
     means = [s.logprob / s.tokens for s in scored]
     return means.index(max(means)) == item["gold"]
-
-
-def bundle(folder: str) -> str:
-    """The bundle's own folder, if `folder` is that; else the one that is, or comes to be, within it."""
-    return folder if objects.exists(objects.join(folder, "core.yaml")) else fetch(folder)
-
-
-def fetch(cache: str) -> str:
-    """The bundle under `cache`, a local folder, downloaded where it is not there yet. Needs a network then."""
-    folder = Path(cache) / "eval_bundle"
-    if not (folder / "core.yaml").exists():
-        log.info("fetching CORE's bundle from %s", BUNDLE)
-        with urllib.request.urlopen(BUNDLE, timeout=60) as response:
-            unpack(response.read(), cache)
-    found = len(read_bundle(str(folder)))
-    if found != TASKS:
-        raise ValueError(f"{folder} holds {found} tasks, CORE has {TASKS}: remove the folder and fetch it again")
-    return str(folder)
-
-
-def unpack(archive: bytes, cache: str) -> None:
-    """Into a temporary name, then by rename: a folder that is there is whole."""
-    target, partial = Path(cache) / "eval_bundle", Path(cache) / "eval_bundle.partial"
-    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
-        packed.extractall(partial)
-    inner = partial / "eval_bundle"
-    (inner if inner.exists() else partial).rename(target)
-
-
-def _digest(folder: str) -> str:
-    """sha256 over the bundle's files by name: which data a score is of."""
-    digest = hashlib.sha256()
-    for entry in objects.list_files(folder):
-        if entry.path.startswith("eval_data/") or "/" not in entry.path:
-            digest.update(f"{entry.path} {objects.sha256(objects.join(folder, entry.path))}\n".encode())
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from evals.comparison import Paired, Rows, paired
 
 HELLASWAG_ITEMS = 10_042
+REPRODUCED_WITHIN = 1.0  # standard errors: the same model on the same items differs by rounding and versions only
 EQUAL_WITHIN = 2.0  # standard errors of the difference: 95% of equal models lie inside
 LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity")
 
@@ -86,6 +87,12 @@ def published(suite: str, score: str) -> dict[str, Published]:
     return {p.model: p for p in PUBLISHED if (p.suite, p.score) == (suite, score)}
 
 
+def published_name(model: str) -> str | None:
+    """The name under which numbers of a hub model, or of a folder of that name, were published."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return name if name in SIZES else None
+
+
 def same_size(parameters: int, family: str) -> str | None:
     """The family's ("gpt2" or "gpt3") model within a fifth of this size, if there is one."""
     near = {m: abs(math.log(parameters / n)) for m, n in SIZES.items() if m.startswith(family)}
@@ -144,16 +151,26 @@ def _verdict(score: str, errors: float | None) -> Literal["better", "worse", "eq
     return "better" if (errors < 0) == lower else "worse"
 
 
+# published under another name than that of the score: llm.c's plots show its own protocol, normalised by tokens
+SAME_SCORE = {("hellaswag", "completion_acc_norm"): "plot_line"}
+
+
 def against_published(scores: Mapping[str, Mapping[str, Any]], model: str) -> list[Comparison]:
     """Every score of a run (suite -> score JSON) that somebody published for `model`."""
     rows = []
     for suite, page in scores.items():
         for score, ours in page["scores"].items():
-            other = published(suite, score).get(model)
-            if other:
-                theirs = {"value": other.value, "stderr": other.stderr}
-                rows.append(compare(suite, score, ours, theirs, NAMES.get(model, model), other.source))
+            for name in filter(None, (score, SAME_SCORE.get((suite, score)))):
+                other = published(suite, name).get(model)
+                if other:
+                    theirs = {"value": other.value, "stderr": other.stderr}
+                    rows.append(compare(suite, score, ours, theirs, NAMES.get(model, model), other.source))
     return rows
+
+
+def reproduces(comparison: Comparison) -> bool:
+    """Whether a model's own score is the published one of that model."""
+    return comparison.errors is not None and abs(comparison.errors) <= REPRODUCED_WITHIN
 
 
 def against_run(

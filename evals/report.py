@@ -118,7 +118,7 @@ def _score_pictures(run: ReportData) -> list[Picture]:
         levels = [Line("chance, 25%", 0.25)] if all(_four_choices(bar) for bar in bars) else []
         drawing = report_plots.scores(bars, "Accuracy", levels)
         shown.append(Picture("scores", "Accuracies with their standard errors", report_plots.render(drawing)))
-    if "core" in run.scores:
+    if "core" in run.scores.get("core", {}).get("scores", {}):
         drawing = report_plots.scores(core_bars(run), "CORE: accuracy centred on chance", core_levels(run))
         shown.append(
             Picture("core", "CORE by task, centred: 0 is a guess, 100% is perfect", report_plots.render(drawing))
@@ -199,8 +199,9 @@ def score_bars(run: ReportData) -> list[Bar]:
     for suite, page in run.scores.items():
         for name in _headlines(page):
             score = page["scores"][name]
-            marks = [Line(c.against, c.reference) for c in _all_comparisons(run, suite, name, other)]
-            bars.append(Bar(f"{suite}: {name}".replace("_", " "), score["value"], score["stderr"], tuple(marks)))
+            found = _all_comparisons(run, suite, name, other)[::-1]
+            marks = {c.against: Line(c.against, c.reference) for c in found}  # of two sources' numbers the first
+            bars.append(Bar(f"{suite}: {name}".replace("_", " "), score["value"], score["stderr"], (*marks.values(),)))
     return bars
 
 

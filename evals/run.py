@@ -33,6 +33,7 @@ class Inputs:
     task_path: str
     bundle: str
     limit: int
+    window: int = 0
 
 
 def main(
@@ -45,6 +46,7 @@ def main(
     task_path: Annotated[str, typer.Option(help="A folder of lm-eval task files of your own, over local data.")] = "",
     bundle: Annotated[str, typer.Option(help="For core: the folder of its data, fetched there if absent.")] = "",
     limit: Annotated[int, typer.Option(help="Only the first items (validation_loss: tokens); 0: all.")] = 0,
+    window: Annotated[int, typer.Option(help="For validation_loss: tokens a window; 0: the model's context.")] = 0,
     batch: Annotated[int, typer.Option(help="Tokens in a batch; 0: by device. Never changes a score.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -53,7 +55,7 @@ def main(
     # before torch is loaded: spinning threads take ten times as long on cores that other processes use, too
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    inputs = Inputs(items, shard, tuple(t for t in tasks.split(",") if t), task_path, bundle, limit)
+    inputs = Inputs(items, shard, tuple(t for t in tasks.split(",") if t), task_path, bundle, limit, window)
     if Path(model).exists() and _is_local(suite, inputs):  # nothing is on the network: nothing should ask for it
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     try:
@@ -115,11 +117,11 @@ def _evaluate(
     if suite == "validation_loss":
         from evals import validation_loss
 
-        return validation_loss.evaluate(model, scorer, inputs.shard, inputs.limit, progress)
+        return validation_loss.evaluate(model, scorer, inputs.shard, inputs.limit, progress, inputs.window)
     if suite == "core":
-        from evals import core
+        from evals import core, core_bundle
 
-        return core.evaluate(model, scorer, core.bundle(inputs.bundle), inputs.limit, progress)
+        return core.evaluate(model, scorer, core_bundle.bundle(inputs.bundle), inputs.limit, progress)
     if suite in HARNESS_SUITES:
         return _harness(model, scorer, suite, inputs, progress)
     from evals import hellaswag

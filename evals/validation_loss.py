@@ -21,22 +21,25 @@ def evaluate(
     shard: str,
     limit: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    window: int = 0,
 ) -> EvalResult:
     """Windows as the trainer's: T tokens predict the T that follow each, no window sees another.
 
-    `limit` is in tokens. The standard error is over windows: tokens of one window are not independent.
+    `limit` is in tokens; T is `window`, so that models of several contexts can be compared, or the model's context. The
+    standard error is over windows: tokens of one window are not independent.
     A model with another vocabulary than GPT-2's reads the shard's documents as text.
     """
     if not model.gpt2_vocabulary:
         return _of_text(model, scorer, shard, limit, progress)
-    asked = windows(shard, model.context, limit)
+    width = min(window or model.context, model.context)
+    asked = windows(shard, width, limit)
     scored = scorer.score(asked, progress)
     sizes = token_bytes()
     rows = []
     for number, (request, score) in enumerate(zip(asked, scored, strict=True)):
         size = int(sizes[list(request.continuation)].sum())
         rows.append({"window": number, "tokens": score.tokens, "bytes": size, "logprob": score.logprob})
-    return _result(model, shard, "token windows", rows)
+    return _result(model, shard, "token windows", rows, width)
 
 
 def _of_text(
@@ -55,12 +58,12 @@ def _of_text(
         rows.append({"window": len(rows), "tokens": len(tokens), "bytes": len(text.encode()), "logprob": 0.0})
     for owner, score in zip(owners, scorer.score(asked, progress), strict=True):
         rows[owner]["logprob"] += score.logprob
-    return _result(model, shard, "documents", rows)
+    return _result(model, shard, "documents", rows, model.context)
 
 
-def _result(model: LoadedModel, shard: str, protocol: str, rows: list[Row]) -> EvalResult:
+def _result(model: LoadedModel, shard: str, protocol: str, rows: list[Row], width: int) -> EvalResult:
     scores = {"loss": loss(rows), "bits_per_byte": bits_per_byte(rows), "perplexity": perplexity(rows)}
-    details = {"shard": shard, "window": model.context, "tokens": sum(row["tokens"] for row in rows)}
+    details = {"shard": shard, "window": width, "tokens": sum(row["tokens"] for row in rows)}
     return EvalResult("validation_loss", protocol, model.describe(), scores, len(rows), 0, rows, details)
 
 

@@ -7,6 +7,7 @@ import dagster as dg
 
 from assets import corpus, model, scores, tokens
 from assets.making import Maker
+from assets.models import score_models
 from assets.report import report
 from assets.resources import RUNS, Launcher, Listener, Silent
 from storage.places import places
@@ -52,6 +53,7 @@ def build(listener: Listener | None = None) -> dg.Definitions:
                 config=rescore(),
                 description="Score the run's exported model anew and rewrite its report; nothing else is touched.",
             ),
+            score_models,
         ],
         resources={"maker": Maker(places(), Launcher(), listener or Silent())},
         # The heavy work happens in processes of its own; steps in one process save 1.6 s each.

@@ -26,21 +26,37 @@ def execute(
     recompute: Sequence[str] = (),
 ) -> str:
     """Execute a job for the partition `run` -> Dagster's run id. Raises what the failing stage raised."""
+    return _execute(
+        places,
+        terminal,
+        job,
+        definitions.rescore(recompute) if recompute else {},
+        partition_key=run,
+        asset_selection=[dg.AssetKey(name) for name in only] or None,
+    )
+
+
+def execute_model(places: Places, terminal: Terminal, config: dict[str, Any]) -> str:
+    """Score one model that is no run -> Dagster's run id. `config` is that of assets.models.ModelConfig."""
+    return _execute(places, terminal, "score_models", {"ops": {"score_model": {"config": config}}})
+
+
+def _execute(
+    places: Places, terminal: Terminal, job: str, config: dict[str, Any], partition_key: str = "", **options: Any
+) -> str:
     with dg.DagsterInstance.get() as dagster:
         for swept in instance.sweep(dagster):
             terminal.console.print(f"  [yellow]![/yellow] run {swept[:8]} had died; it is marked as failed")
-        dagster.add_dynamic_partitions("run", [run])
+        if partition_key:
+            dagster.add_dynamic_partitions("run", [partition_key])
+            options["partition_key"] = partition_key
         signal.signal(signal.SIGTERM, _as_interrupt)
         try:
             result = (
                 definitions.build(terminal)
                 .resolve_job_def(job)
                 .execute_in_process(
-                    instance=dagster,
-                    partition_key=run,
-                    asset_selection=[dg.AssetKey(name) for name in only] or None,
-                    run_config=LOG_QUIETLY | (definitions.rescore(recompute) if recompute else {}),
-                    tags=instance.process_tags(),
+                    instance=dagster, run_config=LOG_QUIETLY | config, tags=instance.process_tags(), **options
                 )
             )
         finally:

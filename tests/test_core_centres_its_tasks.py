@@ -3,7 +3,13 @@
 import io
 import json
 import random
+import shutil
+import threading
 import zipfile
+from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,7 @@ import tiny_gpt2
 import torch
 from transformers import GPT2LMHeadModel
 
-from evals import core
+from evals import core, core_bundle
 from evals.model import LoadedModel, load
 from evals.scoring import Scorer
 from storage import tokenizer
@@ -104,7 +110,7 @@ def test_core_equals_its_definition_over_the_logits_of_transformers(model: Loade
     assert result.scores["cups"].value == cups
     assert result.scores["counting"].value == 0.0  # a random model's likeliest token is not the one
     assert result.scores["sums/centred"].value == pytest.approx((sums - 0.33) / 0.67)
-    assert result.scores["core"].value == pytest.approx(((sums - 0.33) / 0.67 + (cups - 0.5) / 0.5 + 0.0) / 3)
+    assert result.scores["partial_core"].value == pytest.approx(((sums - 0.33) / 0.67 + (cups - 0.5) / 0.5 + 0.0) / 3)
     assert result.details["complete"] is False  # 3 tasks are no CORE
     assert result.items == 6 + 5 + 4 == len(result.per_item)
 
@@ -146,14 +152,55 @@ def test_what_is_missing_is_named(change: Any, message: str, tmp_path: Path) -> 
         core.read_bundle(folder)
 
 
-def test_the_archive_is_unpacked_whole_and_an_incomplete_bundle_is_refused(tmp_path: Path) -> None:
-    source = write_bundle(tmp_path / "source")
+def zipped(source: Path) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as packed:
-        for file in sorted(Path(source).rglob("*")):
+        for file in sorted(source.rglob("*")):
             packed.write(file, Path("eval_bundle") / file.relative_to(source))
-    (tmp_path / "cache").mkdir()
-    core.unpack(buffer.getvalue(), str(tmp_path / "cache"))
-    assert len(core.read_bundle(str(tmp_path / "cache" / "eval_bundle"))) == 3
-    with pytest.raises(ValueError, match="holds 3 tasks, CORE has 22"):
-        core.fetch(str(tmp_path / "cache"))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small bundle, zipped as the published one, on a server of this machine."""
+    (tmp_path / "served").mkdir()
+    file = tmp_path / "served" / "eval_bundle.zip"
+    file.write_bytes(zipped(Path(write_bundle(tmp_path / "source"))))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(file.parent))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv(core_bundle.BUNDLE_VARIABLE, f"http://127.0.0.1:{server.server_port}/eval_bundle.zip")
+    yield file
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_bundle_is_fetched_once_and_kept(archive: Path, tmp_path: Path) -> None:
+    folder = core_bundle.bundle(str(tmp_path / "cache"))
+    assert len(core.read_bundle(folder)) == 3
+    assert (tmp_path / "cache" / core_bundle.PIN).read_text().strip() == sha256(archive.read_bytes()).hexdigest()
+    archive.unlink()
+    assert core_bundle.bundle(str(tmp_path / "cache")) == folder == core_bundle.bundle(folder)
+
+
+def test_another_archive_than_the_first_is_refused(archive: Path, tmp_path: Path) -> None:
+    folder = core_bundle.bundle(str(tmp_path / "cache"))
+    shutil.rmtree(folder)
+    (tmp_path / "source" / "eval_data" / "a" / "sums.jsonl").write_text("changed")
+    archive.write_bytes(zipped(tmp_path / "source"))
+    with pytest.raises(ValueError, match="has changed since it was first fetched"):
+        core_bundle.bundle(str(tmp_path / "cache"))
+    assert not Path(folder).exists()
+
+
+def test_a_torn_archive_leaves_no_bundle(archive: Path, tmp_path: Path) -> None:
+    archive.write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="is no zip archive"):
+        core_bundle.bundle(str(tmp_path / "cache"))
+    assert not (tmp_path / "cache" / core_bundle.NAME).exists()
+
+
+def test_without_a_network_the_fix_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(core_bundle.BUNDLE_VARIABLE, "http://127.0.0.1:9/eval_bundle.zip")
+    with pytest.raises(ValueError, match="can't be fetched from .* unpack eval_bundle.zip by hand"):
+        core_bundle.bundle(str(tmp_path / "cache"))

@@ -275,6 +275,18 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
     return from_dict(RunConfig, data)
 
 
+def eval_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Settings of EvalConfig alone, such as "hellaswag=items.jsonl" or "evals.dtype=bf16", by their key."""
+    hints, found = typing.get_type_hints(EvalConfig), {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        name = key.strip().removeprefix("evals.")
+        if not separator or name not in hints:
+            raise ValueError(f"--set {setting}: write one of {', '.join(f'{name}=…' for name in hints)}")
+        found[name] = _typed(key, hints[name], _parse(hints[name], text.strip()))
+    return found
+
+
 def settable_keys(config: RunConfig) -> dict[str, Any]:
     """Every key that `override` takes, in full ("train.lr"), with its present value."""
     keys: dict[str, Any] = {"corpus": config.corpus}

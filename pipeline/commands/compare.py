@@ -1,6 +1,7 @@
 """Commands that set runs side by side: `gpt2 compare`, `gpt2 report`."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,8 @@ from pipeline.terminal import console
 from storage.places import Places, places
 
 if TYPE_CHECKING:
-    from evals.report import ReportData
+    from assets.making import Maker
+    from evals.report import Baseline, ReportData
 
 RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs in the store.")]
 
@@ -27,39 +29,47 @@ def add_to(app: typer.Typer) -> None:
 
 def compare(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run in the store.")],
-    against: Annotated[list[str], typer.Argument(metavar="RUN|MODEL…", help="Runs, or published models: gpt2-xl …")],
+    against: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN|MODEL…", help="Runs, models scored with --like RUN, or published ones: gpt2-xl …"),
+    ],
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say for each score whether a run is better, worse or equal, and what differs between two runs."""
     place = places(store)
     ours = _read(place, run)
+    models = _models(place, run)
     scores: list[reference.Comparison] = []
     different: dict[str, list[dict[str, Any]]] = {}
     for other in against:
-        if other in reference.SIZES and runs.stored(place, other) is None:
-            scores += reference.against_published(ours.scores, other)
-        else:
+        if runs.stored(place, other) is not None:
             theirs = _read(place, other)
-            scores += reference.against_run(ours.scores, theirs.scores, other)
+            scores += reference.against_run(ours.scores, theirs.scores, other, ours.items, theirs.items)
             different[other] = [asdict(d) for d in differences(ours, theirs)]
+            continue
+        if other not in reference.SIZES and other not in models:
+            _refuse(place, other, models)
+        scores += reference.against_published(ours.scores, other)
+        for model in models.get(other, []):
+            scores += reference.against_run(ours.scores, model.scores, model.name, ours.items, model.items)
     if as_json:
         print(json.dumps({"scores": [asdict(c) for c in scores], "differences": different}, indent=2))
         return
     terminal = console()
-    terminal.print(_score_table(run, scores) if scores else "there is no score that both have")
+    terminal.print(score_table(run, scores) if scores else "there is no score that both have")
     for other, found in different.items():
         terminal.print(_difference_table(run, other, found))
 
 
-def _score_table(run: str, comparisons: list[reference.Comparison]) -> Table:
+def score_table(run: str, comparisons: list[reference.Comparison]) -> Table:
     table = Table("suite", "score", run, "against", "theirs", "difference", "in ± of it", "verdict", "source")
     for c in comparisons:
         error = "" if c.stderr is None else f" ± {c.stderr:.4f}"
         other = "" if c.reference_stderr is None else f" ± {c.reference_stderr:.4f}"
         errors = "" if c.errors is None else f"{c.errors:+.1f}"
         row = (f"{c.value:.4f}{error}", c.against, f"{c.reference:.4f}{other}", f"{c.difference:+.4f}", errors)
-        table.add_row(c.suite, c.score, *row, c.verdict, c.source)
+        table.add_row(c.suite, c.score, *row, c.verdict, c.source + (", same items" if c.same_items else ""))
     return table
 
 
@@ -83,11 +93,34 @@ def report(
     print(made.files[0])
 
 
-def _read(place: Places, run: str) -> "ReportData":
-    from assets.making import Maker  # Dagster too
-    from assets.report import outputs_of, report_data
+def _refuse(place: Places, other: str, models: Iterable[str]) -> None:
+    here = ", ".join([*runs.known_runs(place), *models])
+    raise ValueError(f"{other} is no run, and nothing is known of such a model: choose from {here}, or a published "
+                     f"one: {', '.join(reference.SIZES)}; `gpt2 evals {other} --like RUN` scores a model")  # fmt: skip
+
+
+def _maker(place: Places) -> "Maker":
+    from assets.making import Maker  # Dagster takes a second to load
     from assets.resources import Launcher, Silent
 
+    return Maker(place, Launcher(), Silent())
+
+
+def _read(place: Places, run: str) -> "ReportData":
+    from assets.baselines import beside
+    from assets.report import outputs_of, report_data
+
     runs.existing(place, run)
-    maker = Maker(place, Launcher(), Silent())
-    return report_data(maker, run, outputs_of(maker, run))
+    outputs = outputs_of(_maker(place), run)
+    return report_data(_maker(place), run, outputs, beside(_maker(place), run, outputs))
+
+
+def _models(place: Places, run: str) -> "dict[str, list[Baseline]]":
+    """Models that were asked what the run was, by name."""
+    from assets.baselines import asked_the_same, baseline
+    from assets.report import outputs_of
+
+    found: dict[str, list[Baseline]] = {}
+    for other in asked_the_same(_maker(place), run, outputs_of(_maker(place), run)):
+        found.setdefault(other.name, []).append(baseline(place.store, other))
+    return found

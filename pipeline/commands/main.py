@@ -5,7 +5,7 @@ import sys
 import typer
 
 from assets.failures import Interrupted, ProcessFailed
-from pipeline.commands import compare, lineage, model, run
+from pipeline.commands import compare, evals, lineage, model, run
 
 app = typer.Typer(
     help="Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all.",
@@ -14,6 +14,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 run.add_to(app)
+evals.add_to(app)
 model.add_to(app)
 compare.add_to(app)
 app.add_typer(lineage.app, name="lineage")

@@ -1,4 +1,4 @@
-"""Commands that make things: `gpt2 run`, `gpt2 evals`, and `gpt2 ui`, which shows them."""
+"""Commands that make runs and show them: `gpt2 run`, `gpt2 ui`, `gpt2 env`."""
 
 import json
 import os
@@ -26,7 +26,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 def add_to(app: typer.Typer) -> None:
     app.command("run")(run)
-    app.command("evals")(evals)
     app.command("ui")(ui)
     app.command("env")(env)
 
@@ -71,30 +70,15 @@ def run(
     run_name = name or runs.default_name(config)
     runs.check_name(run_name)
     runs.check_unchanged(place, run_name, config)
-    names = _stages(only or [])
+    names = named_stages(only or [])
     runs.check_inputs(place, run_name, config, names)
     runs.check_possible(place, config)
-    _prepare(place)
+    prepare(place)
     objects.publish_json(runs.config_url(place, run_name), to_dict(config))
-    _execute(place, "full_pipeline", run_name, names, as_json)
+    execute(place, "full_pipeline", run_name, names, as_json)
 
 
-def evals(
-    name: Annotated[str, typer.Argument(metavar="RUN", help="A run in the store.")],
-    suite: Annotated[list[str] | None, typer.Option(help="Only this suite. (default: all)")] = None,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Score a run's exported model anew and rewrite its report; nothing else is touched."""
-    place = places(store)
-    config = runs.existing(place, name)
-    names = _stages([*suite, "report"] if suite else ["evals"], "--suite")
-    runs.check_inputs(place, name, config, names)
-    _prepare(place)
-    _execute(place, "evals_only", name, names, as_json)
-
-
-def _stages(only: list[str], option: str = "--only") -> list[str]:
+def named_stages(only: list[str], option: str = "--only") -> list[str]:
     """The assets that were named; empty for all of them."""
     if not only:
         return []
@@ -103,13 +87,13 @@ def _stages(only: list[str], option: str = "--only") -> list[str]:
     return execution.stages(only, option)
 
 
-def _prepare(place: Places) -> None:
+def prepare(place: Places) -> None:
     from pipeline import instance
 
     instance.prepare(place)
 
 
-def _execute(place: Places, job: str, run_name: str, names: list[str], as_json: bool) -> None:
+def execute(place: Places, job: str, run_name: str, names: list[str], as_json: bool) -> None:
     from pipeline import execution
     from pipeline.terminal import Terminal, quiet_output
 
@@ -121,14 +105,14 @@ def _execute(place: Places, job: str, run_name: str, names: list[str], as_json: 
         run_id = execution.execute(place, job, run_name, terminal, names, rescored)
         made = list(terminal.made.values())
         if as_json:
-            console.print_json(json.dumps({"run": run_name, "dagster_run": run_id, "outputs": _rows(made)}))
+            console.print_json(json.dumps({"run": run_name, "dagster_run": run_id, "outputs": rows(made)}))
             return
         console.print()
         console.print(results_table(made))
         _epilogue(console, place, run_name)
 
 
-def _rows(made: list) -> list[dict]:  # type: ignore[type-arg]
+def rows(made: list) -> list[dict]:  # type: ignore[type-arg]
     return [
         {
             "asset": m.record.asset,
@@ -176,7 +160,7 @@ def ui(
     """Serve Dagster's web UI and its daemon on this machine until Ctrl-C."""
     place = places(store)
     objects.check_writable(place.store)
-    _prepare(place)
+    prepare(place)
     _add_partitions(place)
     workspace = Path(__file__).resolve().parents[2] / "workspace.yaml"
     sys.stderr.write(f"Dagster's UI: http://127.0.0.1:{port}  (store: {place.store})\n")

@@ -1,0 +1,99 @@
+"""Which other models stand beside a run in its report? Those that were asked the very same, and fine-tuned ones.
+
+A model counts once it has been scored on the run's validation shard: `gpt2 evals MODEL --like RUN`. A run of the
+recipe `finetune` on the same tokens counts by itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from assets.making import Maker
+from assets.models import scored_here
+from evals import reference, results
+from evals.comparison import Rows
+from evals.report import Baseline
+from storage import objects, records
+from storage.records import Record
+from training.config import SUITES
+
+WITHOUT_EFFECT = ("items", "window")  # of a score's configuration: they follow from what it reads
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Another model's scores of the same questions."""
+
+    name: str  # that it is asked for by
+    label: str  # in figures and tables
+    scores: tuple[Record, ...]
+
+
+def beside(maker: Maker, run: str, scores: Sequence[Record]) -> list[Beside]:
+    """What stands in the run's report; `scores` are the run's."""
+    return [
+        other for other in asked_the_same(maker, run, scores) if "validation_loss" in {s.asset for s in other.scores}
+    ]
+
+
+def asked_the_same(maker: Maker, run: str, scores: Sequence[Record]) -> list[Beside]:
+    """Every model, and every fine-tuned run, with a score of the same questions as one of the run's."""
+    wanted = {score.asset: score for score in scores}
+    context = maker.run_config(run).model.context
+    found = []
+    for name, label, theirs in _others(maker, run):
+        same = tuple(s for s in theirs if s.asset in wanted and _same_questions(s, wanted[s.asset], context))
+        if same:
+            found.append(Beside(name, label, same))
+    return found
+
+
+def _others(maker: Maker, run: str) -> Iterator[tuple[str, str, list[Record]]]:
+    store = maker.places.store
+    for folder, theirs in scored_here(store).items():
+        own = records.read_record(store, f"models/{folder}")
+        name = str(own.metrics["name"]) if own else folder.rsplit("-", 1)[0]
+        if name != run:
+            yield name, reference.NAMES.get(reference.published_name(name) or "", name), theirs
+    for stat in objects.list_files(objects.join(store, "runs"), "/config.json"):
+        name = stat.path.split("/")[0]
+        if stat.path.count("/") == 1 and name != run and maker.run_config(name).recipe == "finetune":
+            there = (records.read_record(store, f"runs/{name}/scores/{suite}") for suite in SUITES)
+            yield name, f"{name} (fine-tuned)", [record for record in there if record]
+
+
+def _same_questions(theirs: Record, ours: Record, context: int) -> bool:
+    return (
+        _questions(theirs) == _questions(ours)
+        and _reads(theirs) == _reads(ours)
+        and theirs.config.get("window", context) == context
+    )
+
+
+def _questions(score: Record) -> dict[str, Any]:
+    return {key: value for key, value in score.config.items() if key not in WITHOUT_EFFECT}
+
+
+def _reads(score: Record) -> set[str]:
+    """Fingerprints of the items or tokens; the model is what may differ."""
+    return {p.fingerprint for p in score.parents if not p.key.startswith("models/") and not p.key.endswith("/export")}
+
+
+def baseline(store: str, other: Beside) -> Baseline:
+    return Baseline(
+        other.label,
+        {score.asset: page(store, score) for score in other.scores},
+        {score.asset: items(store, score) for score in other.scores},
+    )
+
+
+def page(store: str, score: Record) -> dict[str, Any]:
+    """A score's JSON."""
+    found: dict[str, Any] = objects.read_json(records.output_url(store, score.key))
+    return found
+
+
+def items(store: str, score: Record) -> Rows:
+    """A score's rows, one an item."""
+    name = page(store, score)["per_item"]
+    return results.read_items(objects.join(records.folder_url(store, score.key), name))

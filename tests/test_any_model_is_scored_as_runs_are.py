@@ -1,0 +1,109 @@
+"""A model folder, or a hub's model, goes through the same evals as a run; its scores are kept, reused and compared."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_gpt2
+from local_model_hub import ModelHub, serve
+from tiny_pipeline import Finished, gpt2
+
+from evals import reference
+from storage import models, records
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModelHub]:
+    with serve(monkeypatch, tmp_path / "cache") as made:
+        yield made
+
+
+def test_a_folder_is_scored_kept_and_reused(finished: Finished, tmp_path: Path) -> None:
+    folder = tiny_gpt2.save(tmp_path / "gpt2-mini")
+    arguments = ("evals", folder, "--like", "tiny", "--suite", "validation_loss", "--store", finished.store, "--json")
+    done = gpt2(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)["models"]
+    (output,) = answer["outputs"]
+    score = records.read_record(finished.store, output["key"])
+    ours = records.read_record(finished.store, "runs/tiny/scores/validation_loss")
+    assert score is not None and ours is not None
+    assert score.rows == ours.rows  # the same windows, though this model's context is longer
+    model, tokens = (records.read_record(finished.store, parent.key) for parent in score.parents)
+    assert model is not None and tokens is not None
+    assert model.asset == "model" and {Path(f.path).name for f in model.files} >= {"model.safetensors", "config.json"}
+    assert tokens.fingerprint in {parent.fingerprint for parent in ours.parents}
+
+    again = gpt2(*arguments, cwd=tmp_path)
+    assert json.loads(again.stdout)["models"][0]["outputs"][0]["reused"]
+
+    compared = gpt2("compare", "tiny", "gpt2-mini", "--store", finished.store, "--json", cwd=tmp_path)
+    rows = {row["score"]: row for row in json.loads(compared.stdout)["scores"]}
+    assert rows["loss"]["same_items"] and rows["loss"]["against"] == "gpt2-mini"
+    assert rows["loss"]["difference"] == pytest.approx(
+        ours.metrics["scores"]["loss"]["value"] - score.metrics["scores"]["loss"]["value"]
+    )
+
+
+def test_a_model_on_the_hub_is_one_at_a_commit(hub: ModelHub, tmp_path: Path) -> None:
+    """By the real client."""
+    hub.publish("owner/gpt2-tiny", Path(tiny_gpt2.save(tmp_path / "model")))
+    hub.repos["owner/gpt2-tiny"] |= {"flax_model.msgpack": b"another program's weights"}
+    model = models.resolve("owner/gpt2-tiny")
+    assert model.identity == {"repo": "owner/gpt2-tiny", "commit": hub.commit_of("owner/gpt2-tiny")}
+    assert model.name == "gpt2-tiny"
+    folder = Path(models.fetch(model))
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()
+    assert not (folder / "flax_model.msgpack").exists()
+    with pytest.raises(ValueError, match="no run, model folder or hub model 'owner/gpt2-tinny'"):
+        models.resolve("owner/gpt2-tinny")
+
+
+def test_without_a_network_what_was_fetched_before_serves(
+    hub: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("owner/gpt2-tiny", Path(tiny_gpt2.save(tmp_path / "model")))
+    online = models.resolve("owner/gpt2-tiny")
+    folder = models.fetch(online)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    offline = models.resolve("owner/gpt2-tiny")
+    assert (offline.identity, models.fetch(offline)) == (online.identity, folder)
+    with pytest.raises(ValueError, match="gpt2 is neither a run nor a folder here, and the hub .* can't be reached"):
+        models.resolve("gpt2")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["gpt2"], "can't be reached (HF_HUB_OFFLINE is set): give a local model folder"),
+        (["./absent"], "absent does not exist: give a run, a Hugging Face model folder, or a hub name"),
+        (["gpt2", "--suite", "validation_loss"], "name that run with --like RUN"),
+        (["gpt2", "--suite", "helaswag"], "--suite helaswag is unknown"),
+        (["gpt2", "--set", "dtyp=bf16"], "write one of completion_items=…"),
+        (["bert-base", "--against", "published"], "no numbers of bert-base were published"),
+        (["gpt2", "--against", "gpt2-xl"], "only `published` is known"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_at_once(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = gpt2("evals", *arguments, "--store", str(tmp_path / "store"), cwd=tmp_path, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "store").exists()
+
+
+def hellaswag(**values: float) -> dict[str, dict]:
+    return {"hellaswag": {"scores": {name: {"value": v, "stderr": 0.0046} for name, v in values.items()}}}
+
+
+def test_published_numbers_come_out_or_do_not() -> None:
+    """Of GPT-2 124M; the line of llm.c's plots is its completion protocol, normalised by tokens."""
+    rows = reference.against_published(hellaswag(completion_acc_norm=0.2950, harness_acc=0.2990), "gpt2")
+    assert [(c.score, c.reference, reference.reproduces(c)) for c in rows] == [
+        ("completion_acc_norm", 0.2955, True),
+        ("completion_acc_norm", 0.294463, True),
+        ("harness_acc", 0.2892, False),
+    ]
+    (row,) = reference.against_published(hellaswag(completion_acc_norm=0.3752), "gpt2-medium")
+    assert row.source == "llm.c, dev/vislog.ipynb" and reference.reproduces(row)
+    assert reference.published_name("openai-community/gpt2-xl") == "gpt2-xl"
