@@ -38,7 +38,7 @@ def documents(
 ) -> dg.MaterializeResult:
     """The documents of the run's corpus: parquet in FineWeb-Edu's columns, in corpus order."""
     source = sources.resolve(maker.run_config(context.partition_key).corpus)
-    output = Output("documents", f"corpora/{source.name}/documents", DOCUMENTS_VERSION, source.identity)
+    output = documents_output(source)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         if source.kind == "tokens":  # there is no text: the shards are fetched where the tokens go
@@ -83,6 +83,10 @@ def eval_items(
 
     made, checks = maker.make(config, output, produce, [HAS_ITEMS])
     return materialize(made, checks, {"hellaswag": run.evals.hellaswag or "no items: set evals.hellaswag=FILE"})
+
+
+def documents_output(source: sources.Source) -> Output:
+    return Output("documents", f"corpora/{source.name}/documents", DOCUMENTS_VERSION, source.identity)
 
 
 def completion_output(maker: Maker, name: str, settings: EvalConfig) -> Output:

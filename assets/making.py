@@ -17,7 +17,7 @@ from assets.resources import Event, Launcher, Listener
 from storage import objects, records
 from storage.lineage import Lineage
 from storage.places import Places
-from storage.records import Checked, File, Parent, Record
+from storage.records import File, Parent, Record
 from training import recipes
 from training.config import RunConfig, from_dict, to_dict
 
@@ -46,6 +46,11 @@ class Output:
     @property
     def parent_list(self) -> list[Parent]:
         return [Parent(p.key, p.fingerprint) for p in self.parents]
+
+    def reusable(self, store: str) -> tuple[Record | None, str]:
+        """The record of the output if it is there, whole and of this fingerprint, and the reason either way."""
+        definition = (self.code_version, self.config, self.parent_list)
+        return records.reusable(store, self.key, *definition, self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ class Maker:
         """
         began = time.monotonic()
         self.listener.started(output.asset)
-        found, reason = records.reusable(self.places.store, output.key, output.fingerprint)
+        found, reason = output.reusable(self.places.store)
         if found and not config.recompute:
             record = found
         else:
@@ -199,7 +204,7 @@ class Maker:
             record = self._produce(output, produce)
         results = [_result(check, output.asset, record, self.places.store) for check in checks]
         if record is not found and all(r.passed for r in results):
-            record = replace(record, checks=[_checked(r) for r in results])
+            record = replace(record, checks={r.check_name or "": _outcome(r) for r in results})
             self._remember(record)
         made = Made(
             record,
@@ -286,8 +291,8 @@ def _result(check: Check, asset: str, record: Record, store: str) -> dg.AssetChe
     )
 
 
-def _checked(result: dg.AssetCheckResult) -> Checked:
-    return Checked(result.check_name or "", result.passed, {name: m.value for name, m in result.metadata.items()})
+def _outcome(result: dg.AssetCheckResult) -> dict[str, Any]:
+    return {"passed": result.passed, **{name: m.value for name, m in result.metadata.items()}}
 
 
 def materialize(

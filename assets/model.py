@@ -167,7 +167,7 @@ def hf_model(
     name = context.partition_key
     run = maker.run_config(name)
     trained = maker.parent(f"runs/{name}", "trained_model")
-    output = Output("hf_model", f"runs/{name}/export", EXPORT_VERSION, {"dtype": run.evals.dtype}, [trained])
+    output = export_output(name, run, trained)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         folder = maker.folder(output.key)
@@ -183,3 +183,7 @@ def hf_model(
 
     made, checks = maker.make(config, output, produce, [LOGITS_AGREE])
     return materialize(made, checks, dict(made.record.metrics))
+
+
+def export_output(name: str, run: RunConfig, trained: Record) -> Output:
+    return Output("hf_model", f"runs/{name}/export", EXPORT_VERSION, {"dtype": run.evals.dtype}, [trained])

@@ -24,8 +24,7 @@ def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.
     run = context.partition_key
     parts = outputs_of(maker, run)
     others = beside(maker, run, parts)
-    compared = [score for other in others for score in other.scores]
-    output = Output("report", f"runs/{run}/report", VERSION, {}, [*parts, *compared])
+    output = report_output(run, parts, others)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         folder = maker.folder(output.key)
@@ -34,6 +33,11 @@ def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.
 
     made, _ = maker.make(config, output, produce)
     context.add_output_metadata(_figures(maker.stage(made.record)) | describe(made))
+
+
+def report_output(run: str, parts: Sequence[Record], others: Sequence[Beside]) -> Output:
+    compared = [score for other in others for score in other.scores]
+    return Output("report", f"runs/{run}/report", VERSION, {}, [*parts, *compared])
 
 
 def outputs_of(maker: Maker, run: str) -> list[Record]:

@@ -109,9 +109,7 @@ def score(
 ) -> tuple[Made, list[dg.AssetCheckResult]]:
     """Ask a model; the answers are kept under `place`/scores. `folder` gives the model's local folder."""
     suite, kind = questions.suite, DTYPES[dtype]
-    defining = {"suite": suite, "dtype": kind} | ({"items": questions.items} if questions.items else {})
-    defining |= questions.definition
-    output = Output(suite, f"{place}/scores/{suite}", VERSION, defining, [model, *questions.reads])
+    output = score_output(questions, place, model, dtype)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         out = objects.join(maker.folder(output.key), f"{suite}.json")
@@ -128,6 +126,13 @@ def score(
         )
 
     return maker.make(config, output, produce, [ALL_SCORED])
+
+
+def score_output(questions: Asked, place: str, model: Record, dtype: str) -> Output:
+    defining = {"suite": questions.suite, "dtype": DTYPES[dtype]}
+    defining |= ({"items": questions.items} if questions.items else {}) | dict(questions.definition)
+    parents = [model, *questions.reads]
+    return Output(questions.suite, f"{place}/scores/{questions.suite}", VERSION, defining, parents)
 
 
 def score_metadata(made: Made) -> dict[str, Any]:

@@ -45,11 +45,10 @@ def token_shards(
     """GPT-2 tokens in uint16 shards: EOT before each document, shard 0 for validation, an index beside each."""
     run = maker.run_config(context.partition_key)
     documents = maker.input(context.partition_key, "documents", "documents")
+    output = tokens_output(run, documents)
     if documents.metrics["text_bytes"]:
-        output = _tokenized(run, documents)
         produce = partial(_tokenize, maker, run, documents, output)
     else:
-        output = Output("token_shards", f"tokens/{documents.key.split('/')[1]}", VERSION, {}, [documents])
         produce = partial(_fetch, maker, run, output)
     if config.recompute:  # the shards that are there say that they are complete
         objects.remove_tree(records.folder_url(maker.places.store, output.key))
@@ -58,8 +57,10 @@ def token_shards(
     return materialize(made, checks, dict(made.record.metrics))
 
 
-def _tokenized(run: RunConfig, documents: Record) -> Output:
-    """The shards of a corpus; its folder's name tells a shard size that was asked for."""
+def tokens_output(run: RunConfig, documents: Record) -> Output:
+    """The shards of a corpus, made here or fetched as they are; a folder's name tells a size that was asked for."""
+    if not documents.metrics["text_bytes"]:
+        return Output("token_shards", f"tokens/{documents.key.split('/')[1]}", VERSION, {}, [documents])
     asked = run.tokenize.shard_tokens
     size = asked or tokenization.automatic_shard_tokens(documents.metrics["text_bytes"])
     return Output(

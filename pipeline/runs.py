@@ -1,6 +1,7 @@
 """Which run does a command mean, and can it succeed? Settled, and refused where it can't, before anything starts."""
 
 import difflib
+import fcntl
 import hashlib
 import json
 import subprocess
@@ -57,6 +58,18 @@ def known_runs(places: Places) -> list[str]:
     """Names of the runs in the store."""
     found = objects.list_files(objects.join(places.store, "runs"), "config.json")
     return [s.path.split("/")[0] for s in found if s.path.count("/") == 1]
+
+
+def busy(places: Places) -> list[str]:
+    """Runs that are being trained from this home."""
+    held = []
+    for path in (places.home / "locks").glob("*.lock"):
+        with open(path) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(path.stem)
+    return held
 
 
 def existing(places: Places, run: str) -> RunConfig:

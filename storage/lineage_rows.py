@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from storage import objects
+from storage.contents import FOLDERS
 from storage.records import Record, from_json, record_url
 
 Rows = dict[str, list[tuple[Any, ...]]]  # by table
@@ -25,7 +26,7 @@ def files_beside(store: str, key: str) -> list[str]:
 
 def _is_read(path: str) -> bool:
     parts = path.split("/")
-    if parts[0] not in ("corpora", "tokens", "eval_items", "runs"):
+    if parts[0] not in FOLDERS:
         return False
     return path.endswith("record.json") or (parts[0] == "runs" and parts[2:] in (["config.json"], ["metrics.jsonl"]))
 
@@ -80,10 +81,14 @@ def _of_record(store: str, record: Record) -> Rows:
         "edges": [(store, key, p.key, p.fingerprint) for p in record.parents],
         "metrics": [(store, key, name, value, None) for name, value in numbers],
         "scores": [(store, key, run, suite, name, *score) for name, score in scores],
-        "checks": [(store, key, c.assertion, c.success, json.dumps(c.numbers)) for c in record.checks],
+        "checks": [(store, key, name, *_outcome(found)) for name, found in record.checks.items()],
         "costs": [(store, key, *(record.cost.get(name) for name in COSTS))],
         "environments": [_environment(store, record)],
     }
+
+
+def _outcome(found: Mapping[str, Any]) -> tuple[bool, str]:
+    return found["passed"], json.dumps({name: value for name, value in found.items() if name != "passed"})
 
 
 COSTS = ("seconds", "gpu_hours", "dollars", "joules", "goodput", "restarts", "rewinds", "skipped_updates")

@@ -26,6 +26,7 @@ class Stat:
     path: str  # relative to the listed location; the last part of it for a single file
     bytes: int
     modified: str  # changes when the content does: mtime in ns locally, the ETag on S3
+    written: float = 0.0  # when, in seconds since 1970
 
 
 def is_local(url: str) -> bool:
@@ -70,7 +71,7 @@ def stat(url: str) -> Stat:
     """Raises FileNotFoundError where there is nothing."""
     if is_local(url):
         info = os.stat(url)
-        return Stat(name_of(url), info.st_size, str(info.st_mtime_ns))
+        return Stat(name_of(url), info.st_size, str(info.st_mtime_ns), info.st_mtime)
     return _remote_stat(name_of(url), _remote(url).info(url))
 
 
@@ -85,7 +86,7 @@ def _list_local(root: str) -> Iterator[Stat]:
         for name in names:
             path = os.path.join(folder, name)
             info = os.stat(path)
-            yield Stat(os.path.relpath(path, root), info.st_size, str(info.st_mtime_ns))
+            yield Stat(os.path.relpath(path, root), info.st_size, str(info.st_mtime_ns), info.st_mtime)
 
 
 def _list_remote(root: str) -> Iterator[Stat]:
@@ -97,7 +98,8 @@ def _list_remote(root: str) -> Iterator[Stat]:
 
 
 def _remote_stat(path: str, info: dict[str, Any]) -> Stat:
-    return Stat(path, info["size"], str(info.get("ETag", "")).strip('"'))
+    written = info["LastModified"].timestamp()
+    return Stat(path, info["size"], str(info.get("ETag", "")).strip('"'), written)
 
 
 def publish_bytes(url: str, data: bytes) -> None:
@@ -170,6 +172,29 @@ def remove_tree(url: str) -> None:
             shutil.rmtree(url)
     elif list_files(url):
         _remote(url).rm(url, recursive=True)
+
+
+def unfinished_uploads(url: str) -> list[Stat]:
+    """Uploads in parts to S3 below `url` that were neither completed nor given up; `modified` is the upload's id."""
+    bucket, prefix = _bucket(url)
+    answer = _remote(url).call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+    found = []
+    for upload in answer.get("Uploads", []):
+        where = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        parts = _remote(url).call_s3("list_parts", **where).get("Parts", [])
+        path, size = upload["Key"].removeprefix(f"{prefix}/"), sum(part["Size"] for part in parts)
+        found.append(Stat(path, size, upload["UploadId"], upload["Initiated"].timestamp()))
+    return found
+
+
+def abort_upload(url: str, upload: str) -> None:
+    bucket, key = _bucket(url)
+    _remote(url).call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+
+
+def _bucket(url: str) -> tuple[str, str]:
+    bucket, _, key = url.split("://", 1)[1].partition("/")
+    return bucket, key
 
 
 def move_tree(source: str, destination: str) -> None:

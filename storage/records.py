@@ -40,15 +40,6 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A check that the output went through before it was recorded."""
-
-    assertion: str
-    success: bool
-    numbers: dict[str, Any]  # that it looked at
-
-
-@dataclass(frozen=True)
 class Record:
     asset: str
     key: str
@@ -63,11 +54,11 @@ class Record:
     tokens: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, float | None] = field(default_factory=dict)  # seconds, gpu_hours, dollars, joules; of training more
-    checks: list[Checked] = field(default_factory=list)
     commit: str | None = None
     dirty: bool | None = None
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → passed, and the numbers it looked at
     schema: int = SCHEMA
 
     @property
@@ -128,7 +119,6 @@ def from_json(url: str, data: dict[str, Any]) -> Record:
     values = {name: value for name, value in data.items() if name in names}
     values["parents"] = [Parent(**p) for p in data["parents"]]
     values["files"] = [File(**f) for f in data["files"]]
-    values["checks"] = [Checked(**c) for c in data.get("checks", [])]
     return Record(**values)
 
 
@@ -151,13 +141,50 @@ def describe_file(folder: str, path: str) -> File:
     return File(path, found.bytes, found.modified, objects.sha256(url))
 
 
-def reusable(store: str, key: str, wanted: str) -> tuple[Record | None, str]:
+def changes(record: Record, code_version: str, config: Mapping[str, Any], parents: Sequence[Parent]) -> list[str]:
+    """What defines an output otherwise now than when it was made: its code's version, settings by name, inputs."""
+    found = []
+    if record.code_version != code_version:
+        found.append(f"code version {record.code_version} → {code_version}")
+    then, now = dict(flatten(record.config)), dict(flatten(config))
+    for name in dict.fromkeys([*then, *now]):
+        if then.get(name) != now.get(name):
+            found.append(f"{name} {_brief(then, name)} → {_brief(now, name)}")
+    were, are = {p.key: p.fingerprint for p in record.parents}, {p.key: p.fingerprint for p in parents}
+    for key in dict.fromkeys([*were, *are]):
+        if were.get(key) != are.get(key):
+            found.append(f"{key} {were.get(key, 'none')[:8]} → {are.get(key, 'none')[:8]}")
+    return found
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys with dots between."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _brief(values: Mapping[str, Any], name: str) -> str:
+    """A setting as a line can show it: a list of files by their number and a digest."""
+    if name not in values:
+        return "none"
+    value = values[name]
+    if isinstance(value, list):
+        return f"{len(value)} of digest {hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]}"
+    return str(value)
+
+
+def reusable(
+    store: str, key: str, code_version: str, config: Mapping[str, Any], parents: Sequence[Parent], wanted: str
+) -> tuple[Record | None, str]:
     """The record of `key` if its output is whole and has the fingerprint `wanted`, and the reason either way."""
     record = read_record(store, key)
     if record is None:
         return None, "not made yet"
     if record.fingerprint != wanted:
-        return None, f"made from something else (fingerprint {record.fingerprint[:8]}, now {wanted[:8]})"
+        return None, "; ".join(changes(record, code_version, config, parents)) or "made by another asset"
     for f in record.files:
         if problem := file_problem(store, key, f):
             return None, problem

@@ -4,7 +4,7 @@ import pytest
 
 from storage import objects, records
 from storage.lineage import Lineage
-from storage.records import Checked, File, Parent, Record
+from storage.records import File, Parent, Record
 
 
 def make(store: str, key: str, asset: str, *parents: Parent, code_version: str = "1", **facts) -> Parent:
@@ -231,7 +231,7 @@ def test_a_runs_configuration_and_steps_are_rows(store, lineage):
 
 
 def test_checks_and_environments_are_rows(store, lineage):
-    checked = [Checked("loss_is_finite", True, {"loss": 3.25})]
+    checked = {"loss_is_finite": {"passed": True, "loss": 3.25}}
     make(store, "runs/r", "trained_model", checks=checked, versions={"python": "3.12.1", "torch": "2.11.0"})
     lineage.ingest(store)
     assert lineage.sql("SELECT assertion, success, numbers ->> 'loss' FROM checks")[1] == [

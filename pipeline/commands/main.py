@@ -5,7 +5,7 @@ import sys
 import typer
 
 from assets.failures import Interrupted, ProcessFailed
-from pipeline.commands import compare, evals, lineage, model, run
+from pipeline.commands import compare, evals, lineage, model, run, store
 
 app = typer.Typer(
     help="Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all.",
@@ -18,6 +18,7 @@ evals.add_to(app)
 model.add_to(app)
 compare.add_to(app)
 app.add_typer(lineage.app, name="lineage")
+app.add_typer(store.app, name="store")
 
 
 def main() -> None:

@@ -1,0 +1,122 @@
+"""What is each file in a store there for: which output does it belong to, and does that output's record mention it?"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from storage import objects
+from storage.objects import Stat
+from storage.records import Record, folder_url, from_json
+
+# Top folders of a store. What else lies in a local one may be the home.
+FOLDERS = ("corpora", "tokens", "eval_items", "runs", "models")
+RUNS_OWN = ("config.json", "inputs.json", "definition.json")  # beside a run's record
+TOKENS_OWN = ("plan.json", "complete.json")
+PARTIAL = re.compile(r"(^|/)(\.[^/]*\.partial|\.writable-[^/]*|[^/]*\.part(ial)?)$")
+
+Kind = Literal[
+    "record",
+    "recorded",  # a record mentions it
+    "own",  # the project's, beside the record: configurations, plans, complete checkpoints
+    "unfinished",  # of an output that has no record, yet or any more
+    "partial",  # of an upload or a download that did not come to its end
+    "torn checkpoint",
+    "claim",  # and pieces, that machines share while they make token shards
+    "foreign",  # in the folder of an output whose record does not mention it, or nowhere
+]
+
+
+@dataclass(frozen=True)
+class Entry:
+    path: str  # in the store
+    stat: Stat
+    kind: Kind
+    key: str  # of the output whose folder it lies in; "" for none
+
+
+@dataclass(frozen=True)
+class Contents:
+    entries: Sequence[Entry]
+    records: Mapping[str, Record]  # by key
+    unreadable: Mapping[str, str]  # path of a record → what is wrong with it
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Keys of everything that has a record, readable or not."""
+        return frozenset([*self.records, *map(key_of_record, self.unreadable)])
+
+
+def contents(store: str, top: Collection[str] = FOLDERS) -> Contents:
+    """Everything below the top folders of a store, from one listing and its records."""
+    listed = [s for s in objects.list_files(store) if s.path.split("/")[0] in top]
+    records, unreadable = read_records(store, [s.path for s in listed if s.path.endswith("record.json")])
+    folders = {key: folder_url("", key).lstrip("/") for key in records}
+    mentioned = {f"{folders[key]}/{f.path}" for key, record in records.items() for f in record.files}
+    known = frozenset([*records, *map(key_of_record, unreadable)])
+    done = {s.path.rpartition("/")[0] for s in listed if s.path.endswith("/DONE")}
+    entries = []
+    for stat in listed:
+        key = key_of(stat.path, known)
+        entries.append(Entry(stat.path, stat, _kind(stat.path, key, known, mentioned, done), key))
+    return Contents(entries, records, unreadable)
+
+
+def read_records(store: str, paths: Iterable[str]) -> tuple[dict[str, Record], dict[str, str]]:
+    """The records at these paths by key, and of those that can't be read what is wrong."""
+    found: dict[str, Record] = {}
+    wrong: dict[str, str] = {}
+    for path in paths:
+        try:
+            record = from_json(path, objects.read_json(objects.join(store, path)))
+            found[record.key] = record
+        except (ValueError, KeyError, TypeError) as error:  # of JSON, of UTF-8, of what a record must have
+            wrong[path] = str(error) or type(error).__name__
+    return found, wrong
+
+
+def key_of_record(path: str) -> str:
+    """The key whose record lies at `path`."""
+    return path.removesuffix("/record.json") if path.endswith("/record.json") else path.removesuffix(".record.json")
+
+
+def key_of(path: str, known: frozenset[str]) -> str:
+    """The output that a file of the store belongs to by its place."""
+    parts = path.split("/")
+    folder = "/".join(parts[:-1])
+    if parts[-2:-1] == ["scores"]:
+        return f"{folder}/{parts[-1].split('.')[0]}"
+    if folder in known:
+        return folder
+    match parts[0]:
+        case "corpora":
+            return "/".join(parts[:3]) if len(parts) > 3 else ""
+        case "tokens" | "eval_items" | "models":
+            return "/".join(parts[:2]) if len(parts) > 2 else ""
+        case "runs" if len(parts) == 3 or (len(parts) > 3 and parts[2] == "checkpoints"):
+            return "/".join(parts[:2])
+        case "runs" if len(parts) > 3 and parts[2] in ("export", "report"):
+            return "/".join(parts[:3])
+        case "runs":
+            return folder if len(parts) > 3 else ""
+    return ""
+
+
+def _kind(path: str, key: str, known: frozenset[str], mentioned: set[str], done: set[str]) -> Kind:
+    parts = path.split("/")
+    folder, name = "/".join(parts[:-1]), parts[-1]
+    if path.endswith("record.json") and key_of_record(path) in known:
+        return "record"
+    if path in mentioned:
+        return "recorded"
+    if PARTIAL.search(path):
+        return "partial"
+    if parts[0] == "tokens" and parts[2:3] == ["pieces"]:
+        return "claim"
+    if parts[0] == "runs" and parts[2:3] == ["checkpoints"]:
+        return "own" if folder in done else "torn checkpoint"
+    if (parts[0] == "runs" and parts[2:] == [name] and name in RUNS_OWN) or name == ".staged.json":
+        return "own"
+    if parts[0] == "tokens" and parts[2:] == [name] and name in TOKENS_OWN:
+        return "own"
+    return "foreign" if key in known or not key else "unfinished"

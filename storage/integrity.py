@@ -1,0 +1,100 @@
+"""Is every file in the store what its record says, and what stands on one that is not?"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from storage import objects
+from storage.contents import Contents, contents, key_of_record
+from storage.records import File, Record, file_url, fingerprint
+
+HASHERS = 8  # files that are read at once; sha256 uses a core each
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    kind: str  # missing, changed, foreign, record
+    path: str  # in the store, or absolute where the bytes lie outside
+    what: str  # in words
+    key: str  # of the output that it belongs to; "" for none
+    dependents: tuple[str, ...]  # keys of what was made from that output, directly or not
+
+
+@dataclass(frozen=True)
+class Verified:
+    outputs: int
+    files: int
+    bytes: int
+    problems: Sequence[Problem]
+
+
+def verify(store: str, top: Collection[str], progress: Progress = lambda done, total: None) -> Verified:
+    """Read every byte of every output in the store; `progress` gets (bytes read, of how many)."""
+    found = contents(store, top)
+    files = [(record, f) for record in found.records.values() for f in record.files]
+    total, done = sum(f.bytes for _, f in files), 0
+    problems = [*_records(found), *_foreign(found)]
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for (record, f), wrong in zip(files, pool.map(lambda pair: _check(store, *pair), files), strict=True):
+            done += f.bytes
+            progress(done, total)
+            if wrong:
+                problems.append(Problem(wrong[0], _place(record, f), wrong[1], record.key, ()))
+    below = dependents(found)
+    told = [Problem(p.kind, p.path, p.what, p.key, below(p.key)) for p in problems]
+    return Verified(len(found.records), len(files), total, told)
+
+
+def _check(store: str, record: Record, file: File) -> tuple[str, str] | None:
+    url = file_url(store, record.key, file.path)
+    if not objects.exists(url):
+        return "missing", f"is missing; its record says {file.bytes:,} bytes"
+    size = objects.stat(url).bytes
+    if size != file.bytes:
+        return "changed", f"has {size:,} bytes, its record says {file.bytes:,}"
+    digest = objects.sha256(url)
+    if digest != file.sha256:
+        return "changed", f"has sha256 {digest[:12]}…, its record says {file.sha256[:12]}…"
+    return None
+
+
+def _place(record: Record, file: File) -> str:
+    return file_url("", record.key, file.path).lstrip("/") if objects.is_local(file.path) else file.path
+
+
+def _records(found: Contents) -> Iterator[Problem]:
+    """Records that can't be read, or that were changed: what defines an output gives its fingerprint."""
+    for path, wrong in found.unreadable.items():
+        yield Problem("record", path, f"can't be read: {wrong}", key_of_record(path), ())
+    for key, record in found.records.items():
+        if record.fingerprint != fingerprint(record.asset, record.code_version, record.config, record.parents):
+            yield Problem("record", f"{key}: its record", "does not give its own fingerprint: it was changed", key, ())
+
+
+def _foreign(found: Contents) -> Iterator[Problem]:
+    for entry in found.entries:
+        if entry.kind == "foreign":
+            what = f"is foreign: the record of {entry.key} does not mention it" if entry.key else "is foreign"
+            yield Problem("foreign", entry.path, what, entry.key, ())
+
+
+def dependents(found: Contents) -> Callable[[str], tuple[str, ...]]:
+    """A function from a key to those of all that was made from it, by the records."""
+    children: dict[str, list[str]] = {}
+    for record in found.records.values():
+        for parent in record.parents:
+            children.setdefault(parent.key, []).append(record.key)
+
+    def below(key: str) -> tuple[str, ...]:
+        reached: dict[str, None] = {}
+        waiting = list(children.get(key, []))
+        while waiting:
+            if (one := waiting.pop(0)) not in reached:
+                reached[one] = None
+                waiting += children.get(one, [])
+        return tuple(reached)
+
+    return below

@@ -1,0 +1,175 @@
+"""`gpt2 store verify` and `gc`: what is wrong is found and named, what nothing needs goes, what a run needs stays."""
+
+import json
+import shutil
+import time
+
+import pytest
+from tiny_pipeline import gpt2
+
+from storage import garbage, integrity, objects, records
+from storage.contents import FOLDERS
+from storage.records import Parent, Record
+
+LATER = time.time() + 10 * 86400  # as of which everything here is old
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request, tmp_path) -> str:
+    return str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
+
+
+def make(store: str, key: str, *parents: Parent, names: tuple[str, ...] = ("data.bin",)) -> Parent:
+    for name in names:
+        objects.publish_bytes(objects.join(records.folder_url(store, key), name), f"{key} {name}".encode())
+    files = [records.describe_file(records.folder_url(store, key), name) for name in names]
+    mark = records.fingerprint("a", "1", {"key": key}, list(parents))
+    records.write_record(store, Record("a", key, mark, "1", {"key": key}, list(parents), files, "", ""))
+    return Parent(key, mark)
+
+
+@pytest.fixture
+def chain(store) -> str:
+    """Documents, tokens, weights, an export and a score; the run's own files beside them."""
+    tokens = make(
+        store, "tokens/c", make(store, "corpora/c/documents"), names=("c_val_000000.bin", "c_train_000001.bin")
+    )
+    weights = make(store, "runs/r", tokens, names=("main.log", "checkpoints/step_000002/DONE"))
+    make(store, "runs/r/scores/s", make(store, "runs/r/export", weights), names=("s.json", "s.parquet"))
+    for path in (
+        "runs/r/config.json",
+        "runs/r/inputs.json",
+        "runs/r/checkpoints/step_000001/DONE",
+        "tokens/c/plan.json",
+    ):
+        objects.publish_json(objects.join(store, path), {})
+    return store
+
+
+def problems(store: str) -> list[tuple[str, str]]:
+    return [(p.kind, p.path) for p in integrity.verify(store, FOLDERS).problems]
+
+
+def test_a_whole_store_has_no_problem(chain):
+    found = integrity.verify(chain, FOLDERS)
+    assert (found.outputs, found.files, found.problems) == (5, 8, [])
+
+
+def test_a_flipped_byte_a_missing_and_a_foreign_file_are_found_with_what_depends_on_them(chain):
+    shard = objects.join(chain, "tokens/c/c_train_000001.bin")
+    data = bytearray(objects.read_bytes(shard))
+    data[3] ^= 1
+    objects.publish_bytes(shard, bytes(data))
+    objects.remove(objects.join(chain, "runs/r/export/data.bin"))
+    objects.publish_bytes(objects.join(chain, "runs/r/scores/s.old.json"), b"{}")
+    objects.publish_bytes(objects.join(chain, "corpora/c/documents/copy.bin"), b"1")
+    found = {p.path: p for p in integrity.verify(chain, FOLDERS).problems}
+    assert {path: p.kind for path, p in found.items()} == {
+        "tokens/c/c_train_000001.bin": "changed",
+        "runs/r/export/data.bin": "missing",
+        "runs/r/scores/s.old.json": "foreign",
+        "corpora/c/documents/copy.bin": "foreign",
+    }
+    assert found["tokens/c/c_train_000001.bin"].dependents == ("runs/r", "runs/r/export", "runs/r/scores/s")
+    assert found["runs/r/export/data.bin"].dependents == ("runs/r/scores/s",)
+
+
+def test_records_are_checked_too(chain):
+    url = records.record_url(chain, "tokens/c")
+    data = objects.read_json(url)
+    objects.publish_json(url, data | {"config": {"key": "another"}})
+    assert problems(chain) == [("record", "tokens/c: its record")]
+    objects.publish_bytes(url, objects.read_bytes(url)[:-20])
+    assert ("record", "tokens/c/record.json") in problems(chain)
+    assert {kind for kind, _ in problems(chain)} == {"record", "foreign"}  # nobody vouches for its files now
+
+
+def collected(store: str, home, needed=(), before=LATER, busy=()) -> dict[str, str]:
+    return {g.name: g.what for g in garbage.find(store, home, needed, before, FOLDERS, busy)}
+
+
+def test_what_a_run_refers_to_stays(chain, tmp_path):
+    assert collected(chain, tmp_path) == {}
+    make(chain, "eval_items/old")
+    make(chain, "tokens/d", make(chain, "corpora/d/documents"))
+    superseded = {"eval_items/old": "superseded output", "tokens/d": "superseded output"}
+    assert collected(chain, tmp_path) == superseded | {"corpora/d/documents": "superseded output"}
+    assert collected(chain, tmp_path, needed=["eval_items/old", "tokens/d"]) == {}  # with what it was made from
+    assert collected(chain, tmp_path, before=time.time() - 3600) == {}
+
+
+def test_what_was_left_half_done_goes(chain, tmp_path):
+    left = {
+        "runs/r/.main.log.0a1b2c3d.partial": "unfinished upload",
+        "runs/r/checkpoints/.step_000003/model.safetensors": "torn checkpoint",
+        "tokens/c/pieces/claims/shard-000001/000000": "orphan claims",
+        "tokens/e/plan.json": "unfinished output",
+        "runs/unfinished/checkpoints/.step_000001/model.safetensors": "torn checkpoint",
+        "runs/r/scores/notes.txt": "unfinished output",
+        "corpora/c/documents/copy.bin": "foreign file",
+    }
+    for path in (*left, "runs/unfinished/config.json", "runs/unfinished/checkpoints/step_000001/DONE"):
+        objects.publish_bytes(objects.join(chain, path), b"1")
+    found = garbage.find(chain, tmp_path, (), LATER, FOLDERS)
+    assert {path: g.what for g in found for path in g.paths} == left
+    assert not any(g.name.startswith("runs/r/") for g in garbage.find(chain, tmp_path, (), LATER, FOLDERS, ["r"]))
+    garbage.remove(chain, found)
+    assert collected(chain, tmp_path) == {} and problems(chain) == []
+    assert objects.exists(objects.join(chain, "runs/unfinished/checkpoints/step_000001/DONE"))  # it can be resumed
+
+
+def test_uploads_that_never_ended_are_given_up(s3_store, tmp_path):
+    bucket = s3_store.split("/")[2]
+    client = objects.filesystem(s3_store)
+    client.call_s3("create_multipart_upload", Bucket=bucket, Key="store/runs/r/big.bin")
+    found = garbage.find(s3_store, tmp_path, (), LATER, FOLDERS)
+    assert [(g.what, g.name) for g in found] == [("unfinished upload", "runs/r/big.bin")]
+    garbage.remove(s3_store, found)
+    assert objects.unfinished_uploads(s3_store) == []
+
+
+def test_the_commands_say_and_do_it(finished, tmp_path):
+    """On a finished run: whole, then with a file gone; garbage is asked about, kept at first, deleted with --yes."""
+    store = tmp_path / "store"
+    shutil.copytree(finished.store, store)  # with its files' times
+    whole = gpt2("store", "verify", "--store", str(store), cwd=tmp_path)
+    assert (whole.returncode, "all is as recorded: 9 outputs" in whole.stdout) == (0, True), whole.stdout
+    (store / "runs/tiny/export/config.json").unlink()
+    (store / "tokens/old").mkdir()
+    (store / "tokens/old/plan.json").write_text("{}")
+    broken = gpt2("store", "verify", "--store", str(store), "--json", cwd=tmp_path)
+    assert broken.returncode == 1
+    (problem,) = json.loads(broken.stdout)["problems"]
+    assert (problem["kind"], problem["path"]) == ("missing", "runs/tiny/export/config.json")
+    assert "runs/tiny/scores/completion_demo" in problem["dependents"]
+    assert json.loads(gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path).stdout)["garbage"] == []  # new
+    refused = gpt2("store", "gc", "--hours", "0.5", "--store", str(store), cwd=tmp_path)
+    assert refused.returncode == 2 and "running run" in refused.stderr
+
+
+def states(store, tmp_path) -> dict[str, tuple[str, str]]:
+    done = gpt2("store", "status", "tiny", "--store", str(store), "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return {s["stage"]: (s["state"], s["reason"]) for s in json.loads(done.stdout)}
+
+
+def test_status_says_what_would_be_made_anew_and_why(finished, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(finished.store, store)
+    assert {state for state, _ in states(store, tmp_path).values()} == {"fresh"}
+
+    config = objects.read_json(f"{store}/runs/tiny/config.json")
+    config["train"]["lr"] /= 2
+    objects.publish_json(f"{store}/runs/tiny/config.json", config)
+    shutil.rmtree(store / "runs/tiny/report")
+    found = states(store, tmp_path)
+    assert found["token_shards"][0] == "fresh"
+    assert found["trained_model"] == ("stale", "train.lr 0.005 → 0.0025")
+    assert found["hf_model"][0] == "stale" and found["hf_model"][1].startswith("runs/tiny ")
+    assert found["validation_loss"][0] == "stale" and found["validation_loss"][1].startswith("runs/tiny/export ")
+    assert found["report"][0] == "missing"
+
+    shutil.rmtree(store / "tokens")
+    found = states(store, tmp_path)
+    assert found["documents"][0] == "fresh" and found["token_shards"][0] == "missing"
+    assert found["trained_model"] == ("stale", "it is made from token_shards, which is not there")
