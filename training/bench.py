@@ -35,8 +35,8 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
     "LayerNorm and residual": r"norm_forward|norm_backward|layer_norm",
     "GELU": r"gelu",
     "bias gradients": r"sum_columns|add_sums",
-    "head's loss": r"cross_entropy|softmax",
-    "embeddings": r"embed|add_tokens|add_positions|[Ss]ort|[Rr]adix",
+    "head's loss": r"cross_entropy|softmax|scale_rows",
+    "embeddings": r"embed|add_runs|add_edges|add_positions|[Ss]ort|[Rr]adix",
     "optimizer and clipping": r"_update|adam|norm|multi_tensor",
 }
 

@@ -35,8 +35,9 @@ class Kernels:
     norm_backward: Callable[..., Tensor]
     gelu_forward: Callable[[Tensor], Tensor]
     add_column_sums: Callable[[Tensor, Tensor], None]
-    add_scaled: Callable[..., None]
-    cross_entropy: Callable[[Tensor, Tensor, int, float | None], Tensor]
+    add_scaled: Callable[[Tensor, Tensor, Tensor], None]
+    scale_rows: Callable[[Tensor, Tensor, Tensor], Tensor]
+    cross_entropy: Callable[[Tensor, Tensor, int, float | None], tuple[Tensor, Tensor]]
     embed: Callable[[Tensor, Tensor, Tensor], Tensor]
     add_embedding_gradients: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     attention: Callable[[int, int, int, int], AttentionKernel]
@@ -105,6 +106,7 @@ def fused(device: int) -> Kernels:
         gelu_forward=kernels_gelu.forward,
         add_column_sums=kernels_reduce.add_column_sums,
         add_scaled=kernels_reduce.add_scaled,
+        scale_rows=kernels_reduce.scale_rows,
         cross_entropy=kernels_loss.cross_entropy,
         embed=kernels_embedding.embed,
         add_embedding_gradients=kernels_embedding.add_gradients,
@@ -149,6 +151,7 @@ def references() -> Kernels:
         gelu_forward=kernels_gelu.reference_forward,
         add_column_sums=kernels_reduce.reference_add_column_sums,
         add_scaled=kernels_reduce.reference_add_scaled,
+        scale_rows=kernels_reduce.reference_scale_rows,
         cross_entropy=kernels_loss.reference_cross_entropy,
         embed=kernels_embedding.reference_embed,
         add_embedding_gradients=kernels_embedding.reference_add_gradients,

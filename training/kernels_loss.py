@@ -1,4 +1,9 @@
-"""How do a chunk's logits become its losses and their own gradient, in place? One program a row."""
+"""How do a chunk's logits become its losses and their own gradient, in place? One program a row, one pass over it.
+
+The gradient of a row is its exponentials over their sum, less one at the target. The sum is known only at the end of
+the row, so the row is left as exponentials, and `factors` says what they are still to be multiplied by. The products
+that follow sum over the row or over the tokens: either way the factor can wait for the narrow side.
+"""
 
 # The arguments of Triton's functions have no Python types.
 # mypy: disable-error-code="no-untyped-def"
@@ -8,66 +13,80 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 8
+BLOCK, WARPS = 4096, 8
 
 
 @triton.jit
-def _sum_of_exps(base, peak, vocab, columns, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
-        total += tl.exp(value - peak)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _cross_entropy(logits, targets, losses, vocab, columns, scale, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+def _cross_entropy(
+    logits, targets, losses, factors, vocab, columns, scale, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
+):
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * columns
     target = tl.load(targets + row)
-    at_target = tl.load(base + target).to(tl.float32)
-    # The target's own logit serves as the peak: one exponential, no maximum. Where another logit is so much
-    # higher that the sum overflows, a second pass takes the true maximum.
-    peak = at_target
-    total = _sum_of_exps(base, peak, vocab, columns, BLOCK)
+    # The target's own logit serves as the peak, which spares the search for the highest one.
+    peak, top = tl.load(base + target).to(tl.float32), 0.0
+    tl.debug_barrier()  # every warp has read it before any overwrites it
+    lanes = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        above = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32) - peak
+        far = above > 85.0
+        power = tl.exp(above)
+        lanes += tl.where(far, float("inf"), power)
+        if GRADIENT:  # a negative number stands for the exponent itself, where the power is too large a number
+            tl.store(base + column, tl.where(far, -above, power).to(logits.dtype.element_ty), column < columns)
+    total = tl.sum(lanes, 0)
+    # Rare: another logit is so far above the target's that the row needs its true peak. The exponents are then known
+    # to the precision of the logits' type.
     if total > 1e38:
-        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        lanes = tl.full((BLOCK,), float("-inf"), tl.float32)
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
-            highest = tl.maximum(highest, value)
-        peak = tl.max(highest, 0)
-        total = _sum_of_exps(base, peak, vocab, columns, BLOCK)
-    log_sum = peak + tl.log(total)
-    tl.store(losses + row, log_sum - at_target)
+            lanes = tl.maximum(lanes, _above(base, column, column < vocab, peak, GRADIENT))
+        top = tl.max(lanes, 0)
+        lanes = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            power = tl.exp(_above(base, column, column < vocab, peak, GRADIENT) - top)
+            lanes += power
+            if GRADIENT:
+                tl.store(base + column, power.to(logits.dtype.element_ty), column < columns)
+        total = tl.sum(lanes, 0)
+    tl.store(losses + row, tl.log(total) + top)
     if GRADIENT:
-        for done in range(0, columns, BLOCK):  # backwards: the end of the row is still in the cache
-            column = (tl.cdiv(columns, BLOCK) - 1) * BLOCK - done + tl.arange(0, BLOCK)
-            value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
-            gradient = tl.exp(value - log_sum) - tl.where(column == target, 1.0, 0.0)
-            tl.store(base + column, (gradient * scale).to(logits.dtype.element_ty), column < columns)
+        tl.store(base + target, (tl.exp(0.0 - top) - total).to(logits.dtype.element_ty))
+        tl.store(factors + row, scale / total)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, vocab: int, scale: float | None) -> Tensor:
-    """The losses (N,) fp32 of logits (N, Vp), of which columns from `vocab` on are padding.
+@triton.jit
+def _above(base, column, inside, peak, GRADIENT: tl.constexpr):
+    """How far logits stand above the peak, from them or from what the first pass has left in their place."""
+    value = tl.load(base + column, inside, 0.0 if GRADIENT else float("-inf")).to(tl.float32)
+    if GRADIENT:
+        return tl.where(value < 0.0, 0.0 - value, tl.log(value))
+    return value - peak
 
-    With a scale, the logits become that many times their own gradient; zero in the padding.
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab: int, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The losses (N,) fp32 of logits (N, Vp), of which columns from `vocab` on are padding, and factors (N,) fp32.
+
+    With a scale, the logits become numbers which, each row times its factor, are that many times their own
+    gradient; zero in the padding. Without one they stay, and the factors mean nothing.
     """
     rows, columns = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    losses, factors = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     _cross_entropy[(rows,)](
-        logits, targets, losses, vocab, columns, scale or 0.0, BLOCK=BLOCK, GRADIENT=scale is not None,
+        logits, targets, losses, factors, vocab, columns, scale or 0.0, BLOCK=BLOCK, GRADIENT=scale is not None,
         num_warps=WARPS,
     )  # fmt: skip
-    return losses
+    return losses, factors
 
 
-def reference_cross_entropy(logits: Tensor, targets: Tensor, vocab: int, scale: float | None) -> Tensor:
+def reference_cross_entropy(logits: Tensor, targets: Tensor, vocab: int, scale: float | None) -> tuple[Tensor, Tensor]:
     log_probabilities = logits[:, :vocab].float().log_softmax(1)
     losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     if scale is not None:
         gradient = log_probabilities.exp().scatter_add_(1, targets[:, None], torch.full_like(losses, -1.0)[:, None])
-        logits[:, :vocab] = gradient * scale
+        logits[:, :vocab] = gradient
         logits[:, vocab:] = 0.0
-    return losses
+    return losses, torch.full_like(losses, scale or 0.0)

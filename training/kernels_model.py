@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from training.gpt2 import GPT2, Block
+from training.gpt2 import GPT2, Attention, Block
 from training.kernels import AttentionKernel, Kernels
 
 LOGITS_BYTES = 420 * 1024**2  # of one chunk of the head's bf16 logits
@@ -36,7 +36,8 @@ class Kept(NamedTuple):
 
 class Head(NamedTuple):
     loss: Tensor
-    grad_x: Tensor  # (N, C)
+    grad_x: Tensor  # (N, C), each row still to be multiplied by its factor
+    factors: Tensor  # (N,) fp32
     grad_weight: Tensor  # (Vp, C)
 
 
@@ -86,33 +87,40 @@ class FusedModel:
         kept = Kept(x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, g if self.recompute == 0 else None)
         return x2, branch, kept
 
-    def block_backward(self, block: Block, kept: Kept, dx: Tensor, bias_before: Tensor) -> Tensor:
+    def block_backward(self, block: Block, states: list[Kept], dx: Tensor, bias_before: Tensor) -> Tensor:
         """The stream's gradient behind the block -> before it, in place.
 
-        The gradient of a projection's bias is the sum of the stream's gradient behind it; the LayerNorm that
-        makes that gradient sums it: that of the block before goes to `bias_before`.
+        The last of `states` is taken off, so that each tensor's memory is free after its last use. The gradient of a
+        projection's bias is the sum of the stream's gradient behind it; the LayerNorm that makes that gradient sums
+        it: that of the block before goes to `bias_before`.
         """
         ops, attn, mlp = self.ops, block.attn, block.mlp
-        g = ops.gelu_forward(kept.h) if kept.g is None else kept.g
+        x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, g = states.pop()
+        if g is None:
+            g = ops.gelu_forward(h)
         self.add_weight_gradient(mlp.c_proj.weight, dx, g)
-        dh = ops.multiply(dx, mlp.c_proj.weight, epilogue="dgelu", aux=kept.h)
-        ops.add_column_sums(dh, grad_of(mlp.c_fc.bias))
+        dh = ops.multiply(dx, mlp.c_proj.weight, epilogue="dgelu", aux=h)
+        ops.add_column_sums(dh[:, None], grad_of(mlp.c_fc.bias)[None])
         dy = ops.multiply(dh, mlp.c_fc.weight)
-        dx = self.norm_backward(block.ln_2, dy, kept.x2, kept.mean2, kept.rstd2, dx, grad_of(attn.c_proj.bias))
+        dx = self.norm_backward(block.ln_2, dy, x2, mean2, rstd2, dx, grad_of(attn.c_proj.bias))
         self.add_weight_gradient(mlp.c_fc.weight, dh, dy)  # dy now holds LayerNorm's output
-        del g, dh, dy
-        self.add_weight_gradient(attn.c_proj.weight, dx, kept.out.view(dx.shape))
-        dout = ops.multiply(dx, attn.c_proj.weight).view(kept.out.shape)
-        kernel = self.attention_kernel(*kept.out.shape[:2])
-        dqkv = kernel.backward(dout, kept.qkv, kept.out, kept.attention).view(len(dx), -1)
-        ops.add_column_sums(dqkv, grad_of(attn.c_attn.bias))
+        del x2, h, g, dh, dy
+        self.add_weight_gradient(attn.c_proj.weight, dx, out.view(dx.shape))
+        dout = ops.multiply(dx, attn.c_proj.weight).view(out.shape)
+        dqkv = self.attention_kernel(*out.shape[:2]).backward(dout, qkv, out, saved).view(len(dx), -1)
+        del dout, qkv, out, saved
+        self.add_bias_gradient(attn, dqkv)
         dy = ops.multiply(dqkv, attn.c_attn.weight)
-        dx = self.norm_backward(block.ln_1, dy, kept.x1, kept.mean1, kept.rstd1, dx, bias_before)
+        dx = self.norm_backward(block.ln_1, dy, x1, mean1, rstd1, dx, bias_before)
         self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
         return dx
 
     def add_weight_gradient(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
         self.ops.multiply(dy, x, transpose_a=True, out=grad_of(weight), add=weight.grad)
+
+    def add_bias_gradient(self, attn: Attention, dqkv: Tensor) -> None:
+        """Of queries and values. That of the keys is zero: it moves all scores of a query alike, softmax ignores it."""
+        self.ops.add_column_sums(dqkv.view(len(dqkv), 3, -1)[:, ::2], grad_of(attn.c_attn.bias).view(3, -1)[::2])
 
     def norm_backward(
         self,
@@ -132,16 +140,19 @@ class FusedModel:
         weight, vocab = self.model.wte.weight, self.model.config.vocab
         grad_x = torch.empty_like(x) if gradients else self.unused
         grad_weight = torch.zeros_like(weight) if gradients else self.unused
-        losses = []
+        losses, factors = [], []
         for rows in chunks(len(x), len(weight)):
             logits = self.ops.multiply(x[rows], weight, transpose_b=True)  # (n, Vp)
             scale = 1.0 / len(x) if gradients else None
-            losses.append(self.ops.cross_entropy(logits, targets[rows], vocab, scale))
+            loss, factor = self.ops.cross_entropy(logits, targets[rows], vocab, scale)
+            losses.append(loss)
+            factors.append(factor)
             if gradients:
                 self.ops.multiply(logits, weight, out=grad_x[rows])
-                self.ops.multiply(logits, x[rows], transpose_a=True, out=grad_weight, add=grad_weight)
+                scaled = self.ops.scale_rows(x[rows], factor, torch.empty_like(x[rows]))
+                self.ops.multiply(logits, scaled, transpose_a=True, out=grad_weight, add=grad_weight)
             del logits  # before the next chunk's are made
-        return Head(torch.cat(losses).mean(), grad_x, grad_weight)
+        return Head(torch.cat(losses).mean(), grad_x, torch.cat(factors), grad_weight)
 
 
 class _Loss(torch.autograd.Function):
@@ -168,15 +179,14 @@ class _Loss(torch.autograd.Function):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         fused.ops.add_scaled(grad_of(model.wte.weight), head.grad_weight, grad)
-        fused.ops.add_scaled(head.grad_x, head.grad_x, grad, add=False)
+        fused.ops.scale_rows(head.grad_x, head.factors * grad, head.grad_x)
         biases = [torch.empty_like(blocks[0].mlp.c_proj.bias), *(grad_of(b.mlp.c_proj.bias) for b in blocks)]
         dx = fused.norm_backward(model.ln_f, head.grad_x, last.x, last.mean, last.rstd, None, biases.pop())
         ctx.head = ctx.last = head = last = None  # their memory, for the blocks
         for block in reversed(blocks):
-            state = kept.pop()
             if fused.recompute == 3:
-                state = fused.block_forward(block, state, None, ctx.tokens.shape)[2]
-            dx = fused.block_backward(block, state, dx, biases.pop())
+                kept.append(fused.block_forward(block, kept.pop(), None, ctx.tokens.shape)[2])
+            dx = fused.block_backward(block, kept, dx, biases.pop())
             _announce(block)
         fused.ops.add_embedding_gradients(dx, ctx.tokens, grad_of(model.wte.weight), grad_of(model.wpe.weight))
         for module in (model.wte, model.wpe, model.ln_f):

@@ -34,21 +34,22 @@ class Fp8Model(FusedModel):
         branch = self.linear(ops.gelu_fp8(h), mlp.c_proj)
         return x2, branch, Kept(x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, None)
 
-    def block_backward(self, block: Block, kept: Kept, dx: Tensor, bias_before: Tensor) -> Tensor:
+    def block_backward(self, block: Block, states: list[Kept], dx: Tensor, bias_before: Tensor) -> Tensor:
         ops, attn, mlp = self.ops, block.attn, block.mlp
+        x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, _ = states.pop()
         dh = self.linear_backward(self.stream8, mlp.c_proj)
-        dh8 = ops.gelu_backward_fp8(dh, kept.h, grad_of(mlp.c_fc.bias))
-        self.add_weight_gradient(mlp.c_proj.weight, dx, kept.h)  # h now holds GELU's output
+        dh8 = ops.gelu_backward_fp8(dh, h, grad_of(mlp.c_fc.bias))
+        self.add_weight_gradient(mlp.c_proj.weight, dx, h)  # h now holds GELU's output
         dy = self.linear_backward(dh8, mlp.c_fc)
-        dx = self.norm_backward(block.ln_2, dy, kept.x2, kept.mean2, kept.rstd2, dx, grad_of(attn.c_proj.bias))
+        dx = self.norm_backward(block.ln_2, dy, x2, mean2, rstd2, dx, grad_of(attn.c_proj.bias))
         self.add_weight_gradient(mlp.c_fc.weight, dh, dy)  # dy now holds LayerNorm's output
-        del dh, dh8, dy
-        self.add_weight_gradient(attn.c_proj.weight, dx, kept.out.view(dx.shape))
-        dout = self.linear_backward(self.stream8, attn.c_proj).view(kept.out.shape)
-        kernel = self.attention_kernel(*kept.out.shape[:2])
-        dqkv = kernel.backward(dout, kept.qkv, kept.out, kept.attention).view(len(dx), -1)
+        del x2, h, dh, dh8, dy
+        self.add_weight_gradient(attn.c_proj.weight, dx, out.view(dx.shape))
+        dout = self.linear_backward(self.stream8, attn.c_proj).view(out.shape)
+        dqkv = self.attention_kernel(*out.shape[:2]).backward(dout, qkv, out, saved).view(len(dx), -1)
+        del dout, qkv, out, saved
         dy = self.linear_backward(ops.quantize(dqkv, grad_of(attn.c_attn.bias)), attn.c_attn)
-        dx = self.norm_backward(block.ln_1, dy, kept.x1, kept.mean1, kept.rstd1, dx, bias_before)
+        dx = self.norm_backward(block.ln_1, dy, x1, mean1, rstd1, dx, bias_before)
         self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
         return dx
 

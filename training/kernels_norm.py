@@ -21,9 +21,14 @@ from training.kernels_fp8 import reference_quantize
 from training.kernels_reduce import Rows, add_sums, scale_of
 
 EPS = 1e-5
-# Programs of the backward kernel, by padded width and whether it writes fp8: as many as run at once on a Hopper card,
-# and fixed, so that sums keep their order.
-PROGRAMS = {(1024, False): 132 * 4, (1024, True): 132 * 4, (2048, False): 132 * 3, (2048, True): 132 * 2}
+# Programs and warps of the backward kernel, by padded width and whether it writes fp8: as many as run at once on a
+# Hopper card, and fixed, so that sums keep their order.
+PROGRAMS = {
+    (1024, False): (132 * 6, 2),
+    (1024, True): (132 * 4, 4),
+    (2048, False): (132 * 3, 4),
+    (2048, True): (132 * 2, 4),
+}
 
 
 class Normed(NamedTuple):
@@ -151,11 +156,12 @@ def backward(
     rows, columns = x.shape
     out = torch.empty_like(x) if stream is None else stream
     block = triton.next_power_of_2(columns)
-    programs = min(rows, PROGRAMS.get((block, fp8 is not None), 132 * 2))
+    programs, warps = PROGRAMS.get((block, fp8 is not None), (132 * 2, min(4, max(1, block // 128))))
+    programs = min(rows, programs)
     partial = torch.empty(programs, 3, columns, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
         dy, x, weight, bias, mean, rstd, out, out, dy, *(fp8 or (out, mean)), partial, rows, columns,
-        HAS_STREAM=stream is not None, FP8=fp8 is not None, BLOCK=block, num_warps=min(4, max(1, block // 128)),
+        HAS_STREAM=stream is not None, FP8=fp8 is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     add_sums(partial, *grads)
     return out

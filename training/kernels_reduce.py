@@ -7,6 +7,7 @@ depend on timing; here each program owns a fixed share of the rows and writes it
 # The arguments of Triton's functions have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -65,47 +66,86 @@ def add_sums(partial: Tensor, *outs: Tensor) -> None:
 
 
 @triton.jit
-def _sum_columns(x, partial, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    share, shares = tl.program_id(1), tl.num_programs(1)
+def _sum_columns(
+    x, partial, finished, out, rows, columns, row_stride, group_stride, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    group, share, shares = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     total = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over its rows once, at the end
     for start in range(share * ROWS, rows, shares * ROWS):
         row = start + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & inside[None, :]
-        place = row[:, None].to(tl.int64) * columns + column[None, :]
-        total += tl.load(x + place, mask, 0.0).to(tl.float32)
+        place = row[:, None].to(tl.int64) * row_stride + group * group_stride + column[None, :]
+        total += tl.load(x + place, (row < rows)[:, None] & inside[None, :], 0.0).to(tl.float32)
+    partial += group * shares * columns
     tl.store(partial + share * columns + column, tl.sum(total, 0), inside)
+    # Whoever comes last of these columns' programs adds the shares up, in their order whoever that is.
+    tl.debug_barrier()
+    counter = finished + group * tl.num_programs(0) + tl.program_id(0)
+    if tl.atomic_add(counter, 1) == shares - 1:
+        tl.store(counter, 0)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, shares, ROWS):
+            row = start + tl.arange(0, ROWS)
+            mask = (row < shares)[:, None] & inside[None, :]
+            total += tl.load(partial + row[:, None] * columns + column[None, :], mask, 0.0, cache_modifier=".cg")
+        _add(out + group * out_stride + column, tl.sum(total, 0), inside)
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """Zeros, and left so by each kernel that counts with them."""
+    return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
 def add_column_sums(x: Tensor, out: Tensor) -> None:
-    """out += x.sum(0), for x (N, C): a bias gradient."""
-    rows, columns = x.shape
-    blocks = triton.cdiv(columns, 256)
-    shares = max(1, min(rows // 16, RESIDENT // blocks))
-    partial = torch.empty(shares, 1, columns, dtype=torch.float32, device=x.device)
-    _sum_columns[(blocks, shares)](x, partial, rows, columns, ROWS=16, COLUMNS=256, num_warps=4)
-    add_sums(partial, out)
+    """out += x.sum(0), for x (N, G, C) and out (G, C), whose last dimension is contiguous: bias gradients."""
+    rows, groups, columns = x.shape
+    blocks = triton.cdiv(columns, 128)
+    shares = max(1, min(rows // 16, RESIDENT // (blocks * groups)))
+    partial = torch.empty(groups, shares, columns, dtype=torch.float32, device=x.device)
+    _sum_columns[(blocks, groups, shares)](
+        x, partial, _counters(x.device), out, rows, columns, x.stride(0), x.stride(1), out.stride(0),
+        ROWS=16, COLUMNS=128, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
-def _add_scaled(out, x, scale, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_scaled(out, x, scale, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
-    value = tl.load(x + place, inside, 0.0).to(tl.float32) * tl.load(scale)
-    if ADD:
-        value += tl.load(out + place, inside, 0.0).to(tl.float32)
+    _add(out + place, tl.load(x + place, inside, 0.0).to(tl.float32) * tl.load(scale), inside)
+
+
+def add_scaled(out: Tensor, x: Tensor, scale: Tensor) -> None:
+    """out += x * scale, with an fp32 scale on the device that is not rounded to bf16 before."""
+    grid = (triton.cdiv(x.numel(), 2048),)
+    _add_scaled[grid](out, x, scale, x.numel(), BLOCK=2048, num_warps=8)
+
+
+@triton.jit
+def _scale_rows(out, x, factors, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    place, inside = row * columns + column, column < columns
+    value = tl.load(x + place, inside, 0.0).to(tl.float32) * tl.load(factors + row)
     tl.store(out + place, value.to(out.dtype.element_ty), inside)
 
 
-def add_scaled(out: Tensor, x: Tensor, scale: Tensor, add: bool = True) -> None:
-    """out += x * scale, or out = x * scale, with an fp32 scale on the device that is not rounded to bf16 before."""
-    grid = (triton.cdiv(x.numel(), 2048),)
-    _add_scaled[grid](out, x, scale, x.numel(), ADD=add, BLOCK=2048, num_warps=8)
+def scale_rows(x: Tensor, factors: Tensor, out: Tensor) -> Tensor:
+    """out = x * factors[:, None], for x (N, C), which may be `out`, and factors (N,) fp32."""
+    block = triton.next_power_of_2(x.shape[1])
+    _scale_rows[(len(x),)](out, x, factors, x.shape[1], BLOCK=block, num_warps=max(1, block // 1024))
+    return out
 
 
-def reference_add_scaled(out: Tensor, x: Tensor, scale: Tensor, add: bool = True) -> None:
-    out.copy_(x.float() * scale + (out.float() if add else 0.0))
+def reference_add_scaled(out: Tensor, x: Tensor, scale: Tensor) -> None:
+    out.copy_(out.float() + x.float() * scale)
+
+
+def reference_scale_rows(x: Tensor, factors: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(x.float() * factors[:, None])
 
 
 def reference_add_column_sums(x: Tensor, out: Tensor) -> None:
