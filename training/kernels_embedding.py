@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.kernels_reduce import _add
 
-ROWS, COLUMNS, WARPS = 16, 256, 2
+ROWS, COLUMNS, WARPS = 64, 256, 2
 
 
 @triton.jit

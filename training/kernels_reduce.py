@@ -7,7 +7,6 @@ depend on timing; here each program owns a fixed share of the rows and writes it
 # The arguments of Triton's functions have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 32  # a program of `add_sums`
+COLUMNS = 16  # a program of `add_sums`
 RESIDENT = 132 * 8  # programs of `_sum_columns` that run at once on a Hopper card: the rows are shared among these
 
 
@@ -62,14 +61,11 @@ def add_sums(partial: Tensor, *outs: Tensor) -> None:
     assert vectors == len(outs) <= 3
     padded = (*outs, outs[0], outs[0])[:3]
     grid = (triton.cdiv(columns, COLUMNS), vectors)
-    _add_sums[grid](partial, *padded, programs, columns, vectors, ROWS=256, COLUMNS=COLUMNS, num_warps=8)
+    _add_sums[grid](partial, *padded, programs, columns, vectors, ROWS=512, COLUMNS=COLUMNS, num_warps=8)
 
 
 @triton.jit
-def _sum_columns(
-    x, partial, finished, out, rows, columns, row_stride, group_stride, out_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _sum_columns(x, partial, rows, columns, row_stride, group_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     group, share, shares = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
@@ -78,37 +74,19 @@ def _sum_columns(
         row = start + tl.arange(0, ROWS)
         place = row[:, None].to(tl.int64) * row_stride + group * group_stride + column[None, :]
         total += tl.load(x + place, (row < rows)[:, None] & inside[None, :], 0.0).to(tl.float32)
-    partial += group * shares * columns
-    tl.store(partial + share * columns + column, tl.sum(total, 0), inside)
-    # Whoever comes last of these columns' programs adds the shares up, in their order whoever that is.
-    tl.debug_barrier()
-    counter = finished + group * tl.num_programs(0) + tl.program_id(0)
-    if tl.atomic_add(counter, 1) == shares - 1:
-        tl.store(counter, 0)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, shares, ROWS):
-            row = start + tl.arange(0, ROWS)
-            mask = (row < shares)[:, None] & inside[None, :]
-            total += tl.load(partial + row[:, None] * columns + column[None, :], mask, 0.0, cache_modifier=".cg")
-        _add(out + group * out_stride + column, tl.sum(total, 0), inside)
-
-
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros, and left so by each kernel that counts with them."""
-    return torch.zeros(4096, dtype=torch.int32, device=device)
+    tl.store(partial + (share * tl.num_programs(1) + group) * columns + column, tl.sum(total, 0), inside)
 
 
 def add_column_sums(x: Tensor, out: Tensor) -> None:
-    """out += x.sum(0), for x (N, G, C) and out (G, C), whose last dimension is contiguous: bias gradients."""
+    """out += x.sum(0), for x (N, G, C) and out (G, C) of up to 3 groups, contiguous in C: bias gradients."""
     rows, groups, columns = x.shape
     blocks = triton.cdiv(columns, 128)
     shares = max(1, min(rows // 16, RESIDENT // (blocks * groups)))
-    partial = torch.empty(groups, shares, columns, dtype=torch.float32, device=x.device)
+    partial = torch.empty(shares, groups, columns, dtype=torch.float32, device=x.device)
     _sum_columns[(blocks, groups, shares)](
-        x, partial, _counters(x.device), out, rows, columns, x.stride(0), x.stride(1), out.stride(0),
-        ROWS=16, COLUMNS=128, num_warps=4,
-    )  # fmt: skip
+        x, partial, rows, columns, x.stride(0), x.stride(1), ROWS=16, COLUMNS=128, num_warps=4
+    )
+    add_sums(partial, *out)
 
 
 @triton.jit
