@@ -66,6 +66,7 @@ class Produced:
     gpus: int = 0  # that were held while it was made
     price: float = 0.0  # dollars an hour of one of them
     seconds: float | None = None  # paid for, over all attempts; None: the time of this one
+    ledger: dict[str, float | int | None] = field(default_factory=dict)  # more of what it cost
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class Maker:
             rows=produced.rows,
             tokens=produced.tokens,
             metrics=produced.metrics,
-            cost=_cost(seconds, produced.gpus, produced.price),
+            cost=_cost(seconds, produced.gpus, produced.price) | produced.ledger,
             commit=commit,
             dirty=dirty,
             versions=records.library_versions(),
@@ -330,7 +331,7 @@ def describe(made: Made) -> dict[str, Any]:
 
 def _cost(seconds: float, gpus: int, price: float) -> dict[str, float | None]:
     gpu_hours = seconds / 3600 * gpus
-    return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "dollars": gpu_hours * price}
+    return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "dollars": gpu_hours * price, "joules": None}
 
 
 def image(name: str, png: bytes) -> dg.MarkdownMetadataValue:

@@ -17,7 +17,7 @@ from evals import report
 from storage import objects, records
 from storage.items import FILES
 from storage.records import Record
-from training import launch
+from training import launch, metrics
 from training.config import RunConfig, to_dict
 
 TRAIN_VERSION = "1"
@@ -104,9 +104,10 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
     steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     log = report.parse_main_log(Path(folder, "main.log").read_text())
     checkpoint = f"checkpoints/step_{run.train.steps:06d}"
-    seconds = sum(step["seconds"] for step in steps)
+    useful = sum(step["seconds"] for step in steps)
+    ledger = metrics.ledger(Path(folder))
     return Produced(
-        paths=["main.log", "metrics.jsonl", "train.log", "samples.txt"],
+        paths=[name for name in metrics.LOGS if Path(folder, name).exists()],
         mirrored=[f"{checkpoint}/{s.path}" for s in objects.list_files(objects.join(folder, checkpoint))],
         rows=run.train.steps,
         tokens=run.tokens,
@@ -115,11 +116,12 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
             "loss": steps[-1]["loss"],
             "validation_loss_before": log.validation[0][1],
             "validation_loss_after": log.validation[-1][1],
-            "tokens_per_second": run.tokens / seconds,
+            "tokens_per_second": run.tokens / useful,
         },
-        gpus=ranks if launch.gpu_count() else 0,
+        gpus=ranks * run.machine.nnodes if launch.gpu_count() else 0,
         price=run.machine.price_per_gpu_hour,
-        seconds=seconds,
+        seconds=ledger.pop("seconds"),
+        ledger=ledger,
     )
 
 
@@ -130,6 +132,7 @@ def _training_metadata(folder: str, name: str, run: RunConfig, record: Record) -
     sample = Path(folder, "samples.txt").read_text()[-1500:]
     return (
         dict(record.metrics)
+        | {name: value for name, value in record.cost.items() if value is not None}
         | {"sample": dg.MetadataValue.md(f"```\n{sample}\n```")}
         | {f"figure_{p.name}": image(p.name, p.png["light"]) for p in pictures}
     )

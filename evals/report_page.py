@@ -233,32 +233,31 @@ def _samples(text: str) -> str:
     return "".join(quotes[:4]) + (more if len(quotes) > 4 else "")
 
 
+COSTS = {"gpu_hours": "{:.3g}", "dollars": "${:,.2f}", "joules": "{:,.0f} J"}
+WASTE = {"goodput": "{:.1%}", "restarts": "{:,}", "rewinds": "{:,}", "skipped_updates": "{:,}"}
+
+
 def _cost_table(records: Sequence[Mapping[str, Any]]) -> str:
-    rows, total = [], 0.0
-    for record in records:
-        cost = record.get("cost") or {}
-        if "seconds" not in cost:
-            continue
-        total += cost["seconds"]
-        rows.append(
-            [
-                _text(record["key"]),
-                duration(cost["seconds"]),
-                _optional(cost, "gpu_hours", "{:.3g}"),
-                _optional(cost, "dollars", "${:,.2f}"),
-            ]
-        )
+    costs = [(record["key"], record["cost"]) for record in records if "seconds" in (record.get("cost") or {})]
+    rows = [
+        [_text(key), duration(cost["seconds"]), *(_optional(cost, name, COSTS[name]) for name in COSTS)]
+        for key, cost in costs
+    ]
     if rows:
-        sums = {k: sum((r.get("cost") or {}).get(k) or 0.0 for r in records) for k in ("gpu_hours", "dollars")}
-        rows.append(
-            [
-                "<b>together</b>",
-                f"<b>{duration(total)}</b>",
-                _optional(sums, "gpu_hours", "{:.3g}"),
-                _optional(sums, "dollars", "${:,.2f}"),
-            ]
-        )
-    return _table(["output", "time", "GPU hours", "cost"], rows)
+        sums = {name: sum(cost.get(name) or 0.0 for _, cost in costs) for name in ("seconds", *COSTS)}
+        shown = [_optional(sums, name, COSTS[name]) for name in COSTS]
+        rows.append(["<b>together</b>", f"<b>{duration(sums['seconds'])}</b>", *shown])
+    table = _table(["output", "time", "GPU hours", "cost", "energy"], rows)
+    wasted = [
+        [_text(key), *(_known(cost, name, WASTE[name]) for name in WASTE)] for key, cost in costs if "goodput" in cost
+    ]
+    heads = ["training", "useful steps of all paid", "restarts", "rewinds", "skipped updates"]
+    return table + (_table(heads, wasted) if wasted else "")
+
+
+def _known(values: Mapping[str, Any], key: str, pattern: str) -> str:
+    """A number that may be 0; a dash where it is not known."""
+    return "–" if values.get(key) is None else pattern.format(values[key])
 
 
 def _optional(values: Mapping[str, Any], key: str, pattern: str) -> str:

@@ -51,7 +51,7 @@ class Cost:
     gpu_hours: float | None
     dollars: float | None
     joules: float | None  # None: they could not be read
-    goodput: float | None  # of training: seconds of steps that the weights stand on, over all that were paid for
+    goodput: float | None  # of training: useful steps over all that were paid for
     restarts: int | None
     rewinds: int | None
     skipped_updates: int | None
@@ -143,6 +143,16 @@ class Lineage:
         """Whether `key` is an output, or a file of one."""
         with self._reading() as connection:
             return _found(connection, self.store, key.rstrip("/")) is not None
+
+    def made_from(self, key: str) -> list[Node]:
+        """The outputs that were made from `key` itself."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT a.name, a.job, a.fingerprint FROM edges e JOIN artifacts a "
+                "ON a.name = e.output AND a.namespace = e.namespace WHERE (e.namespace, e.input) = (?, ?) ORDER BY 1",
+                _locate(connection, self.store, key),
+            )
+            return [Node(*row) for row in rows.fetchall()]
 
     def impact(self, *keys: str) -> list[Node]:
         """Every output that was made from `keys`, directly or not, the nearest first: what a fault in them reaches."""

@@ -72,10 +72,10 @@ VERSION = len(MIGRATIONS)
 
 def version(connection: duckdb.DuckDBPyConnection) -> int:
     """Of the index that is open; 0 for a file without one."""
-    there = "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'schema_version'"
-    if connection.execute(there).fetchone() == (0,):
+    try:
+        found = connection.execute("SELECT max(version) FROM schema_version").fetchone()
+    except duckdb.CatalogException:
         return 0
-    found = connection.execute("SELECT max(version) FROM schema_version").fetchone()
     return int(found[0] or 0) if found else 0
 
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from storage import objects
 from training.config import TRAINER_VERSION, RunConfig, to_dict
 from training.distributed import World
+from training.metrics import LOGS
 from training.optim import ShardedAdamW
 
 SCHEMA = 1
-LOGS = ("main.log", "metrics.jsonl", "train.log", "samples.txt")  # copied to the mirror beside checkpoints
 FOLDER, DONE, MODEL, STATE = "checkpoints", "DONE", "model.safetensors", "state.json"
 # Fields of TrainConfig that leave the weights as they are.
 WITHOUT_EFFECT = (

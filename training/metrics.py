@@ -1,17 +1,18 @@
-"""What does a run write down while it trains? main.log, metrics.jsonl, and the figures in them.
+"""What does a run write down while it trains? main.log, metrics.jsonl, lost.jsonl, and the figures in them.
 
 `main.log` holds llm.c's lines and nothing else, in the order of the steps, so that its plotting notebook
-reads it. Both files are cut back to the checkpoint's step on resume: they end up as if nothing had been
-interrupted.
+reads it. It and `metrics.jsonl` are cut back to the checkpoint's step on resume: they end up as if nothing had been
+interrupted. What is cut off was paid for all the same: `lost.jsonl` has a line for each restart and each rewind.
 """
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-MAIN_LOG, METRICS = "main.log", "metrics.jsonl"
+MAIN_LOG, METRICS, LOST = "main.log", "metrics.jsonl", "lost.jsonl"
+LOGS = (MAIN_LOG, METRICS, LOST, "train.log", "samples.txt")  # a run's, copied to its mirror beside checkpoints
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -30,11 +31,12 @@ class RunLog:
 
     def __init__(self, folder: str | None, step: int) -> None:
         self.folder = folder
-        self.cut_back(step)
+        self.cut_back(step, "restart")
 
-    def cut_back(self, step: int) -> None:
-        """Drop what was written at `step` and later."""
+    def cut_back(self, step: int, why: str) -> None:
+        """Drop what was written at `step` and later, and note what these steps took; `why`: restart or rewind."""
         if self.folder is not None:
+            _lose(Path(self.folder), step, why)
             _cut_back(Path(self.folder, MAIN_LOG), lambda line: int(line.split()[0].removeprefix("s:")) < step)
             _cut_back(Path(self.folder, METRICS), lambda line: json.loads(line)["step"] < step)
         self.main = _append(self.folder, MAIN_LOG)
@@ -54,6 +56,43 @@ class RunLog:
 
     def metrics(self, step: int, **values: Any) -> None:
         _write(self.lines, json.dumps({"step": step, **values}))
+
+
+def ledger(folder: Path) -> dict[str, float | int | None]:
+    """What a run's steps took, those that were lost included: seconds, joules, and how much of it was of use.
+
+    Goodput is useful steps over all steps that were paid for. What could not be read is None.
+    """
+    kept = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    lost = [json.loads(line) for line in (folder / LOST).read_text().splitlines()] if (folder / LOST).exists() else []
+    paid = len(kept) + sum(line["steps"] for line in lost)
+    return {
+        "seconds": sum(line["seconds"] for line in [*kept, *lost]),
+        "joules": _joules([*kept, *lost]),
+        "goodput": len(kept) / paid if paid else None,
+        "restarts": sum(line["why"] == "restart" for line in lost),
+        "rewinds": sum(line["why"] == "rewind" for line in lost),
+        "skipped_updates": kept[-1]["skipped"] if kept else 0,
+    }
+
+
+def _joules(lines: Sequence[dict[str, Any]]) -> float | None:
+    """Their sum; None where one of them is not known, since the rest would pass for all."""
+    known = [line["joules"] for line in lines if line.get("joules") is not None]
+    return sum(known) if known and len(known) == len(lines) else None
+
+
+def _lose(folder: Path, step: int, why: str) -> None:
+    path = folder / METRICS
+    if not path.exists():
+        return
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    dropped = [line for line in lines if line["step"] >= step]
+    seconds = sum(line["seconds"] for line in dropped)
+    joules = _joules(dropped) if dropped else 0.0
+    entry = {"why": why, "step": step, "steps": len(dropped), "seconds": seconds, "joules": joules}
+    with open(folder / LOST, "a") as file:
+        _write(file, json.dumps(entry))
 
 
 def peak_flops(device_name: str) -> float | None:

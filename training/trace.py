@@ -93,7 +93,8 @@ def _in_sequences(tokens: str, shard: str, offsets: Sequence[int], config: RunCo
         for at in range(low, high):
             count = min(starts[at] + lengths[at], offset + context) - max(starts[at], offset)
             inside[at] = inside.get(at, 0) + int(count)
-    rows = index.take(pa.array([*inside], pa.int64())).to_pylist()
+    chosen = np.array([*inside], dtype=np.int64)
+    rows = index.take(pa.Array.from_buffers(pa.int64(), len(chosen), [None, pa.py_buffer(chosen)])).to_pylist()
     texts = ("id", "url", "dump", "file")
     return [
         Seen(**{name: row[name] or "" for name in texts}, row=row["row"], shard=shard, tokens=count)
@@ -102,7 +103,7 @@ def _in_sequences(tokens: str, shard: str, offsets: Sequence[int], config: RunCo
 
 
 def _numbers(table: pa.Table, column: str) -> np.ndarray:
-    """A column as numpy sees it; pyarrow's own way there loads pandas, which takes longer than all else here."""
+    """A column as numpy sees it. As above, by a way that does not load pandas, which takes longer than all else."""
     return np.from_dlpack(table[column].combine_chunks())
 
 

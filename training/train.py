@@ -9,6 +9,7 @@ that has a checkpoint goes on from it. Exit status: 0 when all steps are done, 7
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ from training.checkpoint import (
 )
 from training.config import RunConfig, from_dict, to_dict
 from training.distributed import World
+from training.energy import EnergyMeter
 from training.health import examine
 from training.launch import INTERRUPTED, die_with_parent, report_status
 from training.loader import training_loader, validation_loader
@@ -115,6 +117,7 @@ class Trainer:
         self.checkpoints = Checkpointer(run, world, keep, mirror)
         self.saved = self.progress.step if checkpoint else -1
         self.log = RunLog(run if world.is_first else None, self.progress.step)
+        self.energy = EnergyMeter(world.device)
 
     def resume(self, checkpoint: Path | None, anyway: bool) -> Progress:
         """Raises ValueError for a checkpoint of another configuration, unless `anyway`."""
@@ -170,7 +173,7 @@ class Trainer:
         for name in ("step", "skipped", "skips_in_a_row", "losses", "norms"):
             setattr(p, name, getattr(there, name))
         p.rewinds += 1
-        self.log.cut_back(p.step)
+        self.log.cut_back(p.step, "rewind")
         self.saved = -1  # the checkpoint is written anew, with the position past the data
         self.save()
         return True
@@ -183,7 +186,9 @@ class Trainer:
         share = self.backward()
         self.world.reached(p.step, backward_done=True)
         shares: list[float | torch.Tensor] = [share, self.optimizer.squared_norm()]
-        loss, squared, stop = self.world.sums([*shares, float(self.stop.asked)])
+        joules = self.energy.joules()  # NaN, as a sum is with it, where a rank can't read its own
+        energy = math.nan if joules is None else joules
+        loss, squared, stop, energy = self.world.sums([*shares, float(self.stop.asked), energy])
         self.stop.agreed, norm = stop > 0, squared**0.5
         loss_z, norm_z = p.losses.score(loss), p.norms.score(norm)
         train = self.config.train
@@ -195,7 +200,7 @@ class Trainer:
             p.skips_in_a_row = 0
             self.optimizer.step(p.step, lr, scale=min(1.0, train.clip / norm) if norm > 0 else 1.0)
         self.log.training(p.step, loss, lr, norm)
-        self.report(loss, lr, norm, time.perf_counter() - started)
+        self.report(loss, lr, norm, time.perf_counter() - started, None if math.isnan(energy) else energy)
         p.step += 1
         p.position += self.sequences
 
@@ -241,7 +246,7 @@ class Trainer:
             self.checkpoints.save(p.step, self.model, self.optimizer, state)
             self.saved = p.step
 
-    def report(self, loss: float, lr: float, norm: float, seconds: float) -> None:
+    def report(self, loss: float, lr: float, norm: float, seconds: float, joules: float | None) -> None:
         p, world, config = self.progress, self.world, self.config
         p.seconds += seconds
         rate = config.train.batch_tokens / seconds
@@ -249,7 +254,8 @@ class Trainer:
         shown["mfu"] = utilization(rate, config.model.flops_per_token, world.size, world.device_name)
         shown["seconds"] = seconds
         hours = p.seconds / 3600 * world.size
-        kept = {"position": p.position, "skipped": p.skipped, "cost": hours * config.machine.price_per_gpu_hour}
+        kept: dict[str, Any] = {"position": p.position, "skipped": p.skipped, "joules": joules}
+        kept["cost"] = hours * config.machine.price_per_gpu_hour
         if world.is_first:
             self.log.metrics(p.step, **shown, **kept, **self.health())
             events.emit("training_step", step=p.step + 1, steps=config.train.steps, **shown)

@@ -20,6 +20,8 @@ from storage.places import Places, places
 from training import trace as tracing
 from training.config import RunConfig
 
+MOST_ROWS = 100  # that are drawn as a table
+
 app = typer.Typer(help="What an output, a file or a score was made from.", no_args_is_help=True)
 
 
@@ -174,9 +176,8 @@ def _readers(place: Places, index: Lineage, document: str) -> list[Node]:
     for key in (name for namespace, name in rows if namespace == place.store):
         found = _find(place, key, document)
         held_out = any("_val_" in p.shard for p in found)
-        for node in index.impact(key) if found else []:
-            direct = key in (parent.key for parent in index.ancestry(node.key).inputs)
-            if direct and (_saw(place, node.key, found) if node.job == "trained_model" else held_out):
+        for node in index.made_from(key) if found else []:
+            if _saw(place, node.key, found) if node.job == "trained_model" else held_out:
                 readers.append(node)
     return readers
 
@@ -229,10 +230,21 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str] | None, as_json: 
         print(json.dumps(rows, indent=2, default=str))
         return
     names = columns or list(dict.fromkeys(name for row in rows for name in row))
+    if len(rows) > MOST_ROWS:
+        _print_plainly(rows, names)
+        return
     table = Table(*names, header_style="bold")
     for row in rows:
         table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
     console().print(table if rows else "nothing")
+
+
+def _print_plainly(rows: list[dict[str, Any]], names: list[str]) -> None:
+    """Columns of text: a long table with lines takes a second to draw."""
+    cells = [names, *(["" if row[name] is None else str(row[name]) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 @app.command()

@@ -1,0 +1,85 @@
+"""The ledger of a run: every step that was paid for counts, useful or not; what can't be read is absent, never 0."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipeline import gpt2
+
+from storage.records import read_record
+from training.energy import EnergyMeter
+from training.metrics import RunLog, ledger
+
+
+def train(folder: Path, log: RunLog, steps: range, joules: float | None = None, skipped: int = 0) -> None:
+    for step in steps:
+        log.training(step, 3.0, 1e-3, 1.0)
+        log.metrics(step, seconds=2.0, joules=joules, skipped=skipped)
+
+
+def test_an_undisturbed_run_has_lost_nothing(tmp_path):
+    train(tmp_path, RunLog(str(tmp_path), 0), range(5), joules=100.0)
+    whole = {"seconds": 10.0, "joules": 500.0, "goodput": 1.0, "restarts": 0, "rewinds": 0, "skipped_updates": 0}
+    assert ledger(tmp_path) == whole
+    assert not (tmp_path / "lost.jsonl").exists()
+
+
+def test_steps_that_were_done_again_or_thrown_away_were_paid_for(tmp_path):
+    train(tmp_path, RunLog(str(tmp_path), 0), range(6), joules=100.0)
+    log = RunLog(str(tmp_path), 4)  # killed; its checkpoint is of step 4
+    train(tmp_path, log, range(4, 8), joules=100.0)
+    log.cut_back(6, "rewind")
+    train(tmp_path, log, range(6, 8), joules=100.0, skipped=1)
+    told = ledger(tmp_path)
+    assert told.pop("goodput") == pytest.approx(8 / 12)
+    assert told == {"seconds": 24.0, "joules": 1200.0, "restarts": 1, "rewinds": 1, "skipped_updates": 1}
+
+
+def test_a_restart_that_lost_no_step_counts(tmp_path):
+    train(tmp_path, RunLog(str(tmp_path), 0), range(3))
+    train(tmp_path, RunLog(str(tmp_path), 3), range(3, 5))
+    assert (ledger(tmp_path)["restarts"], ledger(tmp_path)["goodput"]) == (1, 1.0)
+
+
+def test_energy_that_is_not_known_throughout_is_absent(tmp_path):
+    train(tmp_path, RunLog(str(tmp_path), 0), range(3), joules=100.0)
+    train(tmp_path, RunLog(str(tmp_path), 3), range(3, 5), joules=None)
+    assert ledger(tmp_path)["joules"] is None
+
+
+def test_a_cpu_tells_no_energy():
+    meter = EnergyMeter(torch.device("cpu"))
+    assert meter.joules() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_tells_its_energy():
+    """Between what an idle card takes and the most that one can."""
+    meter = EnergyMeter(torch.device("cuda", 0))
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(1000):
+        square @ square
+    end.record()
+    torch.cuda.synchronize()
+    joules, seconds = meter.joules(), start.elapsed_time(end) / 1000
+    assert joules is not None and 30 * seconds < joules < 1500 * (seconds + 0.5)
+
+
+def test_a_finished_runs_cost_is_in_its_record_and_shown(finished, tmp_path):
+    record = read_record(finished.store, "runs/tiny")
+    assert record is not None
+    cost = {name: value for name, value in record.cost.items() if name != "seconds"}
+    assert cost == {
+        **{"gpu_hours": 0.0, "dollars": 0.0, "joules": None},
+        **{"goodput": 1.0, "restarts": 0, "rewinds": 0, "skipped_updates": 0},
+    }
+    told = json.loads(gpt2("lineage", "cost", "tiny", "--store", finished.store, "--json", cwd=tmp_path).stdout)
+    assert {row["job"] for row in told} == {"documents", "token_shards", "trained_model"}
+    (weights,) = [row for row in told if row["key"] == "runs/tiny"]
+    assert (weights["goodput"], weights["restarts"], weights["joules"]) == (1.0, 0, None)
+    page = Path(finished.store, "runs/tiny/report/index.html").read_text()
+    assert "useful steps of all paid" in page and "100.0%" in page
