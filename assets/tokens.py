@@ -88,6 +88,7 @@ def _tokenize(
         ),
         engine_name=run.tokenize.engine,
         shared=run.tokenize.shared,
+        root=maker.places.store,
     )
     metrics = {"shards": made.shards, "shard_tokens": size, "validation_tokens": size}
     return Produced(files=made.files, rows=made.documents, tokens=made.tokens, metrics=metrics)

@@ -2,21 +2,22 @@
 
 Everything reads the corpus once, batch by batch, in bounded memory. Overlap is what contamination reports in
 papers count: a run of 13 words of an item (its context and right ending) that stands in a training document.
+A corpus is its parquet files, or shards of tokens where somebody else has made these and there is no text.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage import objects, shards, sources, tokenizer
 from storage.shingles import Hashes, Words, shingles, words_of
+from storage.verification import read_table, source_url
 
 OVERLAP_WORDS = 13  # as in GPT-3's appendix C
 BATCH_TEXT = 2 * 2**20  # bytes of text looked at together
@@ -87,7 +88,7 @@ def contamination(
     leave_out: Collection[str] = (),
     length: int = OVERLAP_WORDS,
 ) -> Contamination:
-    """Which items, (name, text), share a run of `length` words with a document of the parquet `files`.
+    """Which items, (name, text), share a run of `length` words with a document of `files`.
 
     Documents whose id is in `leave_out` are not looked at.
     """
@@ -108,9 +109,26 @@ def contamination(
     return Contamination(len(sought.names), short, bad, documents, hit, examples)
 
 
-def _named_batches(files: Sequence[str]) -> Iterable[tuple[list[bytes], list[str]]]:
+def merged(parts: Sequence[Contamination]) -> Contamination:
+    """What was found for the same items in several parts of a corpus, as if they had been read in one go."""
+    found = dict.fromkeys(name for part in parts for name in part.contaminated)
+    first = {e.item: e for part in reversed(parts) for e in reversed(part.examples)}
+    return Contamination(
+        parts[0].items,
+        parts[0].too_short,
+        list(found),
+        sum(p.documents for p in parts),
+        sum(p.documents_with_items for p in parts),
+        [first[name] for name in found if name in first][:EXAMPLES],
+    )
+
+
+def _named_batches(files: Sequence[str]) -> Iterator[tuple[list[bytes], list[str]]]:
     """Batches of texts with the names of their documents."""
     for url in files:
+        if url.endswith(".bin"):
+            yield from _batches_of_shard(url)
+            continue
         row = 0
         for texts, others in sources.text_batches(sources.read_groups(url, None), BATCH_TEXT):
             table = pa.Table.from_batches(others)
@@ -119,17 +137,55 @@ def _named_batches(files: Sequence[str]) -> Iterable[tuple[list[bytes], list[str
             row += len(texts)
 
 
+def _batches_of_shard(url: str) -> Iterator[tuple[list[bytes], list[str]]]:
+    """The documents of a shard, decoded; one that runs over its ends is there in part."""
+    tokens = shards.read_tokens(url, 0, shards.read_header(url))
+    starts = np.flatnonzero(tokens == tokenizer.EOT)
+    edges = [*([0] if not len(starts) or starts[0] else []), *starts.tolist(), len(tokens)]
+    texts: list[bytes] = []
+    names: list[str] = []
+    size = 0
+    for start, stop in zip(edges, edges[1:], strict=False):
+        inside = tokens[start:stop]
+        texts.append(tokenizer.encoding().decode_bytes(inside[inside != tokenizer.EOT].tolist()))
+        names.append(f"{url} token {start}")
+        size += len(texts[-1])
+        if size >= BATCH_TEXT:
+            yield texts, names
+            texts, names, size = [], [], 0
+    if texts:
+        yield texts, names
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents of the validation shard."""
+
+    names: frozenset[str]  # of all of them, as `contamination` names documents
+    items: list[tuple[str, str]]  # (name, text) of the first so many
+
+
+def held_out(tokens_folder: str, most: int = MOST_VALIDATION) -> HeldOut:
+    shard = shards.shard_paths(tokens_folder, "val")[0]
+    index = shard.removesuffix(".bin") + ".documents.parquet"
+    if not objects.exists(index):
+        batches = list(_batches_of_shard(shard))
+        named = [
+            (name, text.decode("utf-8", "replace"))
+            for texts, names in batches
+            for name, text in zip(names, texts, strict=True)
+        ]
+        return HeldOut(frozenset(name for name, _ in named), named[:most])
+    rows = read_table(index).to_pylist()
+    names = [row["id"] or f"{source_url(tokens_folder, row['file'])} row {row['row']}" for row in rows]
+    read = [shards.read_tokens(shard, row["start"] + 1, row["tokens"] - 1) for row in rows[:most]]
+    return HeldOut(frozenset(names), [(name, tokenizer.decode(t)) for name, t in zip(names, read, strict=False)])
+
+
 def validation_overlap(files: Sequence[str], tokens_folder: str, most: int = MOST_VALIDATION) -> Contamination:
     """Which documents of the validation shard share 13 words with a training document."""
-    shard = shards.shard_paths(tokens_folder, "val")[0]
-    tokens = shards.open_shard(shard)
-    index = _index(shard.removesuffix(".bin") + ".documents.parquet").to_pylist()
-    names = [row["id"] or f"{row['file']} row {row['row']}" for row in index]
-    items = [
-        (name, tokenizer.decode(tokens[row["start"] + 1 : row["start"] + row["tokens"]]))
-        for name, row in zip(names[:most], index, strict=False)
-    ]
-    return contamination(files, items, leave_out=set(names))
+    held = held_out(tokens_folder, most)
+    return contamination(files, held.items, leave_out=held.names)
 
 
 def item_texts(items: Iterable[dict[str, Any]], suite: str) -> list[tuple[str, str]]:
@@ -202,35 +258,79 @@ class Lengths:
 
 
 def lengths(tokens_folder: str, dumps: int = 30) -> Lengths:
-    """How long the documents of a folder of shards are, and where they come from, by its document indexes."""
-    names = [s.path for s in objects.list_files(tokens_folder, ".documents.parquet")]
-    if not names:
-        raise ValueError(f"{tokens_folder} has no document indexes: make its token shards first")
+    """How long the documents of a folder of shards are, and where they come from, by its document indexes.
+
+    Where somebody else has made the shards there are none: a document then ends with its shard.
+    """
+    paths = [s.path for s in objects.list_files(tokens_folder, ".bin")]
+    if not paths:
+        raise ValueError(f"{tokens_folder} has no token shards: make them first")
     with duckdb.connect() as connection:
-        tables = [_index(objects.join(tokens_folder, name)) for name in names]
-        connection.register("read", pa.concat_tables(tables))
+        connection.register("read", pa.concat_tables([_sizes(objects.join(tokens_folder, path)) for path in paths]))
         connection.execute("CREATE TABLE d AS SELECT * FROM read WHERE start >= 0")  # each where it begins
         return _lengths(connection, dumps)
+
+
+def _sizes(shard: str) -> pa.Table:
+    """start, tokens and dump of the documents in a shard."""
+    index = shard.removesuffix(".bin") + ".documents.parquet"
+    if objects.exists(index):
+        return read_table(index, ["start", "tokens", "dump"])
+    count = shards.read_header(shard)
+    starts = np.flatnonzero(shards.read_tokens(shard, 0, count) == tokenizer.EOT)
+    sizes = np.diff(starts, append=count)
+    return pa.table({"start": starts, "tokens": sizes, "dump": pa.nulls(len(starts), pa.string())})
+
+
+class Running(Protocol):
+    """A call that somebody works on, as of concurrent.futures."""
+
+    def result(self) -> Any: ...
+
+
+class _Done:
+    def __init__(self, result: Any):
+        self._result = result
+
+    def result(self) -> Any:
+        return self._result
+
+
+def at_once(function: Callable[..., Any], *arguments: Any) -> Running:
+    return _Done(function(*arguments))
 
 
 @dataclass(frozen=True)
 class Inspection:
     """All of it, for one corpus and its shards."""
 
-    contamination: Contamination
+    contamination: Contamination  # items in the training documents
     validation: Contamination  # documents of the validation shard in the training documents
     duplicates: Duplicates
     lengths: Lengths
 
 
-def inspect(files: Sequence[str], tokens_folder: str, items: Iterable[tuple[str, str]]) -> Inspection:
-    """Look at the parquet `files`, at the local shards made from them, and for the `items` in them."""
-    return Inspection(
-        contamination(files, items),
-        validation_overlap(files, tokens_folder),
-        duplicates(files),
-        lengths(tokens_folder),
-    )
+def inspect(
+    files: Sequence[str],
+    tokens_folder: str,
+    items: Sequence[tuple[str, str]],
+    submit: Callable[..., Running] = at_once,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Inspection:
+    """Look at `files`, at the shards made from them, and for the `items` in all that is not held out.
+
+    `submit` runs calls that do not depend on each other, such as an executor's; `progress` gets how many are done.
+    """
+    held = held_out(tokens_folder)
+    copies, sizes = submit(duplicates, files), submit(lengths, tokens_folder)
+    wanted = [submit(contamination, [file], items, held.names) for file in files]
+    overlaps = [submit(contamination, [file], held.items, held.names) for file in files]
+    results = []
+    for running in (*wanted, *overlaps, copies, sizes):
+        results.append(running.result())
+        progress(len(results), 2 * len(files) + 2)
+    count = len(files)
+    return Inspection(merged(results[:count]), merged(results[count : 2 * count]), *results[2 * count :])
 
 
 def numbers(found: Inspection) -> dict[str, int | float]:
@@ -248,11 +348,6 @@ def numbers(found: Inspection) -> dict[str, int | float]:
         "tokens": found.lengths.tokens,
         **{f"tokens_a_document_{name}": value for name, value in found.lengths.quantiles.items()},
     }
-
-
-def _index(url: str) -> pa.Table:
-    with objects.open_file(url) as f:
-        return pq.ParquetFile(f).read(use_threads=False)
 
 
 def _lengths(connection: duckdb.DuckDBPyConnection, dumps: int) -> Lengths:

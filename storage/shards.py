@@ -20,6 +20,7 @@ CHOICES_MAGIC = 20240522
 VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
+BLOCK_BYTES = 8 * 2**20  # read at once
 ITEM_START = 65535  # no token has this id, so a reader that lost its place notices
 CHOICES = 4
 
@@ -88,8 +89,8 @@ def open_shard(path: str) -> np.memmap:
 
 
 def check_tokens(path: str) -> int:
-    """The largest token id in a local shard. Raises ValueError where one is outside GPT-2's vocabulary."""
-    largest = max((int(block.max()) for block in blocks(open_shard(path))), default=0)
+    """The largest token id in a shard. Raises ValueError where one is outside GPT-2's vocabulary."""
+    largest = max((int(block.max()) for block in _blocks(path)), default=0)
     if largest >= VOCABULARY_SIZE:
         raise ValueError(
             f"{path} holds token {largest}, but GPT-2's largest is {VOCABULARY_SIZE - 1}: the file is "
@@ -98,9 +99,18 @@ def check_tokens(path: str) -> int:
     return largest
 
 
-def blocks(tokens: np.ndarray, size: int = 2**22) -> Iterator[np.ndarray]:
-    for start in range(0, len(tokens), size):
-        yield tokens[start : start + size]
+def _blocks(path: str) -> Iterator[np.ndarray]:
+    with objects.open_file(path) as f:
+        f.seek(HEADER_BYTES)
+        while data := f.read(BLOCK_BYTES):
+            yield np.frombuffer(data, dtype="<u2")
+
+
+def read_tokens(path: str, first: int, count: int) -> np.ndarray:
+    """`count` tokens of a shard from `first` on, or as many as it has; on S3 only these bytes travel."""
+    with objects.open_file(path) as f:
+        f.seek(HEADER_BYTES + 2 * first)
+        return np.frombuffer(f.read(2 * count), dtype="<u2")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_lengths_count_each_document_once(tmp_path):
     assert found.tokens_by_dump == [("d", sum(sizes))]
     assert found.histogram == [(2, 1), (8, 2), (64, 1), (2048, 1)]
     assert list(found.quantiles.values()) == [sizes[0], sizes[0], sizes[2], sizes[-1], sizes[-1]]
-    with pytest.raises(ValueError, match="has no document indexes"):
+    with pytest.raises(ValueError, match="has no token shards"):
         inspection.lengths(str(tmp_path / "work"))
 
 

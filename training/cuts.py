@@ -64,7 +64,7 @@ def _write_tokens(place: str, cut: Cut, local: str) -> None:
         f.write(shards.header(shards.MAGIC, cut.stop - cut.start))
         for piece, start in cut.overlaps():
             first = max(0, cut.start - start)
-            for block in _piece_tokens(piece.file(place, "bin"), first, cut.stop - start):
+            for block in _piece_tokens(piece.path(place, "bin"), first, cut.stop - start):
                 block.tofile(f)
 
 
@@ -82,7 +82,7 @@ def _shard_index(place: str, cut: Cut) -> pa.Table:
     """Every document that has a token in the shard, the one that runs in from the shard before included."""
     tables = []
     for piece, start in cut.overlaps():
-        table = _read_index(piece.file(place, "parquet"))
+        table = _read_index(piece.path(place, "parquet"))
         begins = table["position"].to_numpy() + start
         inside = (begins < cut.stop) & (begins + table["tokens"].to_numpy() > cut.start)
         table = table.filter(pa.array(inside))

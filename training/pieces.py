@@ -21,13 +21,13 @@ from storage.batch_tokenizer import Mismatch, batch_tokenizer, encode_by_referen
 
 log = logging.getLogger(__name__)
 
-EDITION = 1  # of what is written: raise it when the same corpus gives other bytes
+EDITION = 2  # of what is written: raise it when the same corpus gives other bytes
 PIECE_TEXT = 64 * 2**20  # bytes of text a piece: a few seconds of work, lost when a worker dies
 BATCH_TEXT = 4 * 2**20  # bytes of text encoded at once
 
 INDEX_SCHEMA = pa.schema(
     [("id", pa.string()), ("url", pa.string()), ("dump", pa.string())]
-    + [("file", pa.string()), ("row", pa.int64())]  # where the document came from
+    + [("file", pa.string()), ("row", pa.int64())]  # where the document came from; see `named`
     + [("start", pa.int64())]  # of its EOT in this piece or shard; below 0 where it began in an earlier shard
     + [("position", pa.int64())]  # of its EOT in the whole corpus's stream
     + [("tokens", pa.int64())]  # its length with the EOT
@@ -40,6 +40,7 @@ Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
 class Piece:
     index: int  # its place in the corpus
     url: str
+    file: str  # the same, as the index names it
     groups: tuple[int, ...]
     first_row: int
     text_bytes: int
@@ -48,7 +49,7 @@ class Piece:
     def name(self, kind: str) -> str:
         return f"{self.index:06d}-{self.key}.{kind}"
 
-    def file(self, place: str, kind: str) -> str:
+    def path(self, place: str, kind: str) -> str:
         return objects.join(place, self.name(kind))
 
 
@@ -60,17 +61,23 @@ class Encoded:
     documents: int
 
 
-def plan_pieces(files: Sequence[str]) -> list[Piece]:
+def named(url: str, root: str) -> str:
+    """A file's path from `root`, if it lies below it: so stores that hold the same corpus have the same indexes."""
+    return url.removeprefix(f"{root.rstrip('/')}/") if root else url
+
+
+def plan_pieces(files: Sequence[str], root: str = "") -> list[Piece]:
     """The pieces of a corpus in its order, from the files' metadata alone."""
     pieces: list[Piece] = []
     with ThreadPoolExecutor(16) as pool:
         described = list(pool.map(lambda url: (url, sources.read_metadata(url), objects.stat(url)), files))
     for url, metadata, stat in described:
-        content = f"{EDITION} {url} {stat}"
+        file = named(url, root)
+        content = f"{EDITION} {file} {stat}"
         row = 0
         for groups, text_bytes in _group_runs(sources.group_text_bytes(metadata)):
             key = hashlib.sha256(f"{content} {groups}".encode()).hexdigest()[:16]
-            pieces.append(Piece(len(pieces), url, groups, row, text_bytes, key))
+            pieces.append(Piece(len(pieces), url, file, groups, row, text_bytes, key))
             row += sum(metadata.row_group(g).num_rows for g in groups)
     return pieces
 
@@ -90,7 +97,7 @@ def _group_runs(text_bytes: list[int]) -> Iterator[tuple[tuple[int, ...], int]]:
 
 
 def read_encoded(place: str, piece: Piece) -> Encoded | None:
-    url = piece.file(place, "json")
+    url = piece.path(place, "json")
     return Encoded(**objects.read_json(url)) if objects.exists(url) else None
 
 
@@ -118,9 +125,9 @@ def _encode_piece(place: str, piece: Piece, encode: Encode) -> Encoded:
         counts = np.concatenate(lengths)
         pq.write_table(_index(piece, counts, described), f"{scratch}/parquet", compression="zstd")
         for kind in ("bin", "parquet"):
-            publish(f"{scratch}/{kind}", piece.file(place, kind))
+            publish(f"{scratch}/{kind}", piece.path(place, kind))
     encoded = Encoded(int(counts.sum()), len(counts))
-    objects.publish_json(piece.file(place, "json"), asdict(encoded))
+    objects.publish_json(piece.path(place, "json"), asdict(encoded))
     return encoded
 
 
@@ -148,7 +155,7 @@ def _index(piece: Piece, lengths: np.ndarray, described: list[pa.RecordBatch]) -
     columns = {
         name: known[name].cast(pa.string()) if name in known.column_names else absent for name in ("id", "url", "dump")
     }
-    columns["file"] = pa.array([piece.url] * rows, pa.string())
+    columns["file"] = pa.array([piece.file] * rows, pa.string())
     columns["row"] = pa.array(np.arange(piece.first_row, piece.first_row + rows))
     columns["start"] = columns["position"] = pa.array(np.cumsum(lengths) - lengths)
     columns["tokens"] = pa.array(lengths)

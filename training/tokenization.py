@@ -68,11 +68,13 @@ def tokenize(
     progress: Progress,
     engine_name: str = "processes",
     shared: bool = False,
+    root: str = "",
 ) -> Tokenized:
     """Write the shards of `files` (parquet, in corpus order) to `out`; `work` is local scratch space.
 
     `progress` gets (tokens, bytes of text done, bytes of text in all) as pieces complete.
     `shared`: other machines may be at the same shards in the same store; the work is divided by claims.
+    `root`: the store; the indexes name files below it by their path from there.
     Raises ValueError where the corpus is too small for a validation and a training shard.
     """
     shared = shared or (engine_name == "ray" and "RAY_ADDRESS" in os.environ)
@@ -81,7 +83,7 @@ def tokenize(
         claims = stack.enter_context(Claims(objects.join(place, "claims"))) if shared else None
         if not shared:
             stack.enter_context(_lock(work))
-        pieces = plan_pieces(files)
+        pieces = plan_pieces(files, root)
         plan = {"corpus": corpus, "shard_tokens": shard_tokens, "pieces": [p.key for p in pieces]}
         _start(out, place, plan, shared)
         job = _Job(out, corpus, shard_tokens, place, pieces, progress, claims)
@@ -243,9 +245,9 @@ class _Job:
             objects.remove(complete)
         needed = {p.index: p for cut in self._possible_cuts() for p in cut.pieces}
         for piece in needed.values():
-            if not objects.exists(piece.file(self.place, "bin")):
+            if not objects.exists(piece.path(self.place, "bin")):
                 del self.encoded[piece.index]
-                if objects.exists(counts := piece.file(self.place, "json")):
+                if objects.exists(counts := piece.path(self.place, "json")):
                     objects.remove(counts)
 
     def _report(self) -> None:
@@ -283,7 +285,7 @@ class _Job:
             over = range(starts[i] // self.shard_tokens, -(-starts[i + 1] // self.shard_tokens))
             if all(index in self.cut for index in over):
                 for kind in ("bin", "parquet"):
-                    Path(self.pieces[i].file(self.place, kind)).unlink(missing_ok=True)
+                    Path(self.pieces[i].path(self.place, kind)).unlink(missing_ok=True)
 
     def _complete(self) -> None:
         counts = [[self.encoded[p.index].tokens, self.encoded[p.index].documents] for p in self.pieces]
