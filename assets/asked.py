@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from assets.corpus import completion_output, hellaswag_output
+from assets.corpus import completion_output
+from assets.items import hellaswag_at_hand
 from assets.making import Maker
 from assets.tokens import validation_shard
 from evals import core_bundle
@@ -61,9 +62,10 @@ def _completion_demo(maker: Maker, settings: EvalConfig, run: str) -> Asked | Mi
 
 
 def _hellaswag(maker: Maker, settings: EvalConfig, run: str) -> Asked | Missing:
-    if not settings.hellaswag:
-        return Missing("hellaswag", "no items are configured: set evals.hellaswag to a file, or to hub")
-    items = maker.parent(hellaswag_output(settings).key, "eval_items")
+    items = hellaswag_at_hand(maker, settings)
+    if items is None:
+        fix = "set evals.hellaswag to a file, to published or to hub"
+        return Missing("hellaswag", f"its items are not at hand: {fix}")
     return Asked("hellaswag", partial(_on_items, maker, items, "hellaswag"), [items], items.rows)
 
 

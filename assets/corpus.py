@@ -5,16 +5,16 @@ from typing import Any
 
 import dagster as dg
 
+from assets.items import ITEMS_VERSION, hellaswag_items
 from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
 from assets.tokens import validation_shard
 from evals import completion_items
-from storage import items, objects, records, sources
+from storage import hub, items, objects, records, sources
 from storage.records import Record
-from training.config import EvalConfig
+from training.config import EvalConfig, RunConfig
 
 DOCUMENTS_VERSION = "1"
-ITEMS_VERSION = "2"
 ITEMS_SEED = 42
 
 
@@ -71,8 +71,7 @@ def eval_items(
 ) -> dg.MaterializeResult:
     """Items to complete, made from documents held out in the validation shard; HellaSwag's where it is at hand."""
     run = maker.run_config(context.partition_key)
-    if run.evals.hellaswag:
-        make_hellaswag(maker, config, run.evals)
+    missing = _make_hellaswag(maker, config, run)
     output = completion_output(maker, context.partition_key, run.evals)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
@@ -82,7 +81,21 @@ def eval_items(
         return Produced(files=items.write_items(made, out), rows=len(made))
 
     made, checks = maker.make(config, output, produce, [HAS_ITEMS])
-    return materialize(made, checks, {"hellaswag": run.evals.hellaswag or "no items: set evals.hellaswag=FILE"})
+    return materialize(made, checks, {"hellaswag": missing or run.evals.hellaswag})
+
+
+def _make_hellaswag(maker: Maker, config: StageConfig, run: RunConfig) -> str:
+    """Make HellaSwag's items -> why there are none. A machine without a network goes on without them, and says so."""
+    if not run.evals.hellaswag:
+        return "no items: set evals.hellaswag=FILE"
+    try:
+        hellaswag_items(maker, config, run.evals)
+    except hub.Unreachable as error:
+        if run.train.hellaswag:
+            raise
+        maker.listener.progressed("eval_items", {"event": "warning", "message": f"no HellaSwag: {error}"})
+        return f"no items: {error}"
+    return ""
 
 
 def documents_output(source: sources.Source) -> Output:
@@ -99,21 +112,3 @@ def completion_output(maker: Maker, name: str, settings: EvalConfig) -> Output:
         {"suite": "completion_demo", "items": settings.completion_items, "seed": ITEMS_SEED},
         [tokens],
     )
-
-
-def hellaswag_output(settings: EvalConfig) -> Output:
-    """HellaSwag's validation items, by their file's content; the hub's copy is the published one."""
-    place = settings.hellaswag
-    version = "hub" if place == "hub" else objects.sha256(place)
-    definition = {"suite": "hellaswag", "version": version}
-    return Output("eval_items", f"eval_items/hellaswag-{version[:8]}", ITEMS_VERSION, definition)
-
-
-def make_hellaswag(maker: Maker, config: StageConfig, settings: EvalConfig) -> None:
-    output = hellaswag_output(settings)
-
-    def produce(progress: Callable[[Event], None]) -> Produced:
-        out = records.folder_url(maker.places.store, output.key)
-        return Produced(files=items.hellaswag(settings.hellaswag, out), rows=items.HELLASWAG_ITEMS)
-
-    maker.make(config, output, produce)

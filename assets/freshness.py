@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
-from assets import corpus, model, report, scores, tokens
+from assets import checks, corpus, items, model, report, scores, tokens, trainer
 from assets.asked import Missing, asked
 from assets.baselines import beside
 from assets.making import Maker, Output
@@ -70,14 +70,15 @@ def stages(maker: Maker, name: str) -> list[Stage]:
     run.look("documents", lambda: corpus.documents_output(sources.resolve(config.corpus)))
     run.look("token_shards", lambda: tokens.tokens_output(config, run.last("documents")))
     if config.evals.hellaswag:
-        run.look("eval_items", lambda: corpus.hellaswag_output(config.evals))
+        run.look("eval_items", lambda: items.hellaswag_output(config.evals))
     run.look("eval_items", lambda: _items(run, config))
-    run.look("trained_model", lambda: model.trained_output(name, config, run.last("token_shards")), f"runs/{name}")
+    run.look("trained_model", lambda: trainer.trained_output(name, config, run.last("token_shards")), f"runs/{name}")
     export = f"runs/{name}/export"
     run.look("hf_model", lambda: model.export_output(name, config, run.last("trained_model")), export)
     for suite in SUITES:
         if suite not in ("hellaswag", "core") or getattr(config.evals, suite):
             run.look(suite, partial(_score, run, suite, config), f"runs/{name}/scores/{suite}")
+    run.look("inspection", partial(_inspection, run, config))
     run.look("report", partial(_report, run), f"runs/{name}/report")
     return run.found
 
@@ -92,6 +93,11 @@ def _score(run: _Run, suite: str, config: RunConfig) -> Output:
     if isinstance(questions, Missing):
         raise NotThere(questions.reason)
     return scores.score_output(questions, f"runs/{run.name}", run.last("hf_model"), config.evals.dtype)
+
+
+def _inspection(run: _Run, config: RunConfig) -> Output:
+    run.last("eval_items")
+    return checks.inspection_output(run.maker, run.name, config)
 
 
 def _report(run: _Run) -> Output:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
@@ -20,6 +20,9 @@ from storage.places import Places
 from storage.records import File, Parent, Record
 from training import recipes
 from training.config import RunConfig, from_dict, to_dict
+
+if TYPE_CHECKING:
+    from assets.trainer import Training
 
 
 class StageConfig(dg.Config):
@@ -37,7 +40,7 @@ class Output:
     key: str
     code_version: str
     config: dict[str, Any]
-    parents: Sequence[Record] = ()
+    parents: "Sequence[Record | Output]" = ()
 
     @property
     def fingerprint(self) -> str:
@@ -82,14 +85,35 @@ class Made:
 
 @dataclass(frozen=True)
 class Check:
-    """A blocking check of an output, on its record: `test` returns (passed, numbers that it looked at)."""
+    """A check of a new output, on its record: `test` returns (passed, numbers that it looked at).
+
+    What it found is kept in the record and shown again where the output is reused. One that fails blocks what
+    follows, or only warns.
+    """
 
     name: str
     description: str
     test: Callable[[Record, str], tuple[bool, dict[str, Any]]]
+    blocking: bool = True
 
     def spec(self, asset: str) -> dg.AssetCheckSpec:
-        return dg.AssetCheckSpec(self.name, asset=asset, description=self.description, blocking=True)
+        return dg.AssetCheckSpec(self.name, asset=asset, description=self.description, blocking=self.blocking)
+
+    def look(self, record: Record, store: str) -> dict[str, Any]:
+        """Whether it passed, and its numbers, as records keep them."""
+        if self.name in record.checks:
+            return record.checks[self.name]
+        passed, numbers = self.test(record, store)
+        return {"passed": passed, **numbers}
+
+    def result(self, asset: str, seen: dict[str, Any]) -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(
+            check_name=self.name,
+            asset_key=asset,
+            passed=seen["passed"],
+            metadata={name: value for name, value in seen.items() if name != "passed"},
+            severity=dg.AssetCheckSeverity.ERROR if self.blocking else dg.AssetCheckSeverity.WARN,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +123,7 @@ class Maker:
     places: Places
     launcher: Launcher
     listener: Listener
+    trainings: "dict[str, Training]" = field(default_factory=dict)  # by run: begun before their step
 
     @property
     def cores(self) -> int:
@@ -126,15 +151,18 @@ class Maker:
 
     def remember_input(self, run: str, **keys: str) -> None:
         """Note which outputs a run reads: its corpus's name in the store is known once it has been resolved."""
-        url = objects.join(self.places.store, "runs", run, "inputs.json")
-        there = objects.read_json(url) if objects.exists(url) else {}
+        there = self.inputs(run)
         if there | keys != there:
-            objects.publish_json(url, there | keys)
+            objects.publish_json(objects.join(self.places.store, "runs", run, "inputs.json"), there | keys)
+
+    def inputs(self, run: str) -> dict[str, str]:
+        """What `remember_input` noted, name → key."""
+        url = objects.join(self.places.store, "runs", run, "inputs.json")
+        return objects.read_json(url) if objects.exists(url) else {}
 
     def input(self, run: str, name: str, asset: str) -> Record:
         """The record of what `remember_input` noted under `name`; `asset` is what makes it."""
-        url = objects.join(self.places.store, "runs", run, "inputs.json")
-        key = objects.read_json(url).get(name) if objects.exists(url) else None
+        key = self.inputs(run).get(name)
         if key is None:
             raise ValueError(f"{asset} of run {run!r} is not made yet: materialize it first")
         return self.parent(key, asset)
@@ -193,7 +221,7 @@ class Maker:
     ) -> tuple[Made, list[dg.AssetCheckResult]]:
         """Reuse the output if one of its fingerprint is whole, else produce and record it.
 
-        An output whose check fails is left without a record, so that the next run makes it anew.
+        An output whose blocking check fails is left without a record, so that the next run makes it anew.
         """
         began = time.monotonic()
         self.listener.started(output.asset)
@@ -203,19 +231,22 @@ class Maker:
         else:
             reason = "asked for anew" if found else reason
             record = self._produce(output, produce)
-        results = [_result(check, output.asset, record, self.places.store) for check in checks]
-        if record is not found and all(r.passed for r in results):
-            record = replace(record, checks={r.check_name or "": _outcome(r) for r in results})
+        looked = [check.look(record, self.places.store) for check in checks]
+        reused = record is found
+        if not reused:
+            record = replace(record, checks={check.name: seen for check, seen in zip(checks, looked, strict=True)})
+        blocked = any(check.blocking and not seen["passed"] for check, seen in zip(checks, looked, strict=True))
+        if not reused and not blocked:
             self._remember(record)
         made = Made(
             record,
-            reused=record is found,
+            reused=reused,
             reason=reason,
             seconds=time.monotonic() - began,
             location=records.output_url(self.places.store, output.key),
         )
         self.listener.finished(output.asset, made)
-        return made, results
+        return made, [check.result(output.asset, seen) for check, seen in zip(checks, looked, strict=True)]
 
     def _produce(self, output: Output, produce: Callable[[Callable[[Event], None]], Produced]) -> Record:
         started, clock = _now(), time.monotonic()
@@ -279,21 +310,6 @@ def _stamps(folder: str) -> dict[str, str]:
 
 def _stamp(folder: str, files: Sequence[File]) -> None:
     objects.publish_json(objects.join(folder, STAMPS), _stamps(folder) | {f.path: f.sha256 for f in files})
-
-
-def _result(check: Check, asset: str, record: Record, store: str) -> dg.AssetCheckResult:
-    passed, numbers = check.test(record, store)
-    return dg.AssetCheckResult(
-        check_name=check.name,
-        asset_key=asset,
-        passed=passed,
-        metadata=numbers,
-        severity=dg.AssetCheckSeverity.ERROR,
-    )
-
-
-def _outcome(result: dg.AssetCheckResult) -> dict[str, Any]:
-    return {"passed": result.passed, **{name: m.value for name, m in result.metadata.items()}}
 
 
 def materialize(

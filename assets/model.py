@@ -9,18 +9,16 @@ from typing import Any
 
 import dagster as dg
 
-from assets.corpus import hellaswag_output
+from assets import trainer
 from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
 from assets.resources import RUNS, Event
 from assets.tokens import validation_shard
 from evals import report
-from storage import objects, records
-from storage.items import FILES
+from storage import objects
 from storage.records import Record
 from training import launch, metrics
 from training.config import RunConfig, to_dict
 
-TRAIN_VERSION = "1"
 EXPORT_VERSION = "1"
 OBSERVE_SECONDS = 300.0  # between two observations of a training: at most 300 a day reach the event log
 
@@ -45,7 +43,7 @@ LOGITS_AGREE = Check(
     partitions_def=RUNS,
     group_name="training",
     kinds={"pytorch"},
-    code_version=TRAIN_VERSION,
+    code_version=trainer.VERSION,
     deps=["token_shards", "eval_items"],  # of the items, HellaSwag's are scored while training, where it is asked to
     check_specs=[LOSS_IS_FINITE.spec("trained_model")],
     pool="gpu",
@@ -55,48 +53,20 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
     name = context.partition_key
     run = maker.run_config(name)
     tokens = maker.input(name, "tokens", "token_shards")
-    output = trained_output(name, run, tokens)
+    output = trainer.trained_output(name, run, tokens)
     observer = Observer(context)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
-        ranks = launch.ranks_here(run.machine.gpus)
-        with maker.training(name):
-            maker.claim_run(name, output.fingerprint)
-            maker.launcher.run(
-                "training.launch",
-                [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
-                lambda event: observer.see(event, progress),
-            )
-        return _trained(maker.folder(output.key), run, ranks)
+        training = maker.trainings.pop(name, None)  # begun while its shards were being made
+        if training:
+            training.join(lambda event: observer.see(event, progress))
+        else:
+            trainer.train(maker, name, run, maker.stage(tokens), output, lambda event: observer.see(event, progress))
+        return _trained(maker.folder(output.key), run, launch.ranks_here(run.machine.gpus))
 
     made, checks = maker.make(StageConfig(), output, produce, [LOSS_IS_FINITE])
     folder = maker.stage(made.record, suffix=(".log", ".txt", ".jsonl"))
     return materialize(made, checks, _training_metadata(folder, name, run, made.record))
-
-
-def trained_output(name: str, run: RunConfig, tokens: Record) -> Output:
-    defining = {"model": to_dict(run.model), "train": to_dict(run.train)}
-    return Output("trained_model", f"runs/{name}", TRAIN_VERSION, defining, [tokens])
-
-
-def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:
-    arguments = ["--gpus", str(ranks), "--restarts", str(run.machine.restarts)]
-    if run.machine.nnodes > 1:
-        arguments += ["--nnodes", str(run.machine.nnodes), "--rendezvous", run.machine.rendezvous]
-    return arguments
-
-
-def _train_arguments(maker: Maker, name: str, run: RunConfig, tokens: Record) -> list[str]:
-    """The run folder, which holds config.json from here on, and where its tokens and its mirror are."""
-    folder = maker.folder(f"runs/{name}")
-    objects.publish_json(objects.join(folder, "config.json"), to_dict(run))
-    arguments = [folder, "--tokens", maker.stage(tokens)]
-    if run.train.hellaswag:
-        items = maker.parent(hellaswag_output(run.evals).key, "eval_items")
-        arguments += ["--items", objects.join(maker.stage(items), FILES[1])]
-    if not objects.is_local(maker.places.store):
-        arguments += ["--mirror", records.folder_url(maker.places.store, f"runs/{name}")]
-    return arguments
 
 
 def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:

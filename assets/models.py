@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from assets.asked import Asked, Missing, asked
-from assets.corpus import make_hellaswag
+from assets.items import hellaswag_items
 from assets.making import Maker, Output, Produced, StageConfig, describe
 from assets.resources import Event
 from assets.scores import score, score_metadata
@@ -45,7 +45,7 @@ def score_model(context: dg.OpExecutionContext, config: ModelConfig, maker: dg.R
     """Score one model on each suite; Dagster shows the scores as assets under models/."""
     settings = settings_of(maker, config.like, config.settings)
     if "hellaswag" in config.suites and settings.hellaswag:
-        make_hellaswag(maker, StageConfig(), settings)
+        hellaswag_items(maker, StageConfig(), settings)
     subject = subject_of(maker, config.model)
     for questions in questions_of(maker, config.suites, settings, config.like):
         stage = StageConfig(recompute=config.recompute)

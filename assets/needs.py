@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from assets.corpus import completion_output, hellaswag_output
+from assets.corpus import completion_output
+from assets.items import hellaswag_output
 from assets.making import Maker
 from storage import objects, sources
 

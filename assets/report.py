@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from assets.baselines import Beside, baseline, beside, items, page
+from assets.checks import PAGE
 from assets.making import Maker, Output, Produced, StageConfig, describe, image
 from assets.resources import RUNS, Event
 from evals import report as pages
@@ -41,10 +42,11 @@ def report_output(run: str, parts: Sequence[Record], others: Sequence[Beside]) -
 
 
 def outputs_of(maker: Maker, run: str) -> list[Record]:
-    """What a page about a run is made from: its weights, their export and every score that is there."""
-    scores = (records.read_record(maker.places.store, f"runs/{run}/scores/{suite}") for suite in SUITES)
+    """What a page about a run is made from: its weights, their export, its scores and the look at its corpus."""
+    keys = [f"runs/{run}/scores/{suite}" for suite in SUITES] + [maker.inputs(run).get("inspection", "")]
+    found = [records.read_record(maker.places.store, key) for key in keys if key]
     trained = maker.parent(f"runs/{run}", "trained_model")
-    return [trained, maker.parent(f"runs/{run}/export", "hf_model"), *(score for score in scores if score)]
+    return [trained, maker.parent(f"runs/{run}/export", "hf_model"), *(record for record in found if record)]
 
 
 @dg.op(ins={"score": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))
@@ -56,10 +58,12 @@ def scored() -> None:
     partitions_def=RUNS,
     group_name="evals",
     kinds={"html"},
-    ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in SUITES},
+    ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in (*SUITES, "inspection")},
 )
-def report(validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther: Any, core: Any) -> Any:
-    """One self-contained page and its figures. It waits for every suite, and is made without an unmade one."""
+def report(
+    validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther: Any, core: Any, inspection: Any
+) -> Any:
+    """One self-contained page and its figures. It waits for all, and is made without an unmade one."""
     # Dagster passes a step over when the source of one of its inputs was, as HellaSwag and CORE may be. The suites
     # are fanned in as one input instead, which is passed over only when all of them are.
     suites = {
@@ -68,6 +72,7 @@ def report(validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther:
         "completion_demo": completion_demo,
         "eleuther": eleuther,
         "core": core,
+        "inspection": inspection,
     }
     return write_report(scores=[scored.alias(f"{name}_done")(suite) for name, suite in suites.items()])
 
@@ -86,9 +91,18 @@ def report_data(maker: Maker, run: str, outputs: Sequence[Record], others: Seque
         scores={name: page(store, score) for name, score in scores.items()},
         items={name: items(store, score) for name, score in scores.items()},
         samples=objects.read_text(objects.join(folder, "samples.txt")),
+        inspection=_inspection(maker, outputs),
         records=[asdict(record) for record in _with_ancestors(maker, outputs)],
         baselines=[baseline(store, other) for other in others],
     )
+
+
+def _inspection(maker: Maker, outputs: Sequence[Record]) -> dict[str, Any]:
+    """What stands in the run's corpus; empty where nobody has looked."""
+    for record in outputs:
+        if record.asset == "inspection":
+            return dict(objects.read_json(records.file_url(maker.places.store, record.key, PAGE)))
+    return {}
 
 
 def _with_ancestors(maker: Maker, outputs: Sequence[Record]) -> list[Record]:

@@ -49,7 +49,13 @@ class Launcher:
 
     python: str = sys.executable
 
-    def run(self, module: str, arguments: Sequence[str], on_event: Callable[[Event], None]) -> None:
+    def run(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        on_event: Callable[[Event], None],
+        on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None,
+    ) -> None:
         """Run `python -m module arguments` until it ends.
 
         Events go to `on_event`, all other output to stdout, where Dagster's compute logs keep it.
@@ -66,6 +72,7 @@ class Launcher:
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops that one
             preexec_fn=lambda: launch.die_with_parent(me),
         )
+        on_start(process)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         try:
             self._listen(process, on_event, tail)

@@ -1,14 +1,16 @@
 """How does text become tokens: GPT-2's, in uint16 shards that llm.c reads."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import dagster as dg
 
+from assets import trainer
 from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
-from storage import objects, records, shards, sources, tokenizer
+from storage import objects, records, shards, sources, tokenizer, verification
 from storage.records import Record
 from training import tokenization
 from training.config import RunConfig
@@ -18,15 +20,19 @@ VERSION = "1"
 
 def _shards_are_whole(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
     names = [f.path for f in record.files if f.path.endswith(".bin")]
-    counts = [shards.read_header(records.file_url(store, record.key, name)) for name in names]
     validation = sum("_val_" in name for name in names)
-    passed = sum(counts) == record.tokens and validation == 1 and len(names) > 1
-    return passed, {"shards": len(names), "validation_shards": validation, "tokens": sum(counts)}
+    try:
+        found = verification.verify(records.folder_url(store, record.key))
+    except ValueError as error:
+        return False, {"problem": str(error)}
+    passed = found.tokens == record.tokens and validation == 1 and found.shards == len(names) > 1
+    return passed and found.documents == (record.rows or 0), {"validation_shards": validation, **asdict(found)}
 
 
 SHARDS_ARE_WHOLE = Check(
     "shards_are_whole",
-    "Every shard has its header and length, one of them is for validation, and together they hold all tokens.",
+    "Every shard has its header and length, one of them is for validation, together they hold all tokens and "
+    "documents, all token ids are GPT-2's, and sampled documents decode to their text.",
     _shards_are_whole,
 )
 
@@ -52,7 +58,19 @@ def token_shards(
         produce = partial(_fetch, maker, run, output)
     if config.recompute:  # the shards that are there say that they are complete
         objects.remove_tree(records.folder_url(maker.places.store, output.key))
-    made, checks = maker.make(config, output, produce, [SHARDS_ARE_WHOLE])
+
+    def produce_while_training(progress: Callable[[Event], None]) -> Produced:
+        with trainer.begun_early(context, maker, run, output) as begin:
+
+            def begin_and_tell(event: Event) -> None:
+                begin()
+                progress(event)
+
+            return produce(begin_and_tell)
+
+    made, checks = maker.make(config, output, produce_while_training, [SHARDS_ARE_WHOLE])
+    if not all(check.passed for check in checks):
+        trainer.stop_early(maker, context.partition_key)
     maker.remember_input(context.partition_key, tokens=output.key)
     return materialize(made, checks, dict(made.record.metrics))
 
@@ -95,13 +113,19 @@ def _tokenize(
 
 
 def _fetch(maker: Maker, run: RunConfig, output: Output, progress: Callable[[Event], None]) -> Produced:
-    """Shards that somebody else has made, as they are."""
-    files = sources.resolve(run.corpus).fetch(
-        records.folder_url(maker.places.store, output.key),
+    """Shards that somebody else has made, as they are; whoever reads them meanwhile is told when the last is there."""
+    out = records.folder_url(maker.places.store, output.key)
+    source = sources.resolve(run.corpus)
+    if objects.exists(complete := objects.join(out, tokenization.COMPLETE)):
+        objects.remove(complete)
+    objects.publish_json(objects.join(out, tokenization.PLAN), source.identity)
+    files = source.fetch(
+        out,
         lambda done, total: progress({"event": "bytes", "done": done, "total": total}),
         scratch=str(maker.places.home / "downloads" / output.key),
     )
-    counts = {f.path: shards.read_header(records.file_url(maker.places.store, output.key, f.path)) for f in files}
+    objects.publish_json(complete, [f.path for f in files])
+    counts = {f.path: shards.read_header(objects.join(out, f.path)) for f in files}
     metrics = {
         "shards": len(files),
         "shard_tokens": max(counts.values()),

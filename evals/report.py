@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evals import reference, report_page, report_plots
+from evals import reference, report_data, report_page, report_plots
 from evals.comparison import Rows
 from evals.report_plots import Bar, Curve, Line, Points
 from storage import objects
@@ -32,6 +32,7 @@ class ReportData:
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # suite -> score JSON
     items: Mapping[str, Rows] = field(default_factory=dict)  # suite -> per-item rows; scores are compared by them
     samples: str = ""
+    inspection: Mapping[str, Any] = field(default_factory=dict)  # what stands in the corpus, as inspection.json has it
     records: Sequence[Mapping[str, Any]] = ()  # of the run's outputs and of all that they were made from
     baselines: Sequence[Baseline] = ()
 
@@ -109,7 +110,10 @@ def pictures(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> list[Pictur
         shown.append(_optimisation(runs, logs))
     if any(run.metrics for run in runs):
         shown.append(_throughput(runs))
-    return shown + _score_pictures(runs[0])
+    shown += _score_pictures(runs[0])
+    if corpus := report_data.drawing(runs[0].inspection):
+        shown.append(Picture("data", report_data.CAPTION, report_plots.render(corpus)))
+    return shown
 
 
 def _score_pictures(run: ReportData) -> list[Picture]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals import comparison, report_lineage
+from evals import comparison, report_data, report_lineage
 from evals.reference import Comparison
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def page(
         ),
         _section("Samples", _samples(lead.samples)),
         _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(records)),
-        _section("Data", _data_tiles(lead, records)),
+        _section("Data", _data_tiles(lead, records) + _inspection(lead, by_name)),
         _section("Lineage", report_lineage.picture(lead.records) + _records_table(records)),
         _section("What differs", _differences(runs)),
         _section("Configuration", _configuration(runs) + _environment(records)),
@@ -142,6 +142,18 @@ def _data_tiles(run: "ReportData", records: Sequence[Mapping[str, Any]]) -> str:
     if text and count:
         tiles.append(("Bytes per token", f"{text / count:.2f}", "how far the text is compressed"))
     return _tile_row(tiles) if tiles else ""
+
+
+def _inspection(run: "ReportData", pictures: "Mapping[str, Picture]") -> str:
+    """What stands in the corpus: eval items, copies, lengths, and where it comes from."""
+    counted = report_data.tiles(run.inspection)
+    overlaps = _table(["item", "training document", "words in common"], report_data.overlaps(run.inspection))
+    return (
+        (_tile_row(counted) if counted else "")
+        + _panes(pictures, ("data",))
+        + _table(["eval items", "items", "in the corpus", "share"], report_data.suites(run.inspection))
+        + (f"<details><summary>Examples of words in common</summary>{overlaps}</details>" if overlaps else "")
+    )
 
 
 def _differences(runs: "Sequence[ReportData]") -> str:

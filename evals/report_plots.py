@@ -216,6 +216,36 @@ def scores(bars: Sequence[Bar], title: str, levels: Sequence[Line]) -> Drawing:
     return draw
 
 
+def corpus(histogram: Sequence[tuple[int, int]], median: int, dumps: Sequence[tuple[str, float]]) -> Drawing:
+    """Documents by length, (tokens, documents of that many up to twice as many), and shares of tokens by crawl."""
+
+    def draw(theme: Theme) -> Figure:
+        if dumps:
+            figure, panes = _pair(theme)
+        else:
+            figure, only = _figure(theme, 10.4, 3.2)
+            panes = [only]
+        sizes, counts = [size for size, _ in histogram], [count for _, count in histogram]
+        panes[0].bar(sizes, counts, sizes, align="edge", color=theme.series[0], ec=theme.paper)
+        panes[0].set_xscale("log", base=2)
+        panes[0].axvline(median, color=theme.series[1], lw=1.4, ls=(0, (5, 3)), label=f"median {median:,}")
+        panes[0].set(xlabel="tokens", ylabel="documents")
+        panes[0].xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
+        panes[0].yaxis.set_major_formatter(FuncFormatter(_count))
+        _title(panes[0], "Documents by length", theme)
+        _legend(panes[0], theme, "upper left")
+        if dumps:
+            places = list(range(len(dumps)))[::-1]
+            panes[1].barh(places, [share for _, share in dumps], height=0.7, color=theme.series[0])
+            panes[1].set_yticks(places, [name for name, _ in dumps], fontsize=7.5)
+            panes[1].xaxis.set_major_formatter(PercentFormatter(1.0))
+            panes[1].grid(False, axis="y")
+            _title(panes[1], "Share of tokens by crawl", theme)
+        return figure
+
+    return draw
+
+
 def _span(bars: Sequence[Bar], levels: Sequence[Line]) -> tuple[float, float]:
     points = [mark.value for bar in bars for mark in bar.marks] + [level.value for level in levels]
     points += [bar.value + sign * (bar.stderr or 0) for bar in bars for sign in (-1, 1)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets import corpus, model, scores, tokens
+from assets import checks, corpus, model, scores, tokens
 from assets.making import Maker
 from assets.models import score_models
 from assets.report import report
@@ -24,6 +24,7 @@ ASSETS = [
     scores.completion_demo,
     scores.eleuther,
     scores.core,
+    checks.inspected,
     report,
 ]
 RESCORED = (*SUITES, "report")
@@ -54,6 +55,12 @@ def build(listener: Listener | None = None) -> dg.Definitions:
                 description="Score the run's exported model anew and rewrite its report; nothing else is touched.",
             ),
             score_models,
+            dg.define_asset_job(
+                "inspect_data",
+                dg.AssetSelection.groups("checks"),
+                partitions_def=RUNS,
+                description="Look at the run's corpus: eval items in it, duplicates, held-out documents, lengths.",
+            ),
         ],
         resources={"maker": Maker(places(), Launcher(), listener or Silent())},
         # The heavy work happens in processes of its own; steps in one process save 1.6 s each.

@@ -12,6 +12,7 @@ from typing import Any
 
 from evals.run import HARNESS_SUITES
 from storage import objects, sources
+from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
 from training import launch, recipes
 from training.config import SUITES, RunConfig, from_dict, override, settable_keys, to_dict
@@ -118,10 +119,13 @@ def check_possible(places: Places, config: RunConfig) -> None:
     check_batch(config)
     check_tasks(config.evals.harness)
     items = config.evals.hellaswag
-    if items not in ("", "hub") and not objects.exists(items):
+    named = items in ("", "hub", PUBLISHED) or items.startswith(THROUGH_LIBRARY)
+    if not named and not objects.exists(items):
         raise ValueError(f"evals.hellaswag={items}: there is no such file")
     if config.train.hellaswag and not items:
-        raise ValueError("train.hellaswag=true needs the items: set evals.hellaswag to their file, or to hub")
+        raise ValueError(
+            "train.hellaswag=true needs the items: set evals.hellaswag to their file, to published or to hub"
+        )
     if config.machine.nnodes > 1 and not config.machine.rendezvous:
         raise ValueError(f"nnodes={config.machine.nnodes} needs rendezvous=HOST:PORT of the first machine")
     check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))

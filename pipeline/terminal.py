@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from storage import objects
@@ -58,11 +59,13 @@ class Terminal:
     console: Console
     made: "dict[str, Made]" = field(default_factory=dict)
     bar: Progress | None = None
-    quarter: int = -1  # of the stage, last printed where there is no bar
+    tasks: dict[str, TaskID] = field(default_factory=dict)  # bars of the stages that go on: two while training waits
+    quarters: dict[str, int] = field(default_factory=dict)  # of each stage, last printed where there are no bars
 
     def started(self, asset: str) -> None:
-        self.quarter = -1
-        if self.console.is_terminal:
+        if not self.console.is_terminal or asset in self.tasks:
+            return
+        if self.bar is None:
             self.bar = Progress(
                 TextColumn("  [bold]{task.description}"),
                 BarColumn(bar_width=24),
@@ -73,22 +76,30 @@ class Terminal:
                 redirect_stdout=False,  # what the processes print belongs to the compute logs alone
                 redirect_stderr=False,
             )
-            self.bar.add_task(asset, total=None, text="")
             self.bar.start()
+        self.tasks[asset] = self.bar.add_task(asset, total=None, text="")
 
     def progressed(self, asset: str, event: "Event") -> None:
+        if event["event"] == "warning":
+            self.console.print(f"  [yellow]![/yellow] [bold]{asset:<16}[/bold] {escape(event['message'])}")
+        if event["event"] == "failed":
+            self.console.print(f"  [red]✗[/red] [bold]{asset:<16}[/bold] {escape(event['message'])}")
         shown = _progress(event)
         if shown is None:
             return
         done, total, text = shown
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=done, total=total, text=text)
-        elif total and 4 * done // total > self.quarter:
-            self.quarter = 4 * done // total
+        if self.bar and asset in self.tasks:
+            self.bar.update(self.tasks[asset], completed=done, total=total, text=text)
+        elif total and 4 * done // total > self.quarters.get(asset, -1):
+            self.quarters[asset] = 4 * done // total
             self.console.print(f"    {asset}: {100 * done // total}%  {text}")
 
     def finished(self, asset: str, made: "Made") -> None:
-        self.close()
+        self.quarters.pop(asset, None)
+        if self.bar and asset in self.tasks:
+            self.bar.remove_task(self.tasks.pop(asset))
+        if not self.tasks:
+            self.close()
         self.made[made.record.key] = made
         verb = f"reused: {made.reason}" if made.reused else f"made in {made.seconds:.1f} s ({made.reason})"
         self.console.print(f"  [green]✓[/green] [bold]{asset:<16}[/bold] {summary(made.record)} — [dim]{verb}[/dim]")
@@ -97,6 +108,7 @@ class Terminal:
         if self.bar:
             self.bar.stop()
             self.bar = None
+            self.tasks.clear()
 
 
 def _progress(event: "Event") -> tuple[int, int, str] | None:
@@ -109,6 +121,8 @@ def _progress(event: "Event") -> tuple[int, int, str] | None:
                 event["steps"],
                 f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  {speed}",
             )
+        case "parts":
+            return event["done"], event["total"], f"{event['done']}/{event['total']} parts"
         case "eval_progress":
             return event["done"], event["total"], f"{event['done']}/{event['total']} items"
         case "bytes":
@@ -136,6 +150,9 @@ def summary(record: Record) -> str:
             return f"{metrics['parameters']:,} parameters, logits within {metrics['max_difference']:.1e}"
         case "model":
             return f"{metrics['name']} from {metrics['source']}"
+        case "inspection":
+            found = f"{metrics['contaminated_items']:,} of {metrics['items']:,} eval items in the corpus"
+            return f"{found}, {metrics['near_duplicates_share']:.1%} of its documents nearly twice"
         case "report":
             return "a page that stands alone"
     shown = [

@@ -31,8 +31,13 @@ ATTEMPTS = 8  # of a download in a row that bring no byte; then it fails
 LIST_ATTEMPTS = 4  # of a question to the hub: on a machine without a network it fails within seconds
 LONGEST_WAIT = 300.0  # seconds between attempts; the hub counts its rate limits over 5 minutes
 TIMEOUT = 60.0  # seconds without a byte
+FIRST_TIMEOUT = 10.0  # seconds, where nothing depends on an answer yet
 CHUNK = 2**20
 PARALLEL = 4  # files at once: more brings nothing on one connection, and counts against the rate limit
+
+
+class Unreachable(ValueError):
+    """There is no way to the server, or it does not answer."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,17 @@ def list_tree(repo: str, commit: str, folder: str = "") -> list[Entry]:
 def _entry(listed: dict[str, Any]) -> Entry:
     lfs = listed.get("lfs") or {}
     return Entry(listed["path"], lfs.get("size", listed["size"]), lfs.get("oid", "").removeprefix("sha256:"))
+
+
+def size_of(url: str) -> int:
+    """Bytes of a file, by one question: on a machine without a network it fails at once, with Unreachable."""
+    try:
+        with urllib.request.urlopen(_request(url, {}), timeout=FIRST_TIMEOUT) as response:
+            return int(response.headers["Content-Length"])
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url} can't be fetched: {_explain(error)}") from error
+    except OSError as error:
+        raise Unreachable(f"{url} is not to be had ({error}): check the network") from error
 
 
 def _next_page(link: str) -> str | None:
@@ -197,7 +213,8 @@ def _is_passing(status: int) -> bool:
 
 def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
     request = urllib.request.Request(url, headers=headers | {"User-Agent": "gpt2-pipeline"})
-    if token := os.environ.get("HF_TOKEN"):
+    token = os.environ.get("HF_TOKEN")
+    if token and url.startswith(endpoint()):
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # for the hub, not for its CDN
     return request
 
@@ -239,9 +256,9 @@ def _asked_wait(error: urllib.error.HTTPError) -> float | None:
 
 
 def _pause(url: str, failures: int, most: int, reason: Exception | str, asked: float | None) -> None:
-    """Wait before the next attempt, or raise ValueError after too many that brought nothing."""
+    """Wait before the next attempt, or raise Unreachable after too many that brought nothing."""
     if failures >= most:
-        raise ValueError(
+        raise Unreachable(
             f"{url} can't be had after {failures} attempts ({reason}): check the network, or use a corpus "
             "that is already here; what has been fetched is kept"
         )

@@ -6,6 +6,7 @@ A corpus is its parquet files, or shards of tokens where somebody else has made 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -220,7 +221,7 @@ def _digest(text: bytes) -> int:
 
 def _signatures(words: Words, documents: int) -> NDArray[np.uint32]:
     """MinHash signatures (documents, PERMUTATIONS)."""
-    from rensa import RMinHash  # here alone: it is only installed where corpora are inspected
+    from rensa import RMinHash  # here alone: the rest of this module does without
 
     hashes, first = shingles(words, NEAR_WORDS)
     bounds = np.searchsorted(words.documents[first], np.arange(documents + 1))
@@ -333,6 +334,13 @@ def inspect(
     return Inspection(merged(results[:count]), merged(results[count : 2 * count]), *results[2 * count :])
 
 
+def by_suite(found: Contamination, items: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Items and contaminated ones of each suite, the first word of an item's name."""
+    asked = Counter(name.split()[0] for name, _ in items)
+    hit = Counter(name.split()[0] for name in found.contaminated)
+    return {suite: {"items": count, "contaminated": hit[suite]} for suite, count in asked.items()}
+
+
 def numbers(found: Inspection) -> dict[str, int | float]:
     """What was found as named numbers, for a check's metadata or a record's metrics."""
     share = found.duplicates.near / max(found.duplicates.compared, 1)
@@ -340,10 +348,12 @@ def numbers(found: Inspection) -> dict[str, int | float]:
         "items": found.contamination.items,
         "contaminated_items": len(found.contamination.contaminated),
         "documents_with_items": found.contamination.documents_with_items,
+        "too_short_items": found.contamination.too_short,
         "validation_documents": found.validation.items,
         "validation_documents_in_training": len(found.validation.contaminated),
         "documents": found.duplicates.documents,
         "exact_duplicates": found.duplicates.exact,
+        "compared_documents": found.duplicates.compared,
         "near_duplicates_share": round(share, 4),
         "tokens": found.lengths.tokens,
         **{f"tokens_a_document_{name}": value for name, value in found.lengths.quantiles.items()},

@@ -1,13 +1,14 @@
 """Where do multiple-choice items come from, and are they all there?
 
-HellaSwag's validation items from its published jsonl, in the raw schema or in a cleaned one without ctx_a
-and ctx_b, or from the hub (`Rowan/hellaswag`, parquet). Kept as jsonl, and as the file of tokens that llm.c
-reads.
+HellaSwag's validation items from its published jsonl, fetched or at hand, in the raw schema or in a cleaned one
+without ctx_a and ctx_b, or from the hub (`Rowan/hellaswag`, parquet, also through `datasets`). Kept as jsonl, and as
+the file of tokens that llm.c reads.
 """
 
 import gzip
 import io
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -18,19 +19,58 @@ import pyarrow.parquet as pq
 from storage import hub, objects, shards, tokenizer
 from storage.records import File, describe_file
 
+PUBLISHED = "published"  # the place of HellaSwag's jsonl in its own repository
+GITHUB = "https://raw.githubusercontent.com"  # GPT2_GITHUB_RAW names another server
+HELLASWAG_FILE = "rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_val.jsonl"
+HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 HELLASWAG_REPO = "Rowan/hellaswag"
 HELLASWAG_ITEMS = 10_042
+THROUGH_LIBRARY = "datasets:"
 FILES = ["items.jsonl", "items.bin"]
 
 
-def hellaswag(location: str, out: str) -> list[File]:
-    """Put HellaSwag's validation items into `out`; `location` is a file, or "hub".
+def hellaswag(location: str, out: str, scratch: str = "") -> list[File]:
+    """Put HellaSwag's validation items into `out`.
 
-    Raises ValueError where they are not the 10,042 whole items of the published set.
+    `location` is a file, "published" (fetched by way of the local folder `scratch`), "hub", or "datasets:NAME".
+    Raises ValueError where they are not the 10,042 whole items of the published set, Unreachable without a network.
     """
-    items = from_hub() if location == "hub" else read_items(location)
+    if location == PUBLISHED:
+        items = read_items(fetch_published(scratch or tempfile.gettempdir()))
+    elif location == "hub":
+        items = from_hub()
+    elif location.startswith(THROUGH_LIBRARY):
+        items = from_library(location.removeprefix(THROUGH_LIBRARY))
+    else:
+        items = read_items(location)
     check_hellaswag(items, location)
     return write_items(items, out)
+
+
+def hellaswag_version(location: str) -> str:
+    """What tells the items of one place from those of another: their file's sha256, if there is one."""
+    if location == PUBLISHED:
+        return HELLASWAG_SHA256
+    if location == "hub" or location.startswith(THROUGH_LIBRARY):
+        return location
+    return objects.sha256(location)
+
+
+def fetch_published(folder: str) -> str:
+    """HellaSwag's validation jsonl in a local folder, its sha256 checked; a part that is there is gone on with."""
+    url = f"{os.environ.get('GPT2_GITHUB_RAW', GITHUB).rstrip('/')}/{HELLASWAG_FILE}"
+    local = os.path.join(folder, f"hellaswag-{HELLASWAG_SHA256[:8]}.jsonl")
+    if not os.path.exists(local):
+        hub.fetch_file(url, local, hub.Entry(HELLASWAG_FILE, hub.size_of(url), HELLASWAG_SHA256), lambda _: None)
+    return local
+
+
+def from_library(name: str) -> list[dict[str, Any]]:
+    """The validation split of a dataset that the `datasets` library loads: of the hub's, or in a local folder."""
+    import datasets  # here alone: it takes a second, and other places do not need it
+
+    rows = datasets.load_dataset(name, split="validation")
+    return [_whole(name, n, dict(row)) for n, row in enumerate(rows, 1)]
 
 
 def from_hub() -> list[dict[str, Any]]:
@@ -88,6 +128,20 @@ def check_hellaswag(items: Sequence[dict[str, Any]], location: str) -> None:
             f"{location} has {len(items):,} items, {repeated:,} of them repeated: HellaSwag's validation set "
             f"has {HELLASWAG_ITEMS:,}; use hellaswag_val.jsonl of rowanz/hellaswag, or `hub`"
         )
+
+
+def core_texts(folder: str) -> list[tuple[str, str]]:
+    """Each item of DCLM CORE's bundle with its right answer, as (name, text)."""
+    data = objects.join(folder, "eval_data")
+    texts = []
+    for found in objects.list_files(data, ".jsonl"):
+        lines = objects.read_text(objects.join(data, found.path)).splitlines()
+        for number, item in enumerate(json.loads(line) for line in lines if line.strip()):
+            gold = item.get("gold", 0)
+            asked = item.get("query") or item.get("context") or item["context_options"][gold]
+            answer = item["choices"][gold] if "choices" in item else item["continuation"]
+            texts.append((f"core {objects.name_of(found.path).removesuffix('.jsonl')} {number}", f"{asked} {answer}"))
+    return texts
 
 
 def write_items(items: Sequence[dict[str, Any]], out: str) -> list[File]:

@@ -14,6 +14,7 @@ class LocalHub:
 
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # repo → commit → path → bytes
     heads: dict[str, str] = field(default_factory=dict)  # repo → commit of main
+    files: dict[str, bytes] = field(default_factory=dict)  # path → bytes, of a server that is no hub
     cut_after: int = 0  # bytes of a file that a connection brings before it breaks; 0: all
     busy: int = 0  # answers of 429 to come
     retry_after: str = "0"
@@ -21,6 +22,7 @@ class LocalHub:
     ignore_range: bool = False
     page: int = 1000  # entries of a tree in one answer
     token: str = ""  # that a request must carry, if any
+    held: dict[str, threading.Event] = field(default_factory=dict)  # path → when it may be sent
     content_at: str = ""  # another server that files are redirected to, as the real hub does with its CDN
     tokens_seen: list[str] = field(default_factory=list)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
@@ -71,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/datasets/"):
             self.send(path.removeprefix("/datasets/").split("/"))
         else:
-            self.answer(404, b"")
+            self.send_bytes(self.hub.files.get(path.lstrip("/")))
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -115,7 +117,13 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, parts: list[str]) -> None:
         """/owner/name/resolve/COMMIT/PATH gives a file's bytes, or the range of them that is asked for."""
         repo, commit = "/".join(parts[:2]), parts[3]
-        data = self.hub.repos.get(repo, {}).get(commit, {}).get(urllib.parse.unquote("/".join(parts[4:])))
+        path = urllib.parse.unquote("/".join(parts[4:]))
+        if path in self.hub.held:
+            self.hub.held[path].wait(120)
+        data = self.hub.repos.get(repo, {}).get(commit, {}).get(path)
+        self.send_bytes(data)
+
+    def send_bytes(self, data: bytes | None) -> None:
         if data is None:
             self.answer(404, b"")
             return

@@ -1,6 +1,7 @@
 """HellaSwag's items are read in both schemas and from the hub; what is not the published set is refused."""
 
 import gzip
+import hashlib
 import io
 import json
 
@@ -92,3 +93,49 @@ def test_all_real_items_are_there(shared_data, tmp_path):
     choices = shards.read_choices(str(tmp_path / "items.bin"))
     assert len(choices) == 10_042
     assert [sum(c.label == n for c in choices) for n in range(4)] == [2515, 2485, 2584, 2458]
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Three items, published as HellaSwag's jsonl is."""
+    data = "".join(json.dumps(RAW | {"ctx": f"context {n}"}) + "\n" for n in range(3)).encode()
+    monkeypatch.setattr(items, "HELLASWAG_ITEMS", 3)
+    monkeypatch.setattr(items, "HELLASWAG_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    with LocalHub(files={items.HELLASWAG_FILE: data}) as server:
+        monkeypatch.setenv("GPT2_GITHUB_RAW", server.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield server
+
+
+def test_the_published_file_is_fetched_resumed_and_checked(published, tmp_path):
+    published.cut_after = 200
+    items.hellaswag("published", str(tmp_path / "out"), str(tmp_path / "scratch"))
+    assert [i["ctx"] for i in items.read_items(str(tmp_path / "out/items.jsonl"))] == [f"context {n}" for n in range(3)]
+    assert "bytes=200-" in [r for _, _, r in published.requests]
+    assert set(published.tokens_seen) == {""}  # the hub's token is for the hub
+    published.requests.clear()
+    items.hellaswag("published", str(tmp_path / "again"), str(tmp_path / "scratch"))
+    assert published.requests == []
+
+
+def test_other_bytes_than_the_published_ones_are_refused(published, tmp_path):
+    published.files[items.HELLASWAG_FILE] += b"\n"
+    with pytest.raises(ValueError, match="twice came with sha256"):
+        items.hellaswag("published", str(tmp_path / "out"), str(tmp_path / "scratch"))
+
+
+def test_without_a_network_it_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPT2_GITHUB_RAW", "http://127.0.0.1:9")
+    with pytest.raises(hub.Unreachable, match="check the network"):
+        items.hellaswag("published", str(tmp_path / "out"), str(tmp_path / "scratch"))
+
+
+def test_items_come_through_the_datasets_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(items, "HELLASWAG_ITEMS", 3)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    rows = [RAW | {"label": str(n), "ctx": f"context {n}"} for n in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set/validation-00000-of-00001.parquet")
+    items.hellaswag(f"datasets:{tmp_path}/set", str(tmp_path / "out"))
+    assert [i["label"] for i in items.read_items(str(tmp_path / "out/items.jsonl"))] == [0, 1, 2]

@@ -22,6 +22,7 @@ STAGES = [
     "completion_demo",
     "eleuther",
     "validation_loss",
+    "inspection",
     "report",
 ]
 
@@ -99,9 +100,38 @@ def test_dagster_remembers_the_run_its_checks_and_its_metadata(
             for e in instance.all_logs(run.run_id)
             if e.dagster_event and e.dagster_event.event_type_value == "ASSET_CHECK_EVALUATION"
         ]
-        assert {(e.asset_key.to_user_string(), e.passed) for e in evaluations} == {
-            (name, True) for name in STAGES if name != "report"
-        } | {("hellaswag", False), ("core", False)}
+        blocking = {(e.asset_key.to_user_string(), e.passed) for e in evaluations if e.blocking}
+        unscored = {("hellaswag", False), ("core", False)}
+        assert blocking == {(name, True) for name in STAGES if name not in ("inspection", "report")} | unscored
+        looked_at = {e.check_name: e.metadata for e in evaluations if not e.blocking}
+        assert looked_at["eval_items_are_absent"]["completion_demo_items"].value == 12
+        assert looked_at["documents_are_distinct"]["documents"].value == 560
+        assert {"validation_is_held_out", "documents_have_tokens"} <= set(looked_at)
+
+
+def test_the_look_at_the_corpus_is_kept_beside_the_tokens_and_shown(finished: Finished) -> None:
+    found = by_asset(finished.answer)["inspection"]
+    tokens = by_asset(finished.answer)["token_shards"]
+    assert found["key"].startswith(f"{tokens['key']}/inspection-")
+    record, shards_record = (records.read_record(finished.store, o["key"]) for o in (found, tokens))
+    assert record is not None and shards_record is not None
+    assert record.metrics["tokens"] == shards_record.tokens
+    assert {p.key for p in record.parents} >= {tokens["key"], by_asset(finished.answer)["eval_items"]["key"]}
+    page = Path(finished.store, "runs/tiny/report/index.html").read_text()
+    assert "Held out, met again" in page and "Examples of words in common" in page
+    report = records.read_record(finished.store, "runs/tiny/report")
+    assert report is not None and found["key"] in {p.key for p in report.parents}
+
+
+def test_documents_are_named_by_their_place_in_the_store(finished: Finished) -> None:
+    """So that two stores of one corpus hold the same bytes; verification finds the text all the same."""
+    folder = Path(finished.store, "tokens", corpus(finished))
+    index = pq.read_table(next(folder.glob("*_train_000001.documents.parquet")))
+    assert set(index["file"].to_pylist()) == {f"corpora/{corpus(finished)}/documents/000_00000.parquet"}
+    record = records.read_record(finished.store, f"tokens/{corpus(finished)}")
+    assert record is not None
+    found = record.checks["shards_are_whole"]
+    assert found["passed"] and found["compared"] == 50 and found["documents"] == record.rows == 560
 
 
 @pytest.mark.slow

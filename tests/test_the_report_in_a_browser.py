@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_the_report_is_one_page import run
+from test_the_report_is_one_page import INSPECTION, run
 
 from evals.report import build
 
@@ -35,7 +35,7 @@ def browser() -> Iterator[Any]:
 def test_the_page_shows_whole_figures_in_the_readers_theme(
     browser: Any, theme: str, width: int, tmp_path: Path
 ) -> None:
-    report = build(run(), str(tmp_path))
+    report = build(run(inspection=INSPECTION), str(tmp_path))
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

@@ -151,3 +151,28 @@ def test_hellaswag_lines_are_those_of_models_of_the_same_size() -> None:
     ]
     small = run(config={**CONFIG, "model": {**CONFIG["model"], "layers": 2, "channels": 64}})
     assert accuracy_lines(small) == []
+
+
+INSPECTION = {
+    "suites": {"hellaswag": {"items": 10_042, "contaminated": 1}},
+    "contamination": {
+        "items": 10_042, "contaminated": ["hellaswag 7"],
+        "examples": [{"item": "hellaswag 7", "document": "<urn:uuid:1>", "words": "a b c"}],
+    },
+    "validation": {"items": 100, "contaminated": [], "examples": []},
+    "duplicates": {"documents": 2_000, "exact": 3, "compared": 1_000, "near": 5},
+    "lengths": {
+        "documents": 2_000, "tokens": 1_000, "histogram": [[64, 1_500], [128, 500]],
+        "quantiles": {"shortest": 64, "p10": 70, "median": 90, "p90": 140, "longest": 200},
+        "tokens_by_dump": [["CC-MAIN-2024-10", 700], ["", 300]],
+    },
+}  # fmt: skip
+
+
+def test_what_stands_in_the_corpus_is_shown_where_it_was_looked_at(tmp_path: Path) -> None:
+    report = build(run(inspection=INSPECTION), str(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    assert [p.name for p in report.pictures][-1] == "data"
+    assert "of 10,042, by 13 words in a row" in page and "&lt;urn:uuid:1&gt;" in page and "0.50%" in page
+    build(run(), str(tmp_path / "without"))
+    assert "13 words" not in (tmp_path / "without" / "index.html").read_text()

@@ -7,6 +7,7 @@ complete.
 """
 
 import logging
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ class Arrivals:
     local: str = ""
     paths: list[str] = field(default_factory=list)
     complete: bool = False
+    told: int = -1  # shards that were here when it was last said that another is waited for
 
     def look(self) -> bool:
         """Take in what has come since; whether anything has, or the last has been seen."""
@@ -58,10 +60,43 @@ class Arrivals:
     def wait(self, shards: int) -> None:
         """Return once so many training shards are here, or all that there will be; says so when it waits."""
         self.look()
-        told = False
         while len(self.paths) < shards and not self.complete:
-            if not told:
-                log.info("waiting for training shard %d of %s", shards, self.folder)
-                told = True
-            time.sleep(POLL)
+            self.pause()
             self.look()
+
+    def pause(self) -> None:
+        """Wait before the next look, with a line in the log for each shard that is waited for."""
+        if self.told != len(self.paths):
+            log.info("waiting for training shard %d of %s", len(self.paths) + 1, self.folder)
+            self.told = len(self.paths)
+        time.sleep(POLL)
+
+
+def stage_as_they_come(folder: str, local: str, cancelled: threading.Event) -> bool:
+    """Return once the validation shard and the first training shard are in `local` -> False if cancelled before.
+
+    Where `folder` is on S3, a thread goes on to copy the others from there as they come, and then what says that
+    these are all.
+    """
+    arrivals = Arrivals(folder, local)
+    while True:
+        validation = shard_paths(folder, "val")
+        if validation:
+            arrivals.look()
+        if arrivals.paths:
+            break
+        if cancelled.wait(POLL):
+            return False
+    if folder != local:
+        for url in (*validation, objects.join(folder, PLAN)):
+            objects.fetch(url, objects.join(local, objects.name_of(url)))
+        threading.Thread(target=_go_on, args=(arrivals, cancelled), daemon=True).start()
+    return True
+
+
+def _go_on(arrivals: Arrivals, cancelled: threading.Event) -> None:
+    while not arrivals.complete and not cancelled.wait(POLL):
+        arrivals.look()
+    if arrivals.complete:
+        arrivals.look()
+        objects.fetch(objects.join(arrivals.folder, COMPLETE), objects.join(arrivals.local, COMPLETE))

@@ -155,7 +155,7 @@ SUITES = ("validation_loss", "hellaswag", "completion_demo", "eleuther", "core")
 class EvalConfig:
     completion_items: int = 100  # items made from held-out documents, in HellaSwag's format
     harness_items: int = 100  # of these, how many the Eleuther harness scores
-    hellaswag: str = ""  # HellaSwag's validation items: a jsonl (may be .gz) or "hub"; empty: not evaluated
+    hellaswag: str = ""  # its validation items: a jsonl (or .gz), published, hub or datasets:NAME; empty: not evaluated
     harness: str = ""  # lm-eval tasks, comma-separated, or leaderboard-v1 or zero-shot; empty: the completion items
     core: str = ""  # DCLM CORE's data: a local folder, fetched there where absent; empty: not evaluated
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the exported weights and of every eval

@@ -26,6 +26,17 @@ class Loader:
         order = self.order
         self.order = Order(tuple(map(len, self.shards)), order.context, order.seed, order.shuffle)
 
+    @property
+    def complete(self) -> bool:
+        return self.arrivals.complete
+
+    def has(self, sequences: int) -> bool:
+        """Whether the first so many sequences of the run are here, or all the shards that there will be."""
+        if not self.complete and sequences > self.order.sequences_per_epoch:
+            self.arrivals.look()
+            self._take_in()
+        return self.complete or sequences <= self.order.sequences_per_epoch
+
     def __call__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The sequences at `positions` -> tokens and targets, (B, T) int64 each, on the device."""
         while not self.arrivals.complete and max(positions) >= self.order.sequences_per_epoch:

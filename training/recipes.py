@@ -12,6 +12,7 @@ from training.config import EvalConfig, ModelConfig, RunConfig, TrainConfig, mod
 
 HALF_MILLION = 524_288
 MILLION = 1_048_576
+PUBLISHED_HELLASWAG = EvalConfig(hellaswag="published")  # without a network: said, and not scored
 
 
 def demo() -> RunConfig:
@@ -46,6 +47,7 @@ def gpt2_124m() -> RunConfig:
         train=TrainConfig(
             steps=18_865, batch_tokens=HALF_MILLION, lr=6e-4, final_lr_fraction=0.0, checkpoint_every=5000
         ),
+        evals=PUBLISHED_HELLASWAG,
     )
 
 
@@ -56,6 +58,7 @@ def gpt2_350m() -> RunConfig:
         corpus="fineweb-edu-100B",
         model=model_from_descriptor("d24"),
         train=TrainConfig(steps=60_000, batch_tokens=HALF_MILLION, lr=3e-4, final_lr_fraction=0.0),
+        evals=PUBLISHED_HELLASWAG,
     )
 
 
@@ -72,6 +75,7 @@ def gpt2_774m() -> RunConfig:
             final_lr_fraction=0.0,
             checkpoint_every=4000,
         ),
+        evals=PUBLISHED_HELLASWAG,
     )
 
 
@@ -82,6 +86,7 @@ def gpt2_1558m() -> RunConfig:
         corpus="fineweb-edu-100B",
         model=model_from_descriptor("d48"),
         train=TrainConfig(steps=32_000, batch_tokens=MILLION, lr=6e-4),
+        evals=PUBLISHED_HELLASWAG,
     )
 
 
@@ -125,6 +130,7 @@ def gpt3_125m() -> RunConfig:
             keep_checkpoints=5,
             keep_every=50_000,
         ),
+        evals=PUBLISHED_HELLASWAG,
     )
 
 

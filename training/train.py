@@ -107,6 +107,7 @@ class Trainer:
         self.micro_steps = config.train.batch_tokens // (config.model.context * self.micro_batch * world.size)
         order = (config.model.context, config.train.order_seed, config.train.shuffle)
         self.load = training_loader(tokens, *order, world.device)
+        self.streaming = True  # some rank may have shards still to come
         checkpoint = newest(run)
         self.definition = definition(config, world.device_name, self.load.order.shard_tokens)
         self.progress = self.resume(checkpoint, anyway)
@@ -148,10 +149,24 @@ class Trainer:
                 self.sample()
             if last:
                 return 0
+            self.await_data()
+            if self.stop.agreed:
+                continue
             self.step()
             reason = divergence(progress.skips_in_a_row, progress.losses)
             if reason and not self.rewind(reason):
                 return DIVERGED
+
+    def await_data(self) -> None:
+        """Return once every rank has the next step's sequences, or is asked to end: all of them decide the same."""
+        until = self.sequences + (0 if self.config.train.overfit else self.progress.position)
+        while self.streaming and not self.stop.agreed:
+            here = [self.load.has(until), self.load.complete, self.stop.asked]
+            have, complete, stop = self.world.sums([float(yes) for yes in here])
+            self.streaming, self.stop.agreed = complete < self.world.size, stop > 0
+            if have == self.world.size:
+                return
+            self.load.arrivals.pause()
 
     def rewind(self, reason: str) -> bool:
         """Go back to a checkpoint from before the divergence, and on past the data since -> whether that was done."""

@@ -50,12 +50,19 @@ def engine(name: str, workers: int) -> Iterator[Engine]:
     elif workers == 1:
         yield Here()
     else:
-        context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
-        with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
-            try:
-                yield Processes(pool, workers)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with process_pool(workers) as pool:
+            yield Processes(pool, workers)
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes that end with this one, however it ends."""
+    context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
+    with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Here:

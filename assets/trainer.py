@@ -1,0 +1,177 @@
+"""How is a run trained, after its shards have been made or while they are?
+
+Training reads shards in order and waits for those that are still to come, so it may begin with the first one. The
+step that makes the shards then starts it in a thread, and the model's own step joins it. Records tell no difference:
+the model is made from the whole tokens, whose record is written before the model's.
+"""
+
+import atexit
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from subprocess import Popen
+
+import dagster as dg
+
+from assets.failures import Interrupted, ProcessFailed
+from assets.items import hellaswag_items, hellaswag_output
+from assets.making import Maker, Output, StageConfig
+from assets.resources import Event, stop
+from storage import objects, records
+from storage.items import FILES
+from storage.records import Record
+from training import launch
+from training.arrival import stage_as_they_come
+from training.config import RunConfig, to_dict
+
+VERSION = "1"
+POOL = "gpu"
+WAIT = 0.2  # seconds between two looks at a process
+
+OnEvent = Callable[[Event], None]
+
+
+def trained_output(name: str, run: RunConfig, tokens: Record | Output) -> Output:
+    defining = {"model": to_dict(run.model), "train": to_dict(run.train)}
+    return Output("trained_model", f"runs/{name}", VERSION, defining, [tokens])
+
+
+def train(
+    maker: Maker,
+    name: str,
+    run: RunConfig,
+    tokens: str,
+    output: Output,
+    on_event: OnEvent,
+    on_start: Callable[[Popen[str]], None] = lambda process: None,
+) -> None:
+    """Train the run on the shards of a local folder, in a process, until it ends."""
+    ranks = launch.ranks_here(run.machine.gpus)
+    with maker.training(name):
+        maker.claim_run(name, output.fingerprint)
+        maker.launcher.run(
+            "training.launch",
+            [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
+            on_event,
+            on_start,
+        )
+
+
+def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:
+    arguments = ["--gpus", str(ranks), "--restarts", str(run.machine.restarts)]
+    if run.machine.nnodes > 1:
+        arguments += ["--nnodes", str(run.machine.nnodes), "--rendezvous", run.machine.rendezvous]
+    return arguments
+
+
+def _train_arguments(maker: Maker, name: str, run: RunConfig, tokens: str) -> list[str]:
+    """The run folder, which holds config.json from here on, and where its tokens and its mirror are."""
+    folder = maker.folder(f"runs/{name}")
+    objects.publish_json(objects.join(folder, "config.json"), to_dict(run))
+    arguments = [folder, "--tokens", tokens]
+    if run.train.hellaswag:
+        items = maker.parent(hellaswag_output(run.evals).key, "eval_items")
+        arguments += ["--items", objects.join(maker.stage(items), FILES[1])]
+    if not objects.is_local(maker.places.store):
+        arguments += ["--mirror", records.folder_url(maker.places.store, f"runs/{name}")]
+    return arguments
+
+
+class Training:
+    """A training that a thread follows while this process makes its shards. What fails in it is raised by `join`."""
+
+    def __init__(self, maker: Maker, name: str, run: RunConfig, tokens: Output):
+        self.maker, self.name, self.run, self.tokens = maker, name, run, tokens
+        self.handle: OnEvent = self._show
+        self.cancelled = threading.Event()
+        self.process: Popen[str] | None = None
+        self.failure: Exception | None = None
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)  # where the step that would have joined it never came
+
+    def _follow(self) -> None:
+        remote = records.folder_url(self.maker.places.store, self.tokens.key)
+        local = self.maker.folder(self.tokens.key)
+        output = trained_output(self.name, self.run, self.tokens)
+        try:
+            if stage_as_they_come(remote, local, self.cancelled):
+                self.maker.listener.started("trained_model")
+                train(self.maker, self.name, self.run, local, output, lambda e: self.handle(e), self._began)
+        except (ValueError, OSError, ProcessFailed, Interrupted) as failure:
+            self.failure = failure
+            self.handle({"event": "failed", "message": str(failure)})
+
+    def _began(self, process: Popen[str]) -> None:
+        self.process = process
+        if self.cancelled.is_set():
+            stop(process)
+
+    def _show(self, event: Event) -> None:
+        self.maker.listener.progressed("trained_model", event)
+
+    def join(self, on_event: OnEvent) -> None:
+        """Wait for it to end, with its events, in this thread from now on. Raises what it failed of."""
+        events: SimpleQueue[Event] = SimpleQueue()
+        self.handle = events.put
+        try:
+            while self.thread.is_alive() or not events.empty():
+                if events.empty():
+                    time.sleep(WAIT)
+                else:
+                    on_event(events.get())
+        except BaseException:
+            self.stop()
+            raise
+        if self.failure:
+            raise self.failure
+
+    def stop(self) -> None:
+        """Have it save a checkpoint and end; nothing happens where it has ended."""
+        self.cancelled.set()
+        if self.process is not None and self.process.poll() is None:
+            stop(self.process)
+        self.thread.join()
+
+
+@contextmanager
+def begun_early(
+    context: dg.AssetExecutionContext, maker: Maker, run: RunConfig, tokens: Output
+) -> Iterator[Callable[[], None]]:
+    """Gives what begins the training of the run, once its tokens are being made, where this job trains it at all.
+
+    If making them fails, training stops with a checkpoint, and the failure is that of the tokens.
+    """
+    name = context.partition_key
+    wanted = _wanted(context, maker, name, run, tokens)
+    if wanted and run.train.hellaswag:
+        hellaswag_items(maker, StageConfig(), run.evals)
+    turn = threading.Lock()  # progress is told by the threads of downloads
+
+    def begin() -> None:
+        with turn:
+            if wanted and name not in maker.trainings:
+                maker.trainings[name] = Training(maker, name, run, tokens)
+
+    try:
+        yield begin
+    except BaseException:
+        stop_early(maker, name)
+        raise
+
+
+def stop_early(maker: Maker, name: str) -> None:
+    """Stop the training that has begun on tokens which turned out to be no good."""
+    if training := maker.trainings.pop(name, None):
+        training.stop()
+
+
+def _wanted(context: dg.AssetExecutionContext, maker: Maker, name: str, run: RunConfig, tokens: Output) -> bool:
+    """Whether this job trains the run, has to, and may: a limit on the pool of GPUs is kept by waiting."""
+    limited = any(limit.name == POOL for limit in context.instance.event_log_storage.get_pool_limits())
+    chosen = dg.AssetKey("trained_model") in context.job_def.asset_layer.selected_asset_keys
+    output = trained_output(name, run, tokens)
+    there, _ = output.reusable(maker.places.store)
+    return chosen and not limited and there is None and run.machine.nnodes == 1
