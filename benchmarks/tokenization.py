@@ -1,10 +1,11 @@
 """How fast do documents become shards, beside plain tiktoken on the same texts, on one and two workers?
 
-    python benchmarks/tokenization.py FOLDER_OF_PARQUET [--rounds 3]
+    python benchmarks/tokenization.py FOLDER_OF_PARQUET [--rounds 3] [--items HELLASWAG_JSONL]
 
 Each round runs all variants one after the other. Seconds are the wall's and, in brackets, the processors' (all
 processes): on a machine that does other work only the second can be compared. Reading parquet, the indexes and
-the shards are included, but in plain tiktoken's and riptoken's own lines, which only encode texts in memory.
+the shards are included, but in plain tiktoken's and riptoken's own lines, which only encode texts in memory. With
+items, also how long it takes to look for them in the corpus, with one planted, on two workers.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from storage import sources, tokenizer
+from storage import inspection, items, sources, tokenizer
 from training import tokenization
+from training.workers import process_pool
 
 
 def clock() -> tuple[float, float]:
@@ -73,10 +75,41 @@ def peak_memory(files: list[str]) -> int:
     return int(subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout)
 
 
+def contamination(files: list[str], location: str) -> None:
+    """Look for the items, and for one made of a training document's words, on two workers."""
+    asked = inspection.item_texts(items.read_items(location), "hellaswag")
+    words = pq.read_table(files[-1], columns=["text"])["text"][7].as_py().split()[20:40]
+    asked.append(("planted", " ".join(words)))
+    before = clock()
+    with process_pool(2) as pool:
+        found = inspection.merged(list(pool.map(inspection.contamination, [[f] for f in files], [asked] * len(files))))
+    wall, cpu = clock()[0] - before[0], clock()[1] - before[1]
+    text = sources.total_text_bytes(files) / 1e6
+    print(
+        f"contamination: {found.items - 1:,} items and a planted one in {found.documents:,} documents ({text:,.0f} MB)"
+    )
+    print(f"  {wall:.1f} ({cpu:.1f}) s, found: {', '.join(found.contaminated) or 'none'}")
+
+
+def project(tokens: int, text_bytes: int, file_bytes: int, cpu: float, cores: int = 64) -> None:
+    """What 10B and 100B tokens take, by the processor time that two workers took here, start included."""
+    rate = tokens / cpu
+    for wanted in (10**10, 10**11):
+        seconds = wanted / rate
+        read, written = wanted / tokens * file_bytes / 1e9, 2 * wanted / 1e9
+        text = wanted / tokens * text_bytes / 1e9
+        print(
+            f"{wanted / 1e9:.0f}B tokens: {wanted:.0e} / {rate / 1e6:.2f}M tokens/s and core = {seconds:,.0f} core "
+            f"seconds; / {cores} cores = {seconds / cores:,.0f} s; {text:,.0f} GB of text, {read:,.0f} GB of parquet "
+            f"read and {written:,.0f} GB of shards written: {(read + written) / (seconds / cores):.1f} GB/s of disk"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--items", default="", help="HellaSwag's validation jsonl: how long it takes to look for them")
     options = parser.parse_args()
     files = sorted(map(str, options.folder.rglob("*.parquet")))
     variants = {
@@ -102,7 +135,13 @@ def main() -> None:
             each = ", ".join(f"{w:.1f} ({c:.1f})" for w, c in runs)
             print(f"{name:18} {each} s: {tokens / wall / 1e6:.2f} Mtok/s, {tokens / cpu / 1e6:.2f} per core", end="")
             print(f", {base / cpu:.2f} times plain tiktoken")
+    one, two = (statistics.median(wall for wall, _ in seconds[f"shards, {n}"]) for n in ("1 worker", "2 workers"))
+    print(f"from 1 to 2 workers: {one / two:.2f} times as fast, {one / two / 2:.0%} of twice")
     print(f"memory of one worker at its highest: {peak_memory(files):,} MiB")
+    if options.items:
+        contamination(files, options.items)
+    cpu = statistics.median(cpu for _, cpu in seconds["shards, 2 workers"])
+    project(tokens, sources.total_text_bytes(files), sum(os.path.getsize(f) for f in files), cpu)
 
 
 if __name__ == "__main__":

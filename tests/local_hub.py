@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 import urllib.parse
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -140,6 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         sent = body[: self.hub.cut_after] if self.hub.cut_after else body
-        self.wfile.write(sent)
+        with suppress(ConnectionError):  # the client may be killed meanwhile
+            self.wfile.write(sent)
         if len(sent) < len(body):
             self.close_connection = True
