@@ -14,7 +14,7 @@ from evals.run import HARNESS_SUITES
 from storage import objects, sources
 from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
-from training import launch, recipes
+from training import launch, plan, recipes
 from training.config import SUITES, RunConfig, from_dict, override, settable_keys, to_dict
 
 CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
@@ -28,7 +28,24 @@ def configure(recipe: str, settings: Sequence[str], corpus: str | None, gpus: in
         config = replace(config, corpus=corpus)
     if gpus is not None:
         config = replace(config, machine=replace(config.machine, gpus=gpus))
-    return config
+    return settled(config)
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """`config` as this machine's GPUs can train it; says so where that changes the numbers."""
+    gib = launch.gpu_memory_gib()
+    if gib == 0.0:
+        return config
+    check_batch(config)
+    limit = config.machine.memory_gib or plan.SHARE_OF_MEMORY * gib
+    ranks = launch.ranks_here(config.machine.gpus) * config.machine.nnodes
+    fitted = plan.settle(config, ranks, limit)
+    if fitted != config:
+        sys.stderr.write(
+            f"{config.recipe} fits {limit:.1f} GiB a GPU only without fp32 master weights: master_weights=false, bf16 "
+            "weights with stochastic rounding. That changes the numbers, so it is part of the run's definition.\n"
+        )
+    return fitted
 
 
 def default_name(config: RunConfig) -> str:

@@ -82,7 +82,22 @@ def test_another_configuration_is_refused_with_the_difference(shards: str, tmp_p
     with pytest.raises(ValueError, match=r"train\.lr was 0\.01, now 0\.005") as refused:
         tiny_run.steps(run, shards)
     assert "val_every" not in str(refused.value)  # it leaves the weights as they are
-    tiny_run.steps(run, shards, anyway=True)
+    tiny_run.steps(run, shards, until=4, resume="anyway")
+    assert complete(run)[-1] == 4
+
+
+def test_asked_not_to_resume_it_begins_anew(shards: str, tmp_path: Path) -> None:
+    whole, again = (tiny_run.folder(tmp_path / name, tiny_run.config()) for name in ("whole", "again"))
+    tiny_run.steps(whole, shards)
+    other = tiny_run.config(lr=5e-3)
+    Path(again, "config.json").write_text(json.dumps(to_dict(other)))
+    tiny_run.steps(again, shards, until=3)
+    anew = replace(tiny_run.config(), machine=replace(other.machine, resume="no"))
+    Path(again, "config.json").write_text(json.dumps(to_dict(anew)))
+    done = tiny_run.train(again, shards)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "beginning anew: dropping the checkpoints of steps [3]" in Path(again, "train.log").read_text()
+    assert tiny_run.losses(again) == pytest.approx(tiny_run.losses(whole), abs=1e-5)
 
 
 def test_another_trainer_or_torch_is_refused(shards: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,12 @@ def model(seed: int = 0) -> GPT2:
     return made
 
 
-def steps(run: str, shards: str, until: int | None = None, **options: Any) -> Trainer:
+def steps(run: str, shards: str, until: int | None = None, resume: str = "exact", **options: Any) -> Trainer:
     """Train in this process, alone; ended after `until` steps as by a signal."""
     stop = Stop()
-    trainer = Trainer(from_dict(RunConfig, read_json(f"{run}/config.json")), run, shards, alone(), stop, **options)
+    given = from_dict(RunConfig, read_json(f"{run}/config.json"))
+    given = replace(given, machine=replace(given.machine, resume=resume))
+    trainer = Trainer(given, run, shards, alone(), stop, **options)
     if until is not None:
         take = trainer.step
 

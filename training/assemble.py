@@ -24,7 +24,7 @@ def assemble(config: RunConfig, world: World, checkpoint: Path | None) -> tuple[
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer)
     level = max(0, config.machine.recompute)
-    if not accelerate(model, world.device, level, config.train.fp8):
+    if not accelerate(model, world.device, level, config.train.fp8, config.machine.gelu_epilogue):
         recompute.apply(model, level)
         if world.device.type == "cuda":
             # The fused kernels fix the order of every sum; PyTorch's do where they are told to.

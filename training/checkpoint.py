@@ -5,8 +5,9 @@
                             state.json                           everything else that the next step depends on
                             DONE                                 last: readers trust nothing without it
 
-A save copies the tensors to host memory and leaves the writing to a thread. Each rank writes its own file
-into a hidden folder; the first rank waits for all of them, renames the folder and puts DONE into it.
+A save copies the tensors to host memory (pinned, where there is a GPU, so that the copy runs at the bus's speed)
+and leaves the writing to a thread. Each rank writes its own file into a hidden folder; the first rank waits for all
+of them, renames the folder and puts DONE into it.
 """
 
 import json
@@ -90,6 +91,8 @@ def definition(config: RunConfig, device: str, shard_tokens: Sequence[int]) -> d
     settings |= {f"train.{k}": v for k, v in to_dict(config.train).items() if k not in WITHOUT_EFFECT}
     settings["tokens"] = f"{shard_tokens[0]:,} in the first shard"  # later ones may be still to come
     made_by = {"trainer": TRAINER_VERSION, "torch": torch.__version__, "device": device}
+    if not config.machine.gelu_epilogue:  # it changes the last bits
+        made_by["gelu_epilogue"] = "false"
     return {key: str(value) for key, value in {**settings, **made_by}.items()}
 
 
@@ -153,20 +156,62 @@ class Checkpointer:
         self.run, self.world, self.keep, self.mirror = run, world, keep, mirror
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
+        self.here = threading.Event()  # whether the last save is whole on the local disk, or has failed
+        self.here.set()
+        self.copies: dict[str, Tensor] = {}  # host memory that the tensors are copied to, kept from save to save
         if world.is_first:
             for torn in Path(run, FOLDER).glob(".step_*"):
                 shutil.rmtree(torn)
             self.upload()  # the last end may have come before it
         world.barrier()
 
-    def save(self, step: int, model: nn.Module, optimizer: ShardedAdamW, state: dict[str, Any]) -> None:
+    def save(self, step: int, optimizer: ShardedAdamW, state: dict[str, Any]) -> None:
         """Copy everything to host memory; return as soon as that is done, the rest follows in a thread."""
         self.wait()
-        weights = {n: _host(p) for n, p in model.named_parameters()} if self.world.is_first else {}
-        moments = _optimizer_tensors(optimizer) if self.world.replicas.rank == 0 else {}
+        weights = self._weights(optimizer) if self.world.is_first else {}
+        moments = self._moments(optimizer) if self.world.replicas.rank == 0 else {}
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self.here.clear()
         # A daemon: a rank that fails ends at once, and what it was writing is a torn checkpoint.
         self.thread = threading.Thread(target=self._guarded, args=(step, weights, moments, state), daemon=True)
         self.thread.start()
+
+    def reserve(self, optimizer: ShardedAdamW) -> None:
+        """Pin the host memory for the copies before the first step: that takes longer than a copy."""
+        if self.world.device.type == "cuda":
+            for bucket in optimizer.buckets:
+                if self.world.is_first:
+                    self._buffer(f"{bucket.name}.weights", bucket.weights)
+                if self.world.replicas.rank == 0:
+                    for key, tensor in bucket.state.items():
+                        self._buffer(f"{bucket.name}.{key}", tensor)
+
+    def _weights(self, optimizer: ShardedAdamW) -> dict[str, Tensor]:
+        """The parameters by name, as parts of one copy of each bucket."""
+        found: dict[str, Tensor] = {}
+        for bucket in optimizer.buckets:
+            flat = self._host(f"{bucket.name}.weights", bucket.weights)
+            sizes = [p.numel() for _, p in bucket.parameters]
+            parts = flat[: bucket.size].split(sizes)
+            found |= {n: part.view(p.shape) for (n, p), part in zip(bucket.parameters, parts, strict=True)}
+        return found
+
+    def _moments(self, optimizer: ShardedAdamW) -> dict[str, Tensor]:
+        """This rank's state, without the padding, so that any number of ranks can read it."""
+        return {
+            f"{bucket.name}.{key}": self._host(f"{bucket.name}.{key}", tensor)[: bucket.own]
+            for bucket in optimizer.buckets
+            for key, tensor in bucket.state.items()
+        }
+
+    def _host(self, name: str, tensor: Tensor) -> Tensor:
+        return self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self.copies:
+            self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self.copies[name]
 
     def wait(self) -> None:
         """Until the last save is published. Raises what went wrong in it."""
@@ -188,17 +233,16 @@ class Checkpointer:
         self.world.barrier()
 
     def _remove(self, unwanted: Callable[[list[int]], list[int]]) -> None:
-        """DONE goes first: a removal that is cut off leaves a torn checkpoint, never half a complete one."""
         for place in filter(None, [self.run, self.mirror]):
-            for step in unwanted(complete(place)):
-                objects.remove(objects.join(place, FOLDER, step_name(step), DONE))
-                objects.remove_tree(objects.join(place, FOLDER, step_name(step)))
+            remove(place, unwanted(complete(place)))
 
     def _guarded(self, *args: Any) -> None:
         try:
             self._write(*args)
         except (OSError, ValueError, SafetensorError) as error:  # the training thread raises it at its next save
             self.failure = error
+        finally:
+            self.here.set()
 
     def _write(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:
         shard = self.world.shard
@@ -222,6 +266,7 @@ class Checkpointer:
         (final / DONE).touch()
         _sync(final.parent)
         log.info("saved %s", final)
+        self.here.set()
         self.upload()
         self._remove(self.keep.drops)
 
@@ -234,6 +279,21 @@ class Checkpointer:
                 _upload(str(checkpoint_folder(self.run, here[-1])), objects.join(self.mirror, FOLDER, name))
             for log_file in filter(lambda name: Path(self.run, name).exists(), LOGS):
                 objects.publish_file(str(Path(self.run, log_file)), objects.join(self.mirror, log_file))
+
+
+def remove(place: str, steps: Sequence[int]) -> None:
+    """DONE goes first: a removal that is cut off leaves a torn checkpoint, never half a complete one."""
+    for step in steps:
+        objects.remove(objects.join(place, FOLDER, step_name(step), DONE))
+        objects.remove_tree(objects.join(place, FOLDER, step_name(step)))
+
+
+def drop_checkpoints(run: str, mirror: str | None) -> None:
+    """Of a run that is to begin anew."""
+    for place in filter(None, [run, mirror]):
+        steps = complete(place)
+        log.info("beginning anew: dropping the checkpoints of steps %s in %s", steps, place)
+        remove(place, steps)
 
 
 def _upload(folder: str, url: str) -> None:
@@ -261,19 +321,6 @@ def fetch_newest(mirror: str, run: str) -> None:
     for log_file in LOGS:
         if objects.exists(objects.join(mirror, log_file)):
             objects.publish_bytes(str(Path(run, log_file)), objects.read_bytes(objects.join(mirror, log_file)))
-
-
-def _optimizer_tensors(optimizer: ShardedAdamW) -> dict[str, Tensor]:
-    """This rank's state, without the padding, so that any number of ranks can read it."""
-    return {
-        f"{bucket.name}.{key}": _host(tensor[: max(0, min(bucket.stop, bucket.size) - bucket.start)])
-        for bucket in optimizer.buckets
-        for key, tensor in bucket.state.items()
-    }
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ class ModelConfig:
     layers: int
     channels: int
     heads: int
-    context: int = 1024  # tokens a sequence, T; also the number of learned positions
+    context: int = 1024  # -t: tokens a sequence, T; also the number of learned positions
     vocab: int = GPT2_VOCABULARY
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class TrainConfig:
     master_weights: bool = True  # -w: fp32 masters behind bf16 weights; false: stochastic rounding
     fp8: bool = False  # fp8 operands in the blocks' products, but those of weight gradients: H100 or newer
     init_seed: int = 42
-    init_from: str = ""  # -e: start from a Hugging Face folder or hub name, or an llm.c .bin
+    init_from: str = ""  # -e with a checkpoint: a Hugging Face folder or hub name, or an llm.c .bin
     shuffle: bool = True  # a seeded permutation of the sequences within each shard
     order_seed: int = 42
     overfit: bool = False  # -a: train on the first batch only, to debug
@@ -175,11 +175,15 @@ class MachineConfig:
     nnodes: int = 1  # machines; the others run `python -m training.launch` by hand (docs/training.md)
     rendezvous: str = ""  # host:port of the first of several machines
     restarts: int = 0  # starts after a failure, each from the newest checkpoint
+    # -y: go on from the newest checkpoint as if the run had never stopped; also from one of other settings, torch or
+    # GPU; or drop the checkpoints and begin anew
+    resume: Literal["exact", "anyway", "no"] = "exact"
     micro_batch: int = 0  # -b: sequences a rank and micro-step; 0: the largest that fits
     shard_ranks: int = 0  # -z: ranks that share one optimizer state; 0: all; 1: each has its own
     timeout: float = 600.0  # seconds after which ranks that wait for each other give up: one of them hangs
     overlap: bool = True  # gradients and weights travel while others are computed; false: to measure what it brings
     recompute: int = -1  # -r: 0 none, 1 GELU, 2 also LayerNorm, 3 whole blocks; -1: the least that fits
+    gelu_epilogue: bool = True  # -ge: on a GPU, GELU inside the product before it; the last bits differ
     memory_gib: float = 0.0  # of a GPU that training may take; 0: all of it
     workers: int = 0  # processes that tokenize; 0: one a core
     price_per_gpu_hour: float = 0.0  # dollars
@@ -196,10 +200,10 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: the content of `runs/<run>/config.json`."""
+    """A whole run: the content of `runs/<run>/config.json`. llm.c's -o is that folder."""
 
     recipe: str
-    corpus: str  # a source: "embedded", a folder of parquet, s3://…
+    corpus: str  # -i, -j: a source of training and validation shards: "embedded", a folder of parquet, s3://…
     model: ModelConfig
     train: TrainConfig
     tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
@@ -260,7 +264,8 @@ def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
 def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
     """`config` with settings such as "steps=20" or "train.lr=1e-3" applied.
 
-    A key is a field's name, with its section in front where two sections have it.
+    A key is a field's name, with its section in front where two sections have it; or `model`, which takes llm.c's
+    descriptors ("d48", "gpt3:c1536") for all of the model's sizes.
     Raises ValueError for an unknown key (naming the nearest), an ambiguous one, or a value of another type.
     """
     data = to_dict(config)
@@ -268,6 +273,9 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
         key, separator, text = setting.partition("=")
         if not separator:
             raise ValueError(f"--set {setting}: write key=value, such as steps=20")
+        if key.strip() == "model":
+            data["model"] = to_dict(model_from_descriptor(text.strip()))
+            continue
         section, name = _locate(config, key.strip())
         kind = typing.get_type_hints(type(getattr(config, section)) if section else RunConfig)[name]
         value = _typed(key, kind, _parse(kind, text.strip()))

@@ -6,10 +6,13 @@ members keep the same part; by default one shard group spans the world, and a re
 A group of one exchanges nothing.
 """
 
+import logging
 import os
 import socket
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -20,6 +23,18 @@ from torch.distributed.rendezvous import rendezvous
 # torch 2.13 renamed both collectives; 2.11 has only the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+WATCH = 0.8  # of the time limit: a rank that has not come further for so long is said to hang
+
+log = logging.getLogger("gpt2.distributed")
+
+
+@dataclass
+class Clock:
+    """When this rank last came further."""
+
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class World:
     shard: Group  # ranks that share one copy of the optimizer's state
     replicas: Group  # ranks that keep the same part of it
     steps: dist.Store  # where each rank says how far it is
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def is_first(self) -> bool:
@@ -69,13 +85,22 @@ class World:
 
     def reached(self, step: int, backward_done: bool = False) -> None:
         """Say how far this rank is, for `where`."""
-        self.steps.set(str(self.rank), f"step {step}, {'after' if backward_done else 'in'} its backward pass")
+        self.clock.since = time.monotonic()
+        self.steps.set(str(self.rank), f"{step} {int(backward_done)}")
 
     def where(self) -> str:
-        """How far each rank is: the one that hangs is mostly behind the others."""
-        keys = [str(rank) for rank in range(self.size)]
-        places = {key: self.steps.get(key).decode() if self.steps.check([key]) else "not started" for key in keys}
-        return "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
+        """How far each rank is, and whom the others wait for: the ranks behind them."""
+        places = {rank: self._place_of(rank) for rank in range(self.size)}
+        behind = [f"rank {rank}" for rank, place in places.items() if place < max(places.values())]
+        waiting = f"; the others wait for {' and '.join(behind)}" if behind else ""
+        return "; ".join(f"rank {rank}: {_place_name(*place)}" for rank, place in places.items()) + waiting
+
+    def _place_of(self, rank: int) -> tuple[int, int]:
+        """(step, whether its backward pass is done)"""
+        if not self.steps.check([str(rank)]):
+            return -1, 0
+        step, done = self.steps.get(str(rank)).decode().split()
+        return int(step), int(done)
 
     def barrier(self) -> None:
         self.sums([0.0])
@@ -86,6 +111,27 @@ class World:
         total = torch.stack(parts)
         finish(self.everyone.all_reduce(total))
         return total.tolist()  # type: ignore[no-any-return]
+
+
+def _place_name(step: int, done: int) -> str:
+    return "not started" if step < 0 else f"step {step}, {'after' if done else 'in'} its backward pass"
+
+
+def watch(world: World, limit: float) -> None:
+    """Have a thread say who hangs, before the time limit of the collectives ends this rank without a word.
+
+    On a GPU the ranks wait inside of NCCL, whose own watchdog aborts the process.
+    """
+
+    def look() -> None:
+        while world.size > 1:
+            time.sleep(WATCH * limit / 10)
+            waited = time.monotonic() - world.clock.since
+            if waited > WATCH * limit:
+                log.error("rank %d has not come further for %.0f s. %s", world.rank, waited, world.where())
+                world.clock.since = time.monotonic()
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def finish(work: dist.Work | None) -> None:

@@ -47,12 +47,15 @@ class Kernels:
     gelu_backward_fp8: Callable[[Tensor, Tensor, Tensor], Any]
 
 
-def accelerate(model: GPT2, device: torch.device, recompute: int = 0, fp8: bool = False) -> bool:
+def accelerate(
+    model: GPT2, device: torch.device, recompute: int = 0, fp8: bool = False, gelu_epilogue: bool = True
+) -> bool:
     """Let the fused kernels run `model` where they can -> whether they do.
 
     Gradients are then added to each parameter's `.grad` in place, and its post-accumulate hooks are called
     when they are whole. `recompute`: 0 keeps GELU's output, 1 and 2 compute it again, 3 whole blocks. `fp8`: the
-    blocks' products but those for weight gradients take fp8. Raises ValueError where that cannot be had.
+    blocks' products but those for weight gradients take fp8 (and GELU is never in their epilogue). Raises ValueError
+    where that cannot be had.
     """
     reason = _obstacle(model, device) or (_fp8_obstacle(device) if fp8 else "")
     if reason and fp8:
@@ -64,7 +67,7 @@ def accelerate(model: GPT2, device: torch.device, recompute: int = 0, fp8: bool 
     from training.kernels_model_fp8 import Fp8Model
 
     made = Fp8Model if fp8 else FusedModel
-    model.runner = made(model, fused(device.index or 0), recompute)
+    model.runner = made(model, fused(device.index or 0), recompute, gelu_epilogue)
     return True
 
 

@@ -44,8 +44,8 @@ class Head(NamedTuple):
 class FusedModel:
     """Runs a GPT2's loss and gradients: called like the model, with the same result."""
 
-    def __init__(self, model: GPT2, kernels: Kernels, recompute: int = 0) -> None:
-        self.model, self.ops, self.recompute = model, kernels, recompute
+    def __init__(self, model: GPT2, kernels: Kernels, recompute: int = 0, gelu_epilogue: bool = True) -> None:
+        self.model, self.ops, self.recompute, self.gelu_epilogue = model, kernels, recompute, gelu_epilogue
         self.blocks = cast("list[Block]", list(model.blocks))
         self.attention: dict[tuple[int, int], AttentionKernel] = {}
         self.unused = torch.empty(0)
@@ -81,8 +81,12 @@ class FusedModel:
         out, saved = self.attention_kernel(B, T).forward(qkv)
         x2 = ops.multiply(out.view(-1, C), attn.c_proj.weight, transpose_b=True, bias=attn.c_proj.bias, add=x1)
         _, y, mean2, rstd2 = ops.norm_forward(x2, None, block.ln_2.weight, block.ln_2.bias)
-        h = torch.empty(len(y), 4 * C, dtype=y.dtype, device=y.device)
-        g = ops.multiply(y, mlp.c_fc.weight, transpose_b=True, bias=mlp.c_fc.bias, epilogue="gelu", aux=h)
+        if self.gelu_epilogue:
+            h = torch.empty(len(y), 4 * C, dtype=y.dtype, device=y.device)
+            g = ops.multiply(y, mlp.c_fc.weight, transpose_b=True, bias=mlp.c_fc.bias, epilogue="gelu", aux=h)
+        else:
+            h = ops.multiply(y, mlp.c_fc.weight, transpose_b=True, bias=mlp.c_fc.bias)
+            g = ops.gelu_forward(h)
         branch = ops.multiply(g, mlp.c_proj.weight, transpose_b=True, bias=mlp.c_proj.bias)
         kept = Kept(x1, mean1, rstd1, qkv, out, saved, x2, mean2, rstd2, h, g if self.recompute == 0 else None)
         return x2, branch, kept

@@ -1,7 +1,7 @@
 """How is a module started on several ranks, and ended with whoever started it?
 
-    python -m training.launch [--gpus N] [--restarts N] [--nnodes N --node-rank R --rendezvous HOST:PORT]
-        MODULE ARGS…
+    python -m training.launch [--gpus N] [--restarts N] [--grace SECONDS]
+        [--nnodes N --node-rank R --rendezvous HOST:PORT] MODULE ARGS…
 
 This process stays between the caller and torchrun. It passes SIGTERM and SIGINT on, ends when its parent does
 (even by SIGKILL), and returns the status that the ranks left (torchrun itself reports any failure as 1).
@@ -19,16 +19,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from storage import objects
+from training import plan
+from training.config import RunConfig, from_dict
+
 STATUS_VARIABLE = "GPT2_STATUS_FILE"
+RESTART_VARIABLE = "GPT2_RESTART"  # set where the ranks are started again after a failure
 INTERRUPTED = 75  # ended by a signal, with a checkpoint: start it again to go on (EX_TEMPFAIL of sysexits.h)
-GRACE_SECONDS = 120  # that torchrun leaves the ranks for their last checkpoint
+GRACE_SECONDS = 120.0  # that torchrun leaves the ranks to end, at the least
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # torchrun would set it, with a warning; the ranks share the cores out themselves
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow each other down manyfold on cores that others use, too
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS may give other bits from run to run
     "TORCH_NCCL_DESYNC_DEBUG": "1",  # a collective that times out names the ranks that did not come to it
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS),
+    "TORCH_FR_BUFFER_SIZE": "2000",  # NCCL's flight recorder: the last collectives of each rank …
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # … which are written down then
 }
+DRIVER_GIB = 0.65  # of the memory that nvidia-smi lists, which no program gets
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,6 +53,10 @@ def report_status(status: int) -> None:
         Path(path).write_text(str(status))
 
 
+def is_restart() -> bool:
+    return RESTART_VARIABLE in os.environ
+
+
 def gpu_count() -> int:
     """GPUs of this machine, asked of its driver; 0 without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -55,6 +66,25 @@ def gpu_count() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def gpu_names() -> list[str]:
+    return [name for name, _ in _gpus()]
+
+
+def gpu_memory_gib() -> float:
+    """What programs can have of this machine's smallest GPU; 0 without one."""
+    return min((gib - DRIVER_GIB for _, gib in _gpus()), default=0.0)
+
+
+def _gpus() -> list[tuple[str, float]]:
+    """(name, GiB) of each GPU of this machine, asked of its driver."""
+    if gpu_count() == 0:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=True)
+    rows = [line.rsplit(",", 1) for line in listed.stdout.splitlines()]
+    return [(name.strip(), float(mib) / 1024) for name, mib in rows]
 
 
 def ranks_here(gpus: int) -> int:
@@ -83,8 +113,9 @@ def command(
 class Launch:
     """Runs torchrun, anew after a failure where that is wanted, until the ranks are done."""
 
-    def __init__(self, argv: Sequence[str], restarts: int) -> None:
+    def __init__(self, argv: Sequence[str], restarts: int, grace: float = GRACE_SECONDS) -> None:
         self.argv, self.restarts = argv, restarts
+        self.environment = {**ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{grace:.0f}", **os.environ}
         self.process: subprocess.Popen[bytes] | None = None
         self.signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -104,6 +135,7 @@ class Launch:
             if self.signalled or not failed or not left:
                 break
             sys.stderr.write(f"the ranks ended with status {code}: starting them again, {left} times at most\n")
+            self.environment[RESTART_VARIABLE] = "1"
         if reported is None:
             return INTERRUPTED if self.signalled and code else code
         return reported
@@ -116,7 +148,7 @@ class Launch:
             # A session of its own: Ctrl-C in a terminal comes here only, and torchrun gets one signal, not two.
             self.process = subprocess.Popen(
                 self.argv,
-                env={**ENVIRONMENT, **os.environ, STATUS_VARIABLE: str(status)},
+                env={**self.environment, STATUS_VARIABLE: str(status)},
                 start_new_session=True,
                 preexec_fn=lambda: die_with_parent(me),
             )
@@ -131,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine")
     parser.add_argument("--rendezvous", default="", help="host:port of the first machine")
     parser.add_argument("--restarts", type=int, default=0, help="starts after a failure, from the newest checkpoint")
+    parser.add_argument("--grace", type=float, default=0.0, help="seconds to end in; 0: what a checkpoint takes")
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
@@ -139,7 +172,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent(os.getppid())
     ranks = ranks_here(options.gpus)
     where = (options.nnodes, options.node_rank, options.rendezvous)
-    return Launch(command(options.module, options.arguments, ranks, *where), options.restarts).run()
+    try:
+        grace = options.grace or grace_seconds(options.module, options.arguments, ranks * options.nnodes)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return Launch(command(options.module, options.arguments, ranks, *where), options.restarts, grace).run()
+
+
+def grace_seconds(module: str, arguments: Sequence[str], ranks: int) -> float:
+    """How long the ranks may take to end: of a training, until its step and its checkpoint are done."""
+    config = Path(arguments[0], "config.json") if arguments else None
+    if module != "training.train" or config is None or not config.exists():
+        return GRACE_SECONDS
+    run = from_dict(RunConfig, objects.read_json(str(config)))
+    return max(GRACE_SECONDS, plan.shutdown_seconds(run, ranks))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ class Bucket:
         """This rank's part of the weights."""
         return self.weights[self.start : self.stop]
 
+    @property
+    def own(self) -> int:
+        """Elements of this rank's part that are no padding."""
+        return max(0, min(self.stop, self.size) - self.start)
+
     def segments(self) -> Iterator[tuple[slice, bool]]:
         """This rank's part as slices of it, each with whether it is decayed."""
         border = min(max(self.decayed - self.start, 0), self.stop - self.start)

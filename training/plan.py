@@ -1,22 +1,32 @@
 """What does a run take on given GPUs? Memory by line, the micro-batch that fits, seconds a step, hours, dollars.
 
+Seconds come from the MFU measured on one H200 and the GPU's peak; a GPU that is in no table is measured by
+`probe.py`.
+
 Where a run does not fit, three things give way, in this order: the micro-batch, then recompute rises, then the
 fp32 master weights go (stochastic rounding in their place). The last changes the numbers, so it is never done
-silently: `fit` only says so, and whoever starts the run sets `master_weights=false` in its configuration.
+silently: `settle` sets `master_weights=false` in the configuration, where it is recorded, before a run has begun,
+and whoever calls it says so; the trainer refuses to do so by itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from training.config import ModelConfig, RunConfig
-from training.metrics import PEAK_FLOPS
+from training.metrics import PEAK_FLOPS, peak_flops
 
 GIB = 2**30
 LARGEST_MICRO_BATCH = 64  # sequences; more has brought nothing since the matmuls are full
+SHARE_OF_MEMORY = 0.97  # of a GPU's: what fragmentation leaves
+DISK_RATE = 300e6  # bytes/s of a disk that checkpoints are written to: a slow one
+ENDING = 30.0  # seconds for the ranks to agree, and to leave
 HEAD_BYTES = 400 * 2**20  # logits of one chunk, as the fused head holds them
 CUDA_BYTES = 1.3 * GIB  # context and libraries: outside of PyTorch's allocator, 1.0 to 1.25 GiB measured
 # MFU of whole steps on one H200 (benchmarks/gpt2_training.json: d12 and d48), by channels.
 MEASURED_MFU = ((768, 0.506), (1600, 0.561))
+# llm.c's: on one H200 for d12, and on 8 H100 for d48, where a step of 1,048,576 tokens took 2.75 s.
+LLM_C_MFU = ((768, 0.461), (1600, 0.473))
+LLM_C_PRICE = 28.0  # dollars an hour for 8 H100
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,35 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    mfu: float
+    mfu: float | None  # None where the GPU's peak is not known
     seconds_per_step: float
     hours: float
     dollars: float | None
 
 
-def gpu(name: str) -> Gpu:
-    """Raises ValueError for a GPU whose memory and peak are not known."""
-    if name.lower() not in GPUS:
-        known = ", ".join(GPUS)
-        raise ValueError(f"unknown GPU {name!r}: choose from {known}, or measure it with `gpt2 bench`")
-    return GPUS[name.lower()]
+HERE = "here"  # the GPU of this machine
+
+
+def gpu(name: str, names_here: Sequence[str] = (), gib_here: float = 0.0) -> Gpu:
+    """The GPU of that name; one that is in no table must be this machine's, which a probe can measure.
+
+    Raises ValueError for any other, and for "here" where there is none.
+    """
+    here = names_here[0] if names_here else ""
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    if not here:
+        raise ValueError(
+            f"GPU {name!r} is in no table, and this machine has none that could be measured: choose from "
+            f"{', '.join(GPUS)}, or ask again on a machine with that GPU"
+        )
+    if name.lower() != HERE and _letters(name) not in _letters(here):
+        raise ValueError(f"unknown GPU {name!r}: choose from {', '.join(GPUS)}, or `here` for this machine's {here}")
+    return Gpu(here, gib_here, peak_flops(here) or 0.0)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> dict[str, float]:
@@ -72,13 +99,12 @@ def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> d
     parameters = padded_parameters(model)
     width = 2 if train.dtype == "bf16" else 4
     shard = config.machine.shard_ranks or ranks
-    state = 12 if train.dtype == "bf16" and train.master_weights else 8
     tokens = micro_batch * model.context
     unit = tokens * model.channels * width  # one tensor of the residual stream's size
     lines = {
         "weights": parameters * width,
         "gradients": parameters * width * (1 + (1 / shard if shard > 1 else 0)),
-        "optimizer state": parameters * state / shard,
+        "optimizer state": parameters * _state_bytes(config) / shard,
         "activations": tokens * model.layers * _kept_bytes(model, recompute, train.fp8) * width / 2,
         # As measured: 10 of the 13 tensors are cuDNN's workspace for the deterministic backward pass of attention.
         "head or one block's backward": max(
@@ -89,6 +115,11 @@ def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> d
         "CUDA": CUDA_BYTES,
     }
     return {name: float(size) for name, size in lines.items()}
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """A parameter: two moments, and the fp32 master behind bf16 weights."""
+    return 12 if config.train.dtype == "bf16" and config.train.master_weights else 8
 
 
 def padded_parameters(model: ModelConfig) -> int:
@@ -137,6 +168,14 @@ def fit(config: RunConfig, ranks: int, gib: float) -> Plan:
     )
 
 
+def settle(config: RunConfig, ranks: int, gib: float) -> RunConfig:
+    """`config` as it can be trained in `gib` GiB a GPU: without fp32 masters where nothing less makes it fit.
+
+    Raises ValueError where nothing fits at all.
+    """
+    return replace(config, train=replace(config.train, master_weights=fit(config, ranks, gib).master_weights))
+
+
 def _plans(config: RunConfig, ranks: int) -> Iterator[Plan]:
     """Every way to run it, in the order in which things give way."""
     machine, train = config.machine, config.train
@@ -149,17 +188,50 @@ def _plans(config: RunConfig, ranks: int) -> Iterator[Plan]:
 
 
 def cost(config: RunConfig, plan: Plan, device: Gpu, ranks: int, dollars_an_hour: float | None) -> Cost:
-    """Time and money at the MFU measured here; recompute adds its share of the forward pass."""
+    """Time and money at the MFU measured on one H200; recompute adds its share of the forward pass."""
     mfu = expected_mfu(config.model)
     again = {0: 1.0, 1: 1.01, 2: 1.01, 3: 4 / 3}[plan.recompute]
     flops = config.train.batch_tokens * config.model.flops_per_token * again
-    seconds = flops / (ranks * device.peak * mfu)
+    return _cost(config, mfu, flops / (ranks * device.peak * mfu), dollars_an_hour)
+
+
+def probed_cost(
+    config: RunConfig, plan: Plan, device: Gpu, ranks: int, micro_step: float, dollars_an_hour: float | None
+) -> Cost:
+    """Time and money where a micro-step takes so many seconds."""
+    seconds = plan.micro_steps * micro_step
+    flops = config.train.batch_tokens * config.model.flops_per_token
+    mfu = flops / seconds / (ranks * device.peak) if device.peak else None
+    return _cost(config, mfu, seconds, dollars_an_hour)
+
+
+def llm_c_cost(config: RunConfig) -> Cost:
+    """What a recipe takes, or would take, with llm.c on 8 H100."""
+    mfu = expected_mfu(config.model, LLM_C_MFU)
+    seconds = config.train.batch_tokens * config.model.flops_per_token / (8 * GPUS["h100"].peak * mfu)
+    return _cost(config, mfu, seconds, LLM_C_PRICE)
+
+
+def _cost(config: RunConfig, mfu: float | None, seconds: float, dollars_an_hour: float | None) -> Cost:
     hours = seconds * config.train.steps / 3600
     return Cost(mfu, seconds, hours, None if dollars_an_hour is None else hours * dollars_an_hour)
 
 
-def expected_mfu(model: ModelConfig) -> float:
+def checkpoint_bytes(config: RunConfig) -> int:
+    width = 2 if config.train.dtype == "bf16" else 4
+    return padded_parameters(config.model) * (width + _state_bytes(config))
+
+
+def shutdown_seconds(config: RunConfig, ranks: int) -> float:
+    """What a training that is told to end may need: the step that it is in on the slowest GPU of the table, a
+    checkpoint that is being written, and the last one."""
+    flops = config.train.batch_tokens * config.model.flops_per_token
+    slowest = min(device.peak for device in GPUS.values()) * MEASURED_MFU[0][1]
+    return ENDING + flops / (ranks * slowest) + 2 * checkpoint_bytes(config) / DISK_RATE
+
+
+def expected_mfu(model: ModelConfig, measured: tuple[tuple[int, float], ...] = MEASURED_MFU) -> float:
     """Between the two measured widths by a straight line, beyond them as at the nearer."""
-    (low, at_low), (high, at_high) = MEASURED_MFU
+    (low, at_low), (high, at_high) = measured
     share = min(1.0, max(0.0, (model.channels - low) / (high - low)))
     return at_low + share * (at_high - at_low)

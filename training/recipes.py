@@ -155,6 +155,15 @@ def _gpt3_like_125m(name: str, model: str, lr: float) -> RunConfig:
     return replace(base, recipe=name, model=model_from_descriptor(model), train=replace(base.train, lr=lr))
 
 
+# What llm.c's scripts and its discussion 677 say that their runs took.
+REPORTED = {
+    "gpt2-124m": "94 min, $20 on 8 A100",
+    "gpt2-350m": "13.7 h, $200 on 8 A100",
+    "gpt2-774m": "135 h, $2,000 on 8 A100",
+    "gpt2-1558m": "24 h, $672 on 8 H100",
+    "gpt3-125m": "24 h, $336 on 8 A100",
+}
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "gpt2-124m": gpt2_124m,

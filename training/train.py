@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from storage import events, objects
+from storage import events, objects, records
 from storage.shards import Choice, read_choices
 from training import distributed, plan, sample, validation
 from training.assemble import assemble
@@ -33,6 +33,7 @@ from training.checkpoint import (
     checkpoint_folder,
     complete,
     definition,
+    drop_checkpoints,
     fetch_newest,
     load_model,
     load_optimizer,
@@ -43,7 +44,7 @@ from training.config import RunConfig, from_dict, to_dict
 from training.distributed import World
 from training.energy import EnergyMeter
 from training.health import examine
-from training.launch import INTERRUPTED, die_with_parent, report_status
+from training.launch import INTERRUPTED, die_with_parent, is_restart, report_status
 from training.loader import training_loader, validation_loader
 from training.metrics import RunLog, utilization
 from training.outliers import OutlierWindow, divergence, is_outlier
@@ -51,8 +52,8 @@ from training.schedule import learning_rate
 
 DIVERGED = 1  # exit status
 MOST_REWINDS = 3
-SHARE_OF_MEMORY = 0.97  # of a GPU's: what fragmentation leaves
 REWIND_STEPS = 32  # a divergence may have begun this many steps before it is seen
+LAST_WRITE = 60.0  # seconds at most that a rank which fails leaves to the checkpoint that is being written
 
 log = logging.getLogger("gpt2.train")
 
@@ -99,7 +100,6 @@ class Trainer:
         stop: Stop,
         mirror: str | None = None,
         items: str | None = None,
-        anyway: bool = False,
     ) -> None:
         self.config = config = fitted(config, world)
         self.run, self.world, self.stop = run, world, stop
@@ -110,25 +110,30 @@ class Trainer:
         self.streaming = True  # some rank may have shards still to come
         checkpoint = newest(run)
         self.definition = definition(config, world.device_name, self.load.order.shard_tokens)
-        self.progress = self.resume(checkpoint, anyway)
+        self.progress = self.resume(checkpoint)
         self.items = _items(config, items)
         self.load_validation = validation_loader(tokens, config.model.context, world.device)
         self.model, self.optimizer = assemble(config, world, checkpoint)
         keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
         self.checkpoints = Checkpointer(run, world, keep, mirror)
+        self.checkpoints.reserve(self.optimizer)
+        self.stopped = 0.0  # seconds that the last save held up the steps
         self.saved = self.progress.step if checkpoint else -1
         self.log = RunLog(run if world.is_first else None, self.progress.step)
         self.energy = EnergyMeter(world.device)
 
-    def resume(self, checkpoint: Path | None, anyway: bool) -> Progress:
-        """Raises ValueError for a checkpoint of another configuration, unless `anyway`."""
+    def resume(self, checkpoint: Path | None) -> Progress:
+        """Raises ValueError for a checkpoint of another definition, unless `resume` is "anyway"."""
         shape = f"{self.world.size} ranks, {self.micro_steps} micro-steps of {self.micro_batch} sequences"
         if checkpoint is None:
             log.info("starting from step 0: %s", shape)
             return Progress()
         state = read_state(checkpoint)
-        check_definition(state, self.definition, anyway)
+        check_definition(state, self.definition, self.config.machine.resume == "anyway")
         log.info("resumed from %s: %s", checkpoint, shape)
+        commit, now = state.get("commit"), records.code_state()[0]
+        if commit != now:
+            log.info("written by commit %s, this is %s", commit, now)
         if (state["ranks"], state["micro_batch"]) != (self.world.size, self.micro_batch):
             then = f"{state['ranks']} ranks with micro-batches of {state['micro_batch']}"
             log.info("written by %s: the same sequences in the same order, losses equal within rounding", then)
@@ -254,12 +259,13 @@ class Trainer:
             sample.record(self.run, self.progress.step, sample.text_of(made))
 
     def save(self) -> None:
-        p = self.progress
+        p, started = self.progress, time.perf_counter()
         if p.step != self.saved:
             state = {**asdict(p), "ranks": self.world.size, "micro_batch": self.micro_batch}
-            state |= {"config": to_dict(self.config), "definition": self.definition}
-            self.checkpoints.save(p.step, self.model, self.optimizer, state)
-            self.saved = p.step
+            state |= {"config": to_dict(self.config), "definition": self.definition, "commit": records.code_state()[0]}
+            self.checkpoints.save(p.step, self.optimizer, state)
+            self.saved, self.stopped = p.step, time.perf_counter() - started
+            log.info("step %d is being saved: the copy to host memory held it up for %.3f s", p.step, self.stopped)
 
     def report(self, loss: float, lr: float, norm: float, seconds: float, joules: float | None) -> None:
         p, world, config = self.progress, self.world, self.config
@@ -271,6 +277,7 @@ class Trainer:
         hours = p.seconds / 3600 * world.size
         kept: dict[str, Any] = {"position": p.position, "skipped": p.skipped, "joules": joules}
         kept["cost"] = hours * config.machine.price_per_gpu_hour
+        kept["save_seconds"], self.stopped = self.stopped, 0.0
         if world.is_first:
             self.log.metrics(p.step, **shown, **kept, **self.health())
             events.emit("training_step", step=p.step + 1, steps=config.train.steps, **shown)
@@ -304,11 +311,11 @@ def fitted(config: RunConfig, world: World) -> RunConfig:
     total = torch.cuda.mem_get_info(world.device)[1] / plan.GIB
     if machine.memory_gib:
         torch.cuda.set_per_process_memory_fraction(min(1.0, machine.memory_gib / total))
-    chosen = plan.fit(config, world.size, machine.memory_gib or SHARE_OF_MEMORY * total)
+    chosen = plan.fit(config, world.size, machine.memory_gib or plan.SHARE_OF_MEMORY * total)
     if chosen.master_weights != config.train.master_weights:
         raise ValueError(
             f"{config.recipe} fits {machine.memory_gib or total:.1f} GiB only without fp32 master weights, which "
-            "changes the numbers: set master_weights=false for stochastic rounding"
+            "changes the numbers: set master_weights=false for stochastic rounding (`gpt2 run` does, and says so)"
         )
     return replace(config, machine=replace(machine, micro_batch=chosen.micro_batch, recompute=chosen.recompute))
 
@@ -355,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = trainer.world
         log.error("rank %d failed at step %d. %s", world.rank, trainer.progress.step, world.where())
         raise
+    finally:  # an eval or a sample may have failed while the checkpoint before it was being written
+        trainer.checkpoints.here.wait(LAST_WRITE)
     trainer.checkpoints.wait()
     trainer.checkpoints.upload()
     trainer.world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
@@ -365,13 +374,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
     config = from_dict(RunConfig, objects.read_json(objects.join(options.run, "config.json")))
+    if options.resume_anyway:
+        config = replace(config, machine=replace(config.machine, resume="anyway"))
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{options.run}/flight_recorder_rank_")  # NCCL's, on a timeout
     world = distributed.join(config.machine.shard_ranks, config.machine.timeout)
     _log_to(options.run, world)
-    if options.mirror and world.is_first:
-        fetch_newest(options.mirror, options.run)
+    distributed.watch(world, config.machine.timeout)
+    if world.is_first:
+        if config.machine.resume == "no" and not is_restart():
+            drop_checkpoints(options.run, options.mirror)
+        elif options.mirror:
+            fetch_newest(options.mirror, options.run)
     world.barrier()
-    given = (options.mirror, options.items, options.resume_anyway)
-    return Trainer(config, options.run, options.tokens, world, stop, *given)
+    return Trainer(config, options.run, options.tokens, world, stop, options.mirror, options.items)
 
 
 def _log_to(run: str, world: World) -> None:

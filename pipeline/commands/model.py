@@ -2,20 +2,22 @@
 
 import json
 import os
+import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from assets.failures import ProcessFailed
 from pipeline.commands.run import JsonOption, StoreOption
 from pipeline.terminal import console
 from storage import objects
 from storage.places import places
+from training import launch, recipes
 from training import plan as planning
-from training import recipes
-from training.config import RunConfig, override, settable_keys
+from training.config import RunConfig, override, settable_keys, to_dict
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,7 +31,7 @@ def list_recipes(
     name: Annotated[str | None, typer.Argument(help="Show every setting of this recipe.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the recipes with parameters, tokens and FLOPs, or every setting of one of them."""
+    """List the recipes with parameters, tokens, FLOPs and what llm.c took, or every setting of one of them."""
     if name is not None:
         _print_settings(recipes.recipe(name), as_json)
         return
@@ -37,7 +39,8 @@ def list_recipes(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("recipe", "parameters", "tokens", "steps × batch", "FLOPs", "corpus", header_style="bold")
+    titles = ("recipe", "parameters", "tokens", "steps × batch", "FLOPs", "llm.c on 8 H100", "it reported", "corpus")
+    table = Table(*titles, header_style="bold")
     for row in rows:
         table.add_row(
             row["recipe"],
@@ -45,12 +48,16 @@ def list_recipes(
             f"{row['tokens'] / 1e9:,.4g}B" if row["tokens"] >= 1e9 else f"{row['tokens'] / 1e6:,.3g}M",
             f"{row['steps']:,} × {row['batch_tokens']:,}",
             f"{row['flops']:.2e}",
+            "" if row["llm_c_hours"] is None else f"{row['llm_c_hours']:,.1f} h, ${row['llm_c_dollars']:,.0f}",
+            row["llm_c_reported"],
             row["corpus"],
         )
     console().print(table)
+    console().print(f"llm.c on 8 H100: FLOPs at its MFU on them, at ${planning.LLM_C_PRICE:.0f} an hour", style="dim")
 
 
 def _row(config: RunConfig) -> dict[str, Any]:
+    with_llm_c = planning.llm_c_cost(config) if config.model.layers >= 12 else None  # it never trained the demo
     return {
         "recipe": config.recipe,
         "parameters": config.model.parameters,
@@ -58,6 +65,9 @@ def _row(config: RunConfig) -> dict[str, Any]:
         "steps": config.train.steps,
         "batch_tokens": config.train.batch_tokens,
         "flops": config.flops,
+        "llm_c_hours": with_llm_c and with_llm_c.hours,
+        "llm_c_dollars": with_llm_c and with_llm_c.dollars,
+        "llm_c_reported": recipes.REPORTED.get(config.recipe, ""),
         "corpus": config.corpus,
     }
 
@@ -75,7 +85,10 @@ def _print_settings(config: RunConfig, as_json: bool) -> None:
 
 def plan(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe.")],
-    gpu: Annotated[str, typer.Option(help="Which GPU: " + ", ".join(planning.GPUS))] = "h100",
+    gpu: Annotated[
+        str,
+        typer.Option(help="Which: " + ", ".join(planning.GPUS) + ", or here: this machine's, measured in seconds."),
+    ] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
     price: Annotated[float | None, typer.Option(help="Dollars an hour, for all of them.")] = None,
     settings: Annotated[
@@ -85,11 +98,16 @@ def plan(
 ) -> None:
     """What a recipe takes on given GPUs: micro-batch, memory by line, seconds a step, hours, dollars."""
     config = override(recipes.recipe(name), settings or [])
-    device = planning.gpu(gpu)
-    fitted = planning.fit(config, gpus, device.memory)
-    cost = planning.cost(config, fitted, device, gpus, price)
+    device = planning.gpu(gpu, launch.gpu_names(), launch.gpu_memory_gib())
+    fitted = planning.fit(config, gpus, planning.SHARE_OF_MEMORY * device.memory)
+    known = device in planning.GPUS.values()
+    if known:
+        cost = planning.cost(config, fitted, device, gpus, price)
+    else:
+        cost = planning.probed_cost(config, fitted, device, gpus, _probe(config, fitted), price)
     if as_json:
-        print(json.dumps({**asdict(fitted), "total": fitted.total, **asdict(cost)}, indent=2))
+        shown = {"gpu": device.name, "measured": not known, "total": fitted.total}
+        print(json.dumps({**asdict(fitted), **shown, **asdict(cost)}, indent=2))
         return
     table = Table(show_header=False, title=f"{name} on {gpus} × {device.name}")
     table.add_row("micro-batch", f"{fitted.micro_batch} sequences × {fitted.micro_steps} micro-steps")
@@ -100,11 +118,25 @@ def plan(
     for line, size in fitted.memory.items():
         table.add_row(f"memory: {line}", f"{size / 2**30:.1f} GiB")
     table.add_row("memory a GPU", f"{fitted.total / 2**30:.1f} of {device.memory:.1f} GiB")
-    table.add_row("a step", f"{cost.seconds_per_step:.2f} s at an MFU of {cost.mfu:.1%}")
+    how = "" if known else ", measured on its first layers"
+    mfu = "" if cost.mfu is None else f" at an MFU of {cost.mfu:.1%}"
+    table.add_row("a step", f"{cost.seconds_per_step:.2f} s{mfu}{how}")
     table.add_row(f"{config.train.steps:,} steps", f"{cost.hours:,.1f} hours")
     if cost.dollars is not None:
         table.add_row("cost", f"${cost.dollars:,.0f}")
     console().print(table)
+
+
+def _probe(config: RunConfig, fitted: planning.Plan) -> float:
+    """Seconds of a micro-step on this machine's GPU, measured by a process that holds torch."""
+    machine = replace(config.machine, micro_batch=fitted.micro_batch, recompute=fitted.recompute)
+    train = replace(config.train, master_weights=fitted.master_weights)
+    text = json.dumps(to_dict(replace(config, machine=machine, train=train)))
+    command = [sys.executable, "-m", "training.probe"]
+    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ProcessFailed(f"the probe ended with status {done.returncode}")
+    return float(json.loads(done.stdout)["micro_step_seconds"])
 
 
 def bench(
