@@ -53,6 +53,7 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
     name = context.partition_key
     run = maker.run_config(name)
     tokens = maker.input(name, "tokens", "token_shards")
+    trainer.record_starting_weights(maker, run)
     output = trainer.trained_output(name, run, tokens)
     observer = Observer(context)
 
@@ -87,6 +88,7 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
             "validation_loss_before": log.validation[0][1],
             "validation_loss_after": log.validation[-1][1],
             "tokens_per_second": run.tokens / useful,
+            "skipped_updates": steps[-1]["skipped"],
         },
         gpus=ranks * run.machine.nnodes if launch.gpu_count() else 0,
         price=run.machine.price_per_gpu_hour,

@@ -17,7 +17,7 @@ from training import launch
 
 RUNS = dg.DynamicPartitionsDefinition(name="run")
 
-STOP_SECONDS = 120.0  # that a process gets to save its checkpoint before it is killed
+STOP_SECONDS = 120.0  # that a process gets to end before it is killed, at the least
 TAIL_LINES = 40  # of a failed process's output that its error quotes
 
 Event = dict[str, Any]
@@ -55,8 +55,9 @@ class Launcher:
         arguments: Sequence[str],
         on_event: Callable[[Event], None],
         on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None,
+        grace: float = STOP_SECONDS,
     ) -> None:
-        """Run `python -m module arguments` until it ends.
+        """Run `python -m module arguments` until it ends; `grace`: seconds that it gets to end when told to.
 
         Events go to `on_event`, all other output to stdout, where Dagster's compute logs keep it.
         Raises ProcessFailed, or Interrupted for a trainer that stopped at a checkpoint.
@@ -77,7 +78,7 @@ class Launcher:
         try:
             self._listen(process, on_event, tail)
         except BaseException:
-            stop(process)
+            stop(process, grace)
             raise
         _check_status(process.wait(), module, tail)
 
@@ -96,11 +97,11 @@ class Launcher:
                 tail.append(line)
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[str], grace: float = STOP_SECONDS) -> None:
     """Ask the process to save and end; kill its whole session when it has not within the grace time."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(timeout=STOP_SECONDS)
+        process.wait(timeout=max(grace, STOP_SECONDS))
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise

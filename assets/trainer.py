@@ -6,6 +6,7 @@ the model is made from the whole tokens, whose record is written before the mode
 """
 
 import atexit
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +18,17 @@ import dagster as dg
 
 from assets.failures import Interrupted, ProcessFailed
 from assets.items import hellaswag_items, hellaswag_output
-from assets.making import Maker, Output, StageConfig
+from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import Event, stop
-from storage import objects, records
+from storage import objects, records, starting_weights
 from storage.items import FILES
 from storage.records import Record
-from training import launch
+from training import launch, plan
 from training.arrival import stage_as_they_come
 from training.config import RunConfig, to_dict
 
 VERSION = "1"
+WEIGHTS_VERSION = "1"
 POOL = "gpu"
 WAIT = 0.2  # seconds between two looks at a process
 
@@ -34,8 +36,28 @@ OnEvent = Callable[[Event], None]
 
 
 def trained_output(name: str, run: RunConfig, tokens: Record | Output) -> Output:
+    """Made from its tokens, and from the weights that it starts from, if it does."""
     defining = {"model": to_dict(run.model), "train": to_dict(run.train)}
-    return Output("trained_model", f"runs/{name}", VERSION, defining, [tokens])
+    given = [starting_output(run)] if run.train.init_from else []
+    return Output("trained_model", f"runs/{name}", VERSION, defining, [tokens, *given])
+
+
+def starting_output(run: RunConfig) -> Output:
+    found = _starting_weights(run.train.init_from)
+    return Output("starting_weights", f"weights/{found.name}", WEIGHTS_VERSION, found.identity)
+
+
+def record_starting_weights(maker: Maker, run: RunConfig) -> None:
+    """Their files' content, and the hub's commit."""
+    if run.train.init_from:
+        found = _starting_weights(run.train.init_from)
+        facts = {"source": found.source, "revision": found.revision}
+        maker.make(StageConfig(), starting_output(run), lambda _: Produced(files=found.files, metrics=facts))
+
+
+@functools.cache  # they are hashed, and fetched where the hub has them
+def _starting_weights(source: str) -> starting_weights.StartingWeights:
+    return starting_weights.resolve(source)
 
 
 def train(
@@ -56,7 +78,12 @@ def train(
             [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
             on_event,
             on_start,
+            _grace(run),
         )
+
+
+def _grace(run: RunConfig) -> float:
+    return plan.shutdown_seconds(run, launch.ranks_here(run.machine.gpus) * run.machine.nnodes)
 
 
 def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:
@@ -107,7 +134,7 @@ class Training:
     def _began(self, process: Popen[str]) -> None:
         self.process = process
         if self.cancelled.is_set():
-            stop(process)
+            stop(process, _grace(self.run))
 
     def _show(self, event: Event) -> None:
         self.maker.listener.progressed("trained_model", event)
@@ -132,7 +159,7 @@ class Training:
         """Have it save a checkpoint and end; nothing happens where it has ended."""
         self.cancelled.set()
         if self.process is not None and self.process.poll() is None:
-            stop(self.process)
+            stop(self.process, _grace(self.run))
         self.thread.join()
 
 

@@ -141,9 +141,10 @@ def tokens_digest(tokens: str) -> str:
 
 def losses_on_a_cpu(place: Path, tokens: str) -> dict[str, Any]:
     """Written down with the tokens they are of, the torch and the threads that made them."""
-    made = {str(warm_up): trained_losses(place, tokens, warm_up, "fp32", gpu=False) for warm_up in WARM_UPS}
-    threads = len(os.sched_getaffinity(0))
-    found = {"tokens_sha256": tokens_digest(tokens), "torch": torch.__version__, "threads": threads, "losses": made}
+    found: dict[str, Any] = {"tokens_sha256": tokens_digest(tokens)}
+    for warm_up in WARM_UPS:
+        made = {"torch": torch.__version__, "threads": len(os.sched_getaffinity(0))}
+        found[f"warmup_{warm_up}"] = {**made, "losses": trained_losses(place, tokens, warm_up, "fp32", gpu=False)}
     CPU_LOSSES.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
@@ -152,10 +153,11 @@ def compare_losses(place: Path, tokens: str) -> dict[str, Any]:
     stored = json.loads(CPU_LOSSES.read_text()) if CPU_LOSSES.exists() else {}
     if stored.get("tokens_sha256") != tokens_digest(tokens):
         stored = losses_on_a_cpu(place, tokens)
-    print(f"fp32 on a CPU: torch {stored['torch']}, {stored['threads']} threads")
     found: dict[str, Any] = {}
     for warm_up in WARM_UPS:
-        columns = {"cpu_fp32": stored["losses"][str(warm_up)]}
+        on_cpu = stored[f"warmup_{warm_up}"]
+        print(f"fp32 on a CPU: torch {on_cpu['torch']}, {on_cpu['threads']} threads")
+        columns = {"cpu_fp32": on_cpu["losses"]}
         columns["gpu_fp32"] = trained_losses(place, tokens, warm_up, "fp32", gpu=True)
         if warm_up == WARM_UPS[0]:
             columns["gpu_bf16"] = trained_losses(place, tokens, warm_up, "bf16", gpu=True)

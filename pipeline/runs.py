@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from evals.run import HARNESS_SUITES
-from storage import objects, sources
+from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
 from training import launch, plan, recipes
@@ -135,6 +135,8 @@ def check_possible(places: Places, config: RunConfig) -> None:
     source = _source(config.corpus)
     check_batch(config)
     check_tasks(config.evals.harness)
+    if config.train.init_from:
+        starting_weights.check(config.train.init_from)
     items = config.evals.hellaswag
     named = items in ("", "hub", PUBLISHED) or items.startswith(THROUGH_LIBRARY)
     if not named and not objects.exists(items):

@@ -143,6 +143,8 @@ def summary(record: Record) -> str:
             return f"{record.tokens:,} tokens in {metrics['shards']} shards"
         case "eval_items":
             return f"{record.rows:,} items"
+        case "starting_weights":
+            return f"{metrics['source']}{' at ' + metrics['revision'][:12] if metrics['revision'] else ''}"
         case "trained_model":
             before, after = metrics["validation_loss_before"], metrics["validation_loss_after"]
             return f"{metrics['parameters']:,} parameters, validation loss {before:.3f} → {after:.3f}"

@@ -208,7 +208,7 @@ def file_problem(store: str, key: str, file: File) -> str | None:
 def code_state() -> tuple[str | None, bool | None]:
     """(commit, has uncommitted changes) of this project's checkout; (None, None) outside of one."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None, None
     commit = _git(root, "rev-parse", "HEAD")
     return commit or None, bool(_git(root, "status", "--porcelain"))

@@ -1,13 +1,17 @@
 """What gives way where memory is short, in its order; time and money; and batches that do not divide."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
 
-from training import plan
+from pipeline import runs
+from training import launch, plan
 from training.config import RunConfig
+from training.probe import micro_step_seconds
 from training.recipes import recipe
 from training.train import fitted
 
@@ -71,9 +75,61 @@ def test_memory_is_what_the_allocator_measured_on_an_h200(name: str, micro_batch
     assert (sum(lines.values()) - lines["CUDA"]) / plan.GIB == pytest.approx(gib, rel=0.05)
 
 
-def test_an_unknown_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="h100"):
-        plan.gpu("tpu")
+def test_a_gpu_that_is_in_no_table_must_be_this_machine_s() -> None:
+    for name in ("tpu", "here"):
+        with pytest.raises(ValueError, match="this machine has none that could be measured: choose from h100"):
+            plan.gpu(name)
+    found = plan.gpu("here", ["NVIDIA RTX 6000 Ada Generation"], 47.3)
+    assert found == plan.gpu("rtx-6000", ["NVIDIA RTX 6000 Ada Generation"], 47.3)
+    assert (found.name, found.memory, found.peak) == ("NVIDIA RTX 6000 Ada Generation", 47.3, 0.0)
+    with pytest.raises(ValueError, match="unknown GPU 'v100'.*`here` for this machine's NVIDIA RTX 6000"):
+        plan.gpu("v100", ["NVIDIA RTX 6000 Ada Generation"], 47.3)
+
+
+def test_a_probe_measures_a_micro_step_of_all_layers() -> None:
+    """On the CPU: twice the layers take about twice as long, and the cost is the micro-steps' time."""
+    config = with_machine(tiny_run.config(), micro_batch=4)
+    wide = replace(config.model, channels=128, context=64, layers=4)
+    config = replace(config, model=wide, train=replace(config.train, batch_tokens=8 * 64))
+    few, many = (micro_step_seconds(replace(config, model=replace(wide, layers=n)), tiny_run.alone()) for n in (4, 40))
+    assert 3 * few < many < 30 * few
+    fitted = plan.Plan(4, 2, 0, True, {"weights": 1.0})
+    cost = plan.probed_cost(config, fitted, plan.Gpu("new", 24.0, 0.0), 1, many, 3.6)
+    assert cost.seconds_per_step == 2 * many and cost.mfu is None
+    assert cost.dollars == pytest.approx(3.6 * 6 * 2 * many / 3600)
+
+
+FAKE_SMI = """#!/bin/sh
+case "$*" in
+-L) echo "GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)" ;;
+*) echo "NVIDIA GeForce RTX 4090, 24564" ;;
+esac
+"""
+
+
+@pytest.fixture
+def one_24_gb_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that answers as a machine with that card does."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(FAKE_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("one_24_gb_card")
+def test_on_one_24_gb_card_the_run_gives_up_the_masters_says_so_and_is_another_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert launch.gpu_memory_gib() == pytest.approx(23.3, abs=0.1)
+    config = runs.configure("gpt2-1558m", [], None, None)
+    assert not config.train.master_weights
+    assert "only without fp32 master weights" in capsys.readouterr().err
+    assert runs.default_name(config).startswith("gpt2-1558m-")
+    assert runs.configure("gpt2-350m", [], None, None).train.master_weights
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="needs .* GiB a GPU at the least"):
+        runs.configure("gpt2-1558m", ["memory_gib=12"], None, None)
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch", "near"), [(3, 0, "96 and 144"), (1, 3, "96 and 144")])

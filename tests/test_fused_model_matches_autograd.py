@@ -37,10 +37,14 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-@pytest.mark.parametrize(("which", "recompute"), [("plain", 0), ("plain", 1), ("plain", 3), ("triton", 0)])
-def test_loss_and_accumulated_gradients(which: str, recompute: int) -> None:
+@pytest.mark.parametrize(
+    ("which", "recompute", "gelu_epilogue"),
+    [("plain", 0, True), ("plain", 1, True), ("plain", 3, True), ("plain", 0, False), ("triton", 0, True)],
+)
+def test_loss_and_accumulated_gradients(which: str, recompute: int, gelu_epilogue: bool) -> None:
     expected, ours = model(), model()
-    ours.runner = FusedModel(ours, kernels.references() if which == "plain" else interpreted(), recompute)
+    ops = kernels.references() if which == "plain" else interpreted()
+    ours.runner = FusedModel(ours, ops, recompute, gelu_epilogue)
     for seed in (1, 2):
         losses = [(m(*batch(seed)) * 0.5) for m in (expected, ours)]
         torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-6)

@@ -53,6 +53,15 @@ def test_errors_are_those_of_plain_bf16(recompute: int) -> None:
         assert error < 1.5 * expected + 1e-3
 
 
+def test_gelu_outside_of_the_product_changes_the_last_bits_only() -> None:
+    usual, apart = model(768, 12), model(768, 12)
+    assert kernels.accelerate(usual, DEVICE) and kernels.accelerate(apart, DEVICE, gelu_epilogue=False)
+    (loss, right), (again, ours) = gradients(usual, 2), gradients(apart, 2)
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=0)
+    for a, b in zip(ours, right, strict=True):
+        assert ((a.float() - b.float()).norm() / b.float().norm()).item() < 0.02
+
+
 def test_fp8_stays_near_bf16() -> None:
     plain = model(768, 12)
     fp8 = copy.deepcopy(plain)

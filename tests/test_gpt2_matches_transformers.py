@@ -5,28 +5,29 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from training.config import ModelConfig
+from training.config import ModelConfig, model_from_descriptor
 from training.gpt2 import GPT2
 
 CONFIG = ModelConfig(layers=2, channels=48, heads=3, context=32, vocab=300)
 LINEARS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
-def pair() -> tuple[GPT2, GPT2LMHeadModel]:
+def pair(config: ModelConfig = CONFIG, spread: float = 0.1) -> tuple[GPT2, GPT2LMHeadModel]:
     """Our model and theirs with the same weights, spread wide enough that every term of the function counts."""
-    ours = GPT2(CONFIG)
+    ours = GPT2(config)
     ours.init_weights(seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for weight in ours.parameters():
-            weight.add_(torch.empty(weight.shape).normal_(0, 0.1, generator=generator))
+            weight.add_(torch.empty(weight.shape).normal_(0, spread, generator=generator))
     theirs = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=CONFIG.vocab, n_positions=CONFIG.context, n_embd=CONFIG.channels, n_layer=CONFIG.layers,
-            n_head=CONFIG.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=config.vocab, n_positions=config.context, n_embd=config.channels, n_layer=config.layers,
+            n_head=config.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
-    theirs.load_state_dict({theirs_name(name): as_theirs(name, w) for name, w in ours.state_dict().items()}, False)
+    weights = ours.state_dict()
+    theirs.load_state_dict({theirs_name(n): as_theirs(n, w, config.vocab) for n, w in weights.items()}, False)
     return ours, theirs
 
 
@@ -34,9 +35,9 @@ def theirs_name(name: str) -> str:
     return "transformer." + name.replace("blocks.", "h.")
 
 
-def as_theirs(name: str, weight: Tensor) -> Tensor:
+def as_theirs(name: str, weight: Tensor, vocab: int = CONFIG.vocab) -> Tensor:
     if name == "wte.weight":
-        return weight[: CONFIG.vocab]
+        return weight[:vocab]
     return weight.t() if name.endswith(LINEARS) else weight
 
 
@@ -66,6 +67,26 @@ def test_gradients_of_every_weight() -> None:
         expected = gradients[theirs_name(name)]
         assert relative_error(as_theirs(name, weight.grad), expected) < 1e-4, name
     assert not ours.wte.weight.grad[CONFIG.vocab :].any()
+
+
+@pytest.mark.slow
+def test_the_124m_model_too() -> None:
+    config = model_from_descriptor("d12")
+    ours, theirs = pair(config, spread=0.02)
+    tokens = torch.randint(0, config.vocab, (1, 65), generator=torch.Generator().manual_seed(3))
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    expected = theirs(tokens).logits
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(tokens), expected, atol=1e-4, rtol=0)
+    found = ours(tokens, targets)
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=0)
+    found.backward()
+    loss.backward()
+    gradients = {name: w.grad for name, w in theirs.named_parameters()}
+    for name, weight in ours.named_parameters():
+        error = relative_error(as_theirs(name, weight.grad, config.vocab), gradients[theirs_name(name)])
+        assert error < 1e-4, name
 
 
 def test_bf16_stays_near_fp32() -> None:

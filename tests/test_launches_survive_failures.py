@@ -14,7 +14,8 @@ import tiny_run
 from tiny_run import children, wait_for
 
 from training.checkpoint import complete
-from training.launch import command
+from training.launch import command, grace_seconds
+from training.recipes import recipe
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,7 @@ def test_the_launcher_restarts_all_ranks_when_one_is_killed(shards: str, undistu
     process = launch(run, shards, "--gpus=2", "--restarts=1")
     wait_for(lambda: is_amid_its_steps(run))
     (agent,) = children(process.pid)
+    assert b"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in Path(f"/proc/{agent}/environ").read_bytes().split(b"\0")
     os.kill(children(agent)[0], signal.SIGKILL)
     end(process)
     assert "resumed from" in Path(run, "train.log").read_text()
@@ -64,10 +66,7 @@ def test_two_machines_train_as_one_and_come_back_when_one_of_them_is_lost(
     shards: str, undisturbed: str, tmp_path: Path
 ) -> None:
     run = tiny_run.folder(tmp_path / "run", CONFIG)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"--rendezvous=127.0.0.1:{free.getsockname()[1]}"
-    both = ("--gpus=1", "--nnodes=2", "--restarts=3", place)
+    both = ("--gpus=1", "--nnodes=2", "--restarts=3", f"--rendezvous=127.0.0.1:{free_port()}")
     first = launch(run, shards, *both, "--node-rank=0")
     second = launch(run, shards, *both, "--node-rank=1")
     wait_for(lambda: is_amid_its_steps(run))
@@ -82,6 +81,25 @@ def test_two_machines_train_as_one_and_come_back_when_one_of_them_is_lost(
     assert len(tiny_run.losses(run)) == 60
 
 
+def test_four_ranks_on_two_machines_shard_within_each_and_replicate_across(shards: str, tmp_path: Path) -> None:
+    """Hybrid groups: `shard_ranks` as many as a machine has. The same losses as one rank alone."""
+    config = replace(CONFIG, machine=replace(CONFIG.machine, shard_ranks=2), train=replace(CONFIG.train, steps=20))
+    run, alone = (tiny_run.folder(tmp_path / name, config) for name in ("run", "alone"))
+    both = ("--gpus=2", "--nnodes=2", f"--rendezvous=127.0.0.1:{free_port()}")
+    machines = [launch(run, shards, *both, f"--node-rank={number}") for number in (0, 1)]
+    for machine in machines:
+        end(machine)
+    tiny_run.steps(alone, shards, shard_ranks=0)
+    assert tiny_run.losses(run) == pytest.approx(tiny_run.losses(alone), abs=1e-5)
+    assert len(list(Path(run, "checkpoints/step_000020").glob("optimizer_*_of_00002.safetensors"))) == 2
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def test_a_rank_that_hangs_is_named_and_all_start_again(
     shards: str, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +111,9 @@ def test_a_rank_that_hangs_is_named_and_all_start_again(
     os.kill(rank_one(children(agent)), signal.SIGSTOP)
     end(process)
     where = r"rank 0 failed at step \d+\. rank 0: step \d+, after its backward pass; rank 1: step \d+, "
-    assert re.search(where, read(run, "train.log"))
+    events = read(run, "train.log")
+    assert re.search(where, events) and "the others wait for rank 1" in events
+    assert "rank 0 has not come further for 4 s" in events  # said before the time limit, which on a GPU aborts
     assert read(run, "main.log") == read(undisturbed, "main.log")
 
 
@@ -111,6 +131,14 @@ def test_bad_input_ends_with_status_2_and_one_line(shards: str, tmp_path: Path) 
     done = tiny_run.train(run, shards, 2)
     assert done.returncode == 2
     assert "batch_tokens=48 does not divide into 2 ranks: the nearest that do are 32 and 64" in done.stderr
+
+
+def test_torchrun_leaves_the_ranks_the_time_that_a_step_and_a_checkpoint_take(tmp_path: Path) -> None:
+    small = tiny_run.folder(tmp_path / "small", CONFIG)
+    large = tiny_run.folder(tmp_path / "large", recipe("gpt2-1558m"))
+    assert grace_seconds("training.train", [small], 8) == grace_seconds("training.bench", ["d12"], 8) == 120
+    two_checkpoints = 2 * 14 * 1.56e9 / 300e6
+    assert two_checkpoints < grace_seconds("training.train", [large], 8) < two_checkpoints + 60
 
 
 def test_several_machines_need_a_place_to_meet() -> None:

@@ -1,13 +1,19 @@
 """1, 2 and 4 ranks train alike: the same batches, losses equal within rounding, state sharded among them."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from training.distributed import Group
+from training.train import Stop, Trainer
 
 STEPS = 50
 
@@ -73,6 +79,45 @@ def test_each_of_four_ranks_keeps_a_quarter_of_the_optimizer_s_state(shards: str
     assert len(quarters) == 4 and sum(quarters) == whole
     assert max(quarters) <= whole / 4 + 3 * 2 * 3  # three buckets, two tensors, padding
     assert len(elements(4, 2)) == 2
+
+
+@pytest.mark.slow
+def test_the_initial_weights_are_the_same_on_any_number_of_ranks(shards: str, tmp_path: Path) -> None:
+    """After a step whose rate is too small to move a weight that is not 0."""
+    config = tiny_run.config(steps=1, lr=1e-30, val_every=0)
+    one, two = (tiny_run.folder(tmp_path / name, config) for name in ("one", "two"))
+    tiny_run.steps(one, shards)
+    assert tiny_run.train(two, shards, 2).returncode == 0
+    weights, others = (load_file(f"{run}/checkpoints/step_000001/model.safetensors") for run in (one, two))
+    assert all((weights[name] - others[name]).abs().max() < 1e-28 for name in weights)
+    assert torch.equal(weights["wte.weight"], others["wte.weight"])
+
+
+@dataclass(frozen=True)
+class Counting(Group):
+    """A group of one that counts what it would send."""
+
+    sent: list[str] = field(default_factory=list)
+
+    def reduce_scatter(self, output: Tensor, whole: Tensor) -> None:
+        self.sent.append("gradients")
+
+    def all_gather(self, whole: Tensor, part: Tensor) -> None:
+        self.sent.append("weights")
+
+
+def test_gradients_and_weights_travel_once_a_step_whatever_the_accumulation(shards: str, tmp_path: Path) -> None:
+    for micro_batch in (8, 1):
+        shard = Counting(0, 1, None)
+        config = tiny_run.config(steps=3, val_every=0)
+        config = replace(config, machine=replace(config.machine, micro_batch=micro_batch))
+        world = replace(tiny_run.alone(), shard=shard)
+        trainer = Trainer(config, tiny_run.folder(tmp_path / str(micro_batch), config), shards, world, Stop())
+        assert trainer.micro_steps == 8 // micro_batch
+        for _ in range(3):
+            trainer.step()
+        buckets = len(trainer.optimizer.buckets)
+        assert shard.sent.count("gradients") == shard.sent.count("weights") == 3 * buckets
 
 
 def _sizes(path: Path) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_run
 
+from storage import records
 from training.checkpoint import complete
 from training.config import RunConfig, to_dict
 
@@ -86,6 +87,7 @@ def test_another_configuration_is_refused_with_the_difference(shards: str, tmp_p
     assert complete(run)[-1] == 4
 
 
+@pytest.mark.slow
 def test_asked_not_to_resume_it_begins_anew(shards: str, tmp_path: Path) -> None:
     whole, again = (tiny_run.folder(tmp_path / name, tiny_run.config()) for name in ("whole", "again"))
     tiny_run.steps(whole, shards)
@@ -125,6 +127,41 @@ def test_a_finished_run_is_left_as_it_is(shards: str, tmp_path: Path) -> None:
     tiny_run.steps(run, shards)
     assert Path(run, "main.log").read_text() == (tmp_path / "before/main.log").read_text()
     assert tiny_run.final_files(run) == tiny_run.final_files(str(tmp_path / "before"))
+
+
+def test_the_time_that_a_save_stops_the_steps_is_written_down(
+    shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config(checkpoint_every=3))
+    with caplog.at_level("INFO"):
+        tiny_run.steps(run, shards)
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["save_seconds"] > 0] == [3]  # the step after it
+    assert "step 3 is being saved: the copy to host memory held it up for 0.0" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sample_that_fails_leaves_the_checkpoint_of_its_step(ranks: int, shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config(checkpoint_every=4, sample_every=4))
+    Path(run, "samples.txt").mkdir()  # nothing can be written there
+    done = tiny_run.train(run, shards, ranks)
+    assert done.returncode == 1 and "IsADirectoryError" in done.stderr
+    assert complete(run) == [4]
+
+
+def test_the_commit_of_a_checkpoint_is_reported_and_not_compared(
+    shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config())
+    tiny_run.steps(run, shards, until=3)
+    path = Path(run, "checkpoints/step_000003/state.json")
+    state = json.loads(path.read_text())
+    assert state["commit"] == records.code_state()[0]
+    path.write_text(json.dumps({**state, "commit": "c0ffee"}))
+    with caplog.at_level("INFO"):
+        tiny_run.steps(run, shards, until=4)
+    assert "written by commit c0ffee, this is" in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(shards: str, tmp_path: Path) -> None:

@@ -112,12 +112,14 @@ def model(seed: int = 0) -> GPT2:
     return made
 
 
-def steps(run: str, shards: str, until: int | None = None, resume: str = "exact", **options: Any) -> Trainer:
-    """Train in this process, alone; ended after `until` steps as by a signal."""
+def steps(run: str, shards: str, until: int | None = None, **options: Any) -> Trainer:
+    """Train in this process, alone; ended after `until` steps as by a signal. Options: `mirror`, `items`, and
+    settings of the machine."""
     stop = Stop()
     given = from_dict(RunConfig, read_json(f"{run}/config.json"))
-    given = replace(given, machine=replace(given.machine, resume=resume))
-    trainer = Trainer(given, run, shards, alone(), stop, **options)
+    trainer_options = {key: options.pop(key) for key in ("mirror", "items") if key in options}
+    given = replace(given, machine=replace(given.machine, **options))
+    trainer = Trainer(given, run, shards, alone(), stop, **trainer_options)
     if until is not None:
         take = trainer.step
 

@@ -50,6 +50,9 @@ def run(
     gpus: Annotated[
         int | None, typer.Option(help="Ranks on this machine. (default: every GPU, or one CPU rank)")
     ] = None,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="Go on from a checkpoint of another trainer, torch or GPU.")
+    ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,7 +69,8 @@ def run(
       gpt2 run demo --only evals
     """
     place = places(store)
-    config = runs.configure(recipe, settings or [], corpus, gpus)
+    resume = ["resume=anyway"] if resume_anyway else []
+    config = runs.configure(recipe, [*(settings or []), *resume], corpus, gpus)
     run_name = name or runs.default_name(config)
     runs.check_name(run_name)
     runs.check_unchanged(place, run_name, config)

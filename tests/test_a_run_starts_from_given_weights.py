@@ -1,0 +1,65 @@
+"""A run that starts from weights learns from there, and its record leads to their files and the hub's commit."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_gpt2
+from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+
+from storage import records, starting_weights
+
+COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+
+
+def publish_in_cache(folder: Path, cache: Path, name: str) -> None:
+    """A hub model as its client keeps it: what `gpt2 run` finds where there is no network."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / COMMIT)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(COMMIT)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_fine_tuning_a_hub_model_is_traced_to_its_commit(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_gpt2.save(tmp_path / "model", context=64)
+    publish_in_cache(tmp_path / "model", tmp_path / "cache", "openai-community/tiny-gpt2")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    sizes = ["--set", "layers=2", "--set", "train.dtype=fp32", "--set", "train.init_from=openai-community/tiny-gpt2"]
+    arguments = ["run", "finetune", "--name", "tuned", "--corpus", "embedded", *TINY_SETTINGS, *sizes]
+    done = gpt2(*arguments, "--only", "data", "--only", "training", "--store", finished.store, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained = records.read_record(finished.store, "runs/tuned")
+    assert trained is not None and trained.config["train"]["lr"] == 1e-4
+    (parent,) = [p for p in trained.parents if p.key.startswith("weights/tiny-gpt2-")]
+    weights = records.read_record(finished.store, parent.key)
+    assert weights is not None and weights.fingerprint == parent.fingerprint
+    assert weights.metrics == {"source": "openai-community/tiny-gpt2", "revision": COMMIT}
+    assert weights.config["files"]["model.safetensors"] == digest(tmp_path / "model/model.safetensors")
+    shown = gpt2("lineage", "show", "tuned", "--store", finished.store, "--json", cwd=tmp_path)
+    assert parent.key in [node["key"] for node in json.loads(shown.stdout)["inputs"]]
+
+
+def test_the_same_content_is_the_same_weights_and_other_content_is_not(tmp_path: Path) -> None:
+    one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
+    tiny_gpt2.save(one)
+    shutil.copytree(one, copy)
+    tiny_gpt2.save(other, seed=1)
+    found = [starting_weights.resolve(str(place)).identity for place in (one, copy, other)]
+    assert found[0] == found[1] != found[2]
+    assert set(found[0]["files"]) == {"config.json", "model.safetensors"}
+
+
+def test_what_cannot_be_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for wrong in (str(tmp_path / "empty"), str(tmp_path / "missing"), "./no/such/place"):
+        with pytest.raises(ValueError, match="init_from="):
+            starting_weights.check(wrong)
+    starting_weights.check("openai-community/gpt2-xl")
