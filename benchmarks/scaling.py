@@ -6,7 +6,8 @@ speed:    d12 and d48 at each number of GPUs, the same micro-batch and accumulat
 equality: d12 at 131,072 tokens a step: losses on 1 and on all GPUs; a rank killed in mid-step; a checkpoint
           of all GPUs resumed on half of them and on one
 overlap:  a step on all GPUs with gradients and weights travelling during the computation, and after it
-`--tiny` takes the demo's model on gloo ranks: that the script works, not how fast anything is.
+`--tiny` takes the demo's model and random tokens, on gloo ranks where there is no GPU: that the script works, not how
+fast anything is.
 """
 
 import argparse
@@ -23,7 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.check_training import children, make_tokens, reached, wait_until
+from storage.shards import shard_name, write_shard
 from training.config import override, to_dict
 from training.launch import gpu_count
 from training.recipes import recipe
@@ -43,13 +47,14 @@ class Case:
 
 
 CASES = (Case("d12", 64, 8), Case("d48", 16, 8))
-TINY = (Case("demo", 2, 2, context=256),)
+TINY = (Case("demo", 1, 2, context=256),)
 
 
 def bench(case: Case, ranks: int, place: Path) -> dict[str, Any]:
     file = place / "bench.json"
     line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", "training.bench", case.model]
-    line += [f"--micro-batch={case.micro_batch}", f"--batch-tokens={case.batch_tokens(ranks)}", "--steps=5"]
+    line += [f"--micro-batch={case.micro_batch}", f"--batch-tokens={case.batch_tokens(ranks)}"]
+    line += [f"--steps={2 if case in TINY else 5}"]
     subprocess.run([*line, f"--json={file}"], cwd=ROOT, check=True)
     return json.loads(file.read_text())  # type: ignore[no-any-return]
 
@@ -105,7 +110,7 @@ def equality(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> dict[
     name, batch = ("demo", 1024) if cases is TINY else ("gpt2-124m", 131_072)
     settings = [f"batch_tokens={batch}", "steps=20", "checkpoint_every=5", "keep_checkpoints=9"]
     settings += ["warmup_steps=20"]  # at a high rate so early, rounding grows into differences of 1e-3
-    runs = Runs(place, shards(place), name, settings)
+    runs = Runs(place, shards(place, cases), name, settings)
     most = max(counts)
     for name, ranks in (("one", 1), ("all", most)):
         assert runs.start(name, ranks).wait() == 0
@@ -131,7 +136,7 @@ def equality(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> dict[
 
 def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> list[dict[str, Any]]:
     """One micro-step a step: communication weighs most where nothing is accumulated."""
-    found, tokens, most = [], shards(place), max(counts)
+    found, tokens, most = [], shards(place, cases), max(counts)
     print(f"{'model':<12} {'GPUs':>4} {'overlap':>8} {'ms a step':>10}")
     for case in cases:
         name = {"d12": "gpt2-124m", "d48": "gpt2-1558m"}.get(case.model, case.model)
@@ -149,7 +154,14 @@ def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> list[d
     return found
 
 
-def shards(place: Path) -> str:
+def shards(place: Path, cases: Sequence[Case]) -> str:
+    if cases is TINY:
+        folder = place / "tokens"
+        folder.mkdir()
+        for index, split in enumerate(("val", "train")):
+            tokens = np.random.default_rng(index).integers(0, 50257, 60_000).astype(np.uint16)
+            write_shard(str(folder / shard_name("random", split, index)), tokens)
+        return str(folder)
     data = os.environ.get("GPT2_SHARED_DATA", str(ROOT / "../shared/data"))
     return make_tokens(f"{data}/fineweb_edu_style/sample", place / "tokens")
 

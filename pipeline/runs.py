@@ -136,7 +136,7 @@ def check_possible(places: Places, config: RunConfig) -> None:
     check_batch(config)
     check_tasks(config.evals.harness)
     if config.train.init_from:
-        starting_weights.check(config.train.init_from)
+        check_starting_weights(config)
     items = config.evals.hellaswag
     named = items in ("", "hub", PUBLISHED) or items.startswith(THROUGH_LIBRARY)
     if not named and not objects.exists(items):
@@ -203,6 +203,20 @@ def check_batch(config: RunConfig) -> None:
         raise ValueError(
             f"batch_tokens={config.train.batch_tokens} does not divide into {ranks} ranks of micro-batches of "
             f"{unit // ranks} tokens: the nearest that do are {near}"
+        )
+
+
+def check_starting_weights(config: RunConfig) -> None:
+    """Refuse weights that are not there, or of another size than the run's model."""
+    source, model = config.train.init_from, config.model
+    starting_weights.check(source)
+    theirs = starting_weights.sizes(source)
+    ours = {"n_layer": model.layers, "n_embd": model.channels, "n_head": model.heads, "n_positions": model.context}
+    if theirs and theirs != ours:
+        names = zip(("layers", "channels", "heads", "context"), theirs.values(), strict=False)
+        raise ValueError(
+            f"init_from={source} has other sizes than the run's model: add "
+            + " ".join(f"--set {name}={value}" for name, value in names)
         )
 
 

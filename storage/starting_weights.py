@@ -40,6 +40,15 @@ def check(source: str) -> None:
         raise ValueError(f"init_from={source}: there is no such file or folder; on the hub, write OWNER/NAME")
 
 
+def sizes(source: str) -> dict[str, int]:
+    """The sizes in a local model folder's config.json, by the names that GPT-2 gives them; {} for anything else."""
+    path = os.path.join(source, CONFIG)
+    if not os.path.isfile(path):
+        return {}
+    found = objects.read_json(path)
+    return {name: found[name] for name in ("n_layer", "n_embd", "n_head", "n_positions") if name in found}
+
+
 def resolve(source: str) -> StartingWeights:
     """The files of `source`; a model of the hub is fetched into its cache. Raises ValueError where there is none."""
     check(source)

@@ -9,6 +9,7 @@ import pytest
 import tiny_gpt2
 from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
 
+from pipeline import runs
 from storage import records, starting_weights
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -63,3 +64,7 @@ def test_what_cannot_be_weights_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="init_from="):
             starting_weights.check(wrong)
     starting_weights.check("openai-community/gpt2-xl")
+    tiny_gpt2.save(tmp_path / "model", context=64)
+    config = runs.configure("finetune", [f"init_from={tmp_path}/model"], None, None)
+    with pytest.raises(ValueError, match="--set layers=2 --set channels=32 --set heads=2 --set context=64"):
+        runs.check_starting_weights(config)
