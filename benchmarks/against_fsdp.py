@@ -38,6 +38,7 @@ from training import distributed, kernels
 from training.config import ModelConfig, TrainConfig, model_from_descriptor
 from training.distributed import World
 from training.gpt2 import GPT2
+from training.kernels_head import head_loss
 from training.launch import ranks_here
 from training.optim import ShardedAdamW
 
@@ -93,23 +94,37 @@ def ours(model: GPT2, setting: Setting, world: World, batches: list[Tensor], fus
     return step
 
 
+class Autocast(nn.Module):
+    """The model's loss from fp32 weights, computed in bf16 on a GPU: autocast would leave the head's input in fp32."""
+
+    def __init__(self, model: GPT2, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            x = self.model.hidden(tokens).flatten(0, 1)
+        weight = self.model.wte.weight.to(self.dtype)
+        return head_loss(x.to(self.dtype), weight, targets.flatten(), self.model.config.vocab)
+
+
 def ddp(model: GPT2, setting: Setting, world: World, batches: list[Tensor], zero: bool = False) -> Step:
     model.to(world.device)
     prepare(model, world)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    wrapped = DistributedDataParallel(Autocast(model, dtype), gradient_as_bucket_view=True)
     if zero:
         options: dict[str, Any] = {"optimizer_class": torch.optim.AdamW, "parameters_as_bucket_view": False}
         optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(model.parameters(), **options, **adamw())
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **adamw())
-    precision = torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda")
 
     def step() -> Tensor:
         optimizer.zero_grad()
         total = torch.zeros((), device=world.device)
         for i, tokens in enumerate(batches):
             last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else wrapped.no_sync(), precision:
+            with contextlib.nullcontext() if last else wrapped.no_sync():
                 loss = wrapped(tokens[:, :-1], tokens[:, 1:]) / len(batches)
                 loss.backward()
             total += loss.detach()

@@ -6,6 +6,7 @@ members keep the same part; by default one shard group spans the world, and a re
 A group of one exchanges nothing.
 """
 
+import itertools
 import logging
 import os
 import socket
@@ -25,7 +26,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-WATCH = 0.8  # of the time limit: a rank that has not come further for so long is said to hang
+WATCH = 0.8  # of the time limit: a rank that has not come further for so long says so
+LOOKS = 20  # in that time, each with a sign of life
+MISSED = 5  # signs of life, after which a process counts as hanging
 
 log = logging.getLogger("gpt2.distributed")
 
@@ -89,10 +92,15 @@ class World:
         self.steps.set(str(self.rank), f"{step} {int(backward_done)}")
 
     def where(self) -> str:
-        """How far each rank is, and whom the others wait for: the ranks behind them."""
+        """How far each rank is, and whom the others wait for: the ranks behind them, or that give no sign of life."""
         places = {rank: self._place_of(rank) for rank in range(self.size)}
-        behind = [f"rank {rank}" for rank, place in places.items() if place < max(places.values())]
-        waiting = f"; the others wait for {' and '.join(behind)}" if behind else ""
+        beats = {rank: self._beats_of(rank) for rank in range(self.size)}
+        awaited = [
+            f"rank {rank}"
+            for rank, place in places.items()
+            if place < max(places.values()) or beats[rank] + MISSED < max(beats.values())
+        ]
+        waiting = f"; the others wait for {' and '.join(awaited)}" if awaited else ""
         return "; ".join(f"rank {rank}: {_place_name(*place)}" for rank, place in places.items()) + waiting
 
     def _place_of(self, rank: int) -> tuple[int, int]:
@@ -112,6 +120,13 @@ class World:
         finish(self.everyone.all_reduce(total))
         return total.tolist()  # type: ignore[no-any-return]
 
+    def beat(self, count: int) -> None:
+        """Say that this rank's process is alive."""
+        self.steps.set(f"beat {self.rank}", str(count))
+
+    def _beats_of(self, rank: int) -> int:
+        return int(self.steps.get(f"beat {rank}")) if self.steps.check([f"beat {rank}"]) else 0
+
 
 def _place_name(step: int, done: int) -> str:
     return "not started" if step < 0 else f"step {step}, {'after' if done else 'in'} its backward pass"
@@ -124,14 +139,16 @@ def watch(world: World, limit: float) -> None:
     """
 
     def look() -> None:
-        while world.size > 1:
-            time.sleep(WATCH * limit / 10)
+        for count in itertools.count(1):
+            time.sleep(WATCH * limit / LOOKS)
+            world.beat(count)
             waited = time.monotonic() - world.clock.since
             if waited > WATCH * limit:
                 log.error("rank %d has not come further for %.0f s. %s", world.rank, waited, world.where())
                 world.clock.since = time.monotonic()
 
-    threading.Thread(target=look, daemon=True).start()
+    if world.size > 1:
+        threading.Thread(target=look, daemon=True).start()
 
 
 def finish(work: dist.Work | None) -> None:
