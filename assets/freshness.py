@@ -72,6 +72,8 @@ def stages(maker: Maker, name: str) -> list[Stage]:
     if config.evals.hellaswag:
         run.look("eval_items", lambda: items.hellaswag_output(config.evals))
     run.look("eval_items", lambda: _items(run, config))
+    if config.train.init_from:
+        run.look("starting_weights", lambda: trainer.starting_output(config))
     run.look("trained_model", lambda: trainer.trained_output(name, config, run.last("token_shards")), f"runs/{name}")
     export = f"runs/{name}/export"
     run.look("hf_model", lambda: model.export_output(name, config, run.last("trained_model")), export)
