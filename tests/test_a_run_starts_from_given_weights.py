@@ -39,6 +39,7 @@ def test_fine_tuning_a_hub_model_is_traced_to_its_commit(
     assert done.returncode == 0, done.stderr
     trained = records.read_record(finished.store, "runs/tuned")
     assert trained is not None and trained.config["train"]["lr"] == 1e-4
+    assert trained.metrics["skipped_updates"] == 0
     (parent,) = [p for p in trained.parents if p.key.startswith("weights/tiny-gpt2-")]
     weights = records.read_record(finished.store, parent.key)
     assert weights is not None and weights.fingerprint == parent.fingerprint

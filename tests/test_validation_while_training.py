@@ -80,6 +80,14 @@ def test_it_is_written_on_its_interval_on_two_ranks_as_on_one(tmp_path: Path) ->
     assert [line for line in logs[0] if "eval" in line] == [line for line in logs[1] if "eval" in line]
 
 
+def test_every_forward_pass_of_the_accuracy_has_one_shape() -> None:
+    """Of items of any length, and where their number is no multiple of what is scored at once."""
+    model, shapes = tiny_run.model(), set()
+    model.wte.register_forward_hook(lambda _, given, out: shapes.add(tuple(given[0].shape)))
+    choice_accuracy(model, items(25), tiny_run.alone())
+    assert shapes == {(4, 16)}
+
+
 def test_hellaswag_without_items_is_refused(tmp_path: Path) -> None:
     run = tiny_run.folder(tmp_path / "run", tiny_run.config(hellaswag=True))
     with pytest.raises(ValueError, match="--items"):
