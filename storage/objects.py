@@ -85,7 +85,10 @@ def _list_local(root: str) -> Iterator[Stat]:
     for folder, _, names in os.walk(root):
         for name in names:
             path = os.path.join(folder, name)
-            info = os.stat(path)
+            try:
+                info = os.stat(path)
+            except FileNotFoundError:  # renamed or removed since it was listed: others write while we look
+                continue
             yield Stat(os.path.relpath(path, root), info.st_size, str(info.st_mtime_ns), info.st_mtime)
 
 

@@ -1,5 +1,6 @@
 """Bytes are published whole, listed and moved alike on a local disk and on S3."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,23 @@ def test_a_bucket_that_is_not_there_is_refused_with_the_fix(s3_store: str) -> No
 def test_other_protocols_are_refused() -> None:
     with pytest.raises(ValueError, match="only local paths and s3://"):
         objects.exists("gs://bucket/x")
+
+
+def test_files_that_others_rename_while_they_are_listed_are_no_error(tmp_path: Path) -> None:
+    """As a checkpoint's are, when each rank puts its own in place and the first one looks whether all are there."""
+    stop = threading.Event()
+
+    def rename() -> None:
+        (tmp_path / "a").touch()
+        while not stop.is_set():
+            (tmp_path / "a").rename(tmp_path / "b")
+            (tmp_path / "b").rename(tmp_path / "a")
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    try:
+        for _ in range(2000):
+            assert len(objects.list_files(str(tmp_path))) <= 2
+    finally:
+        stop.set()
+        thread.join()
