@@ -1,6 +1,7 @@
 """From a run's step to the documents in its batch, and back: as the trainer's own loader reads them."""
 
 import random
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from storage import documents, objects, shards, tokenizer
+from storage import documents, objects, records, shards, tokenizer
+from storage.lineage import Lineage
 from storage.records import File, Record
 from training import recipes, tokenization, trace
 from training.config import ModelConfig
@@ -70,10 +72,11 @@ def test_the_steps_of_a_document_are_those_that_name_it(tokens, config):
 
 def steps_of(tokens: str, config, document: str, **known) -> list[int]:
     """By the lookup that the command uses."""
-    store, _, key = tokens.rpartition("/")
+    store, key = tokens.rsplit("/", 1)
     files = [File(s.path, 0, "", "") for s in objects.list_files(tokens)]
     record = Record("token_shards", key, "f" * 64, "1", {}, [], files, "", "")
-    places = documents.find(store, record, Path(store) / "home", document)
+    with tempfile.TemporaryDirectory() as home:
+        places = documents.find(store, record, Path(home), document)
     return trace.steps_of_places(tokens, config, [(p.shard, p.start, p.tokens) for p in places], **known)
 
 
@@ -94,9 +97,21 @@ def test_a_run_that_overfits_sees_its_first_batch(tokens, config):
     assert steps_of(tokens, overfit, first[0].id) == [*range(60)]
 
 
-def test_it_works_on_s3(tokens, config, s3_store):
-    objects.copy_tree(tokens, f"{s3_store}/tokens/c")
-    assert trace.documents_of_step(f"{s3_store}/tokens/c", config, 9) == trace.documents_of_step(tokens, config, 9)
+def test_it_works_on_s3(tokens, config, s3_store, tmp_path):
+    place = f"{s3_store}/tokens/c"
+    objects.copy_tree(tokens, place)
+    seen = trace.documents_of_step(place, config, 9)
+    assert seen == trace.documents_of_step(tokens, config, 9)
+    assert steps_of(place, config, seen[0].url) == steps_of(tokens, config, seen[0].url)
+    names = [s.path for s in objects.list_files(place, ".parquet")]
+    files = [records.describe_file(place, name) for name in names]
+    mark = records.fingerprint("token_shards", "1", {}, [])
+    when = "2026-11-24T10:00:00+00:00"
+    records.write_record(s3_store, Record("token_shards", "tokens/c", mark, "1", {}, [], files, when, when))
+    lineage = Lineage(tmp_path / "lineage.duckdb")
+    lineage.ingest(s3_store)
+    query = "SELECT DISTINCT id, url FROM documents WHERE url = 'u/77'"
+    assert lineage.sql(query, [s3_store])[1] == [("id 77", "u/77")]
 
 
 def test_what_can_not_be_traced_is_said(tokens, config, tmp_path):
