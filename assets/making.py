@@ -5,7 +5,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import dagster as dg
 from pydantic import Field
 
 from assets.resources import Event, Launcher, Listener
+from assets.turns import turn, turn_or_refusal
 from storage import objects, records
 from storage.lineage import Lineage
 from storage.places import Places
@@ -194,7 +195,8 @@ class Maker:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            yield
+            with turn_or_refusal(self.places.store, run):  # of other machines on this store
+                yield
 
     def folder(self, key: str) -> str:
         """The local folder in which the files of `key` are worked on."""
@@ -218,13 +220,29 @@ class Maker:
         output: Output,
         produce: Callable[[Callable[[Event], None]], Produced],
         checks: Sequence[Check] = (),
+        together: bool = False,
     ) -> tuple[Made, list[dg.AssetCheckResult]]:
         """Reuse the output if one of its fingerprint is whole, else produce and record it.
 
-        An output whose blocking check fails is left without a record, so that the next run makes it anew.
+        Whoever else wants to make it now, on this machine or another, waits and then reuses it, unless they make it
+        `together`. An output whose blocking check fails is left without a record, so that the next run makes it anew.
         """
         began = time.monotonic()
         self.listener.started(output.asset)
+        with ExitStack() as stack:
+            found, _ = output.reusable(self.places.store)
+            if (config.recompute or not found) and not together:
+                stack.enter_context(turn(self.places.store, output.key))
+            return self._make(config, output, produce, checks, began)
+
+    def _make(
+        self,
+        config: StageConfig,
+        output: Output,
+        produce: Callable[[Callable[[Event], None]], Produced],
+        checks: Sequence[Check],
+        began: float,
+    ) -> tuple[Made, list[dg.AssetCheckResult]]:
         found, reason = output.reusable(self.places.store)
         if found and not config.recompute:
             record = found

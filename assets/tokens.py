@@ -68,7 +68,7 @@ def token_shards(
 
             return produce(begin_and_tell)
 
-    made, checks = maker.make(config, output, produce_while_training, [SHARDS_ARE_WHOLE])
+    made, checks = maker.make(config, output, produce_while_training, [SHARDS_ARE_WHOLE], together=run.tokenize.shared)
     if not all(check.passed for check in checks):
         trainer.stop_early(maker, context.partition_key)
     maker.remember_input(context.partition_key, tokens=output.key)

@@ -10,7 +10,8 @@ from storage.objects import Stat
 from storage.records import Record, folder_url, from_json
 
 # Top folders of a store. What else lies in a local one may be the home.
-FOLDERS = ("corpora", "tokens", "eval_items", "runs", "models")
+CLAIMS = ".claims"  # of whoever is making an output
+FOLDERS = ("corpora", "tokens", "eval_items", "runs", "models", CLAIMS)
 RUNS_OWN = ("config.json", "inputs.json", "definition.json")  # beside a run's record
 TOKENS_OWN = ("plan.json", "complete.json")
 PARTIAL = re.compile(r"(^|/)(\.[^/]*\.partial|\.writable-[^/]*|[^/]*\.part(ial)?)$")
@@ -111,7 +112,7 @@ def _kind(path: str, key: str, known: frozenset[str], mentioned: set[str], done:
         return "recorded"
     if PARTIAL.search(path):
         return "partial"
-    if parts[0] == "tokens" and parts[2:3] == ["pieces"]:
+    if parts[0] == CLAIMS or (parts[0] == "tokens" and parts[2:3] == ["pieces"]):
         return "claim"
     if parts[0] == "runs" and parts[2:3] == ["checkpoints"]:
         return "own" if folder in done else "torn checkpoint"

@@ -70,8 +70,8 @@ def _reason(entry: Entry, found: Contents, kept: set[str]) -> tuple[str, str] | 
             return "unfinished upload", entry.path
         case "torn checkpoint":
             return "torn checkpoint", folder
-        case "claim" if entry.key in found.known:
-            return "orphan claims", f"{entry.key}/pieces"
+        case "claim" if entry.key in found.known or not entry.key:
+            return "orphan claims", f"{entry.key}/pieces" if entry.key else folder
         case "foreign" if not superseded:
             return "foreign file", entry.path
         case "unfinished" if entry.key not in kept and not _is_weights(entry.key):

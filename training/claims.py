@@ -1,8 +1,9 @@
 """Which of several machines does a piece of work, and who takes it over from one that died?
 
 A claim is an object that only one machine can create. Its owner renews it while it works; whoever has seen it
-unchanged for the length of a lease takes the work over with the next claim on it. Clocks are not compared: each
-machine counts by its own. Work done twice is wasted, never wrong: what is claimed here gives the same bytes.
+unchanged for the length of a lease takes the work over with the next claim on it; on the owner's own machine, whoever
+sees that its process is gone does so at once. Clocks are not compared: each machine counts by its own. Work done twice
+is wasted, never wrong: what is claimed here gives the same bytes.
 """
 
 import json
@@ -68,8 +69,19 @@ class Claims:
         self.beats += 1
         return json.dumps({"owner": self.owner, "beat": self.beats}).encode()
 
+    def owner_of(self, name: str) -> str:
+        """Who has made the last claim on `name`: host:process:digits; "" where there is none."""
+        claims = objects.list_files(objects.join(self.place, name))
+        try:
+            return str(objects.read_json(objects.join(self.place, name, claims[-1].path))["owner"]) if claims else ""
+        except FileNotFoundError:  # released since
+            return ""
+
     def _is_dead(self, name: str, last: objects.Stat) -> bool:
-        """Whether the last claim has shown no sign of life for a lease, as long as we have watched it."""
+        """Whether the last claim's process is gone from here, or was silent for a lease, as long as we watched it."""
+        host, _, process = self.owner_of(name).partition(":")
+        if host == socket.gethostname() and not os.path.exists(f"/proc/{process.split(':')[0]}"):
+            return True
         now = time.monotonic()
         state = f"{last.path} {last.modified}"
         if self.seen.get(name, ("", now))[0] != state:
