@@ -11,6 +11,7 @@ from assets import trainer
 from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
 from storage import objects, records, shards, sources, tokenizer, verification
+from storage.documents import lookup_of
 from storage.records import Record
 from training import tokenization
 from training.config import RunConfig
@@ -72,6 +73,8 @@ def token_shards(
     if not all(check.passed for check in checks):
         trainer.stop_early(maker, context.partition_key)
     maker.remember_input(context.partition_key, tokens=output.key)
+    if not made.reused and documents.metrics["text_bytes"]:  # seconds now, for answers in milliseconds later
+        lookup_of(maker.places.store, made.record, maker.places.home)
     return materialize(made, checks, dict(made.record.metrics))
 
 

@@ -90,6 +90,25 @@ def test_an_input_whose_record_is_gone_is_said(store, lineage):
     assert documents.replaced and documents.job == "" and documents.key == "corpora/c/documents"
 
 
+def test_the_revision_on_the_hub_and_the_files_are_told(store, lineage):
+    details = {"url": "https://huggingface.co/datasets/a/b", "revision": "abc123", "text_bytes": 5}
+    make(store, "corpora/c/documents", "documents", metrics=details)
+    lineage.ingest(store)
+    node = lineage.ancestry("corpora/c/documents")
+    assert (node.facts["url"], node.facts["revision"]) == (details["url"], "abc123")
+    assert node.files == ({"path": "documents.bin", "bytes": 10, "sha256": "ab" * 32},)
+
+
+def test_what_was_changed_since_is_named():
+    record = Record(
+        "a", "k", "f", "1", {"train": {"lr": 0.1, "steps": 5}, "gone": 1}, [Parent("p", "1" * 64)], [], "", ""
+    )
+    now = ("2", {"train": {"lr": 0.2, "steps": 5}, "new": [1, 2]}, [Parent("p", "2" * 64)])
+    assert records.changes(record, *now)[:3] == ["code version 1 → 2", "train.lr 0.1 → 0.2", "gone 1 → none"]
+    assert records.changes(record, *now)[3].startswith("new none → 2 of digest ")
+    assert records.changes(record, *now)[4:] == ["p 11111111 → 22222222"]
+
+
 def test_only_changes_are_taken_in(store, lineage, monkeypatch):
     parents = make_chain(store)
     lineage.ingest(store)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,26 @@ def test_a_document_is_followed_to_models_and_scores(finished, tmp_path):
 def test_the_index_lies_in_the_home_and_nothing_else_is_left(finished):
     home = Path(places(finished.store).home)
     assert {p.name for p in home.iterdir() if "lineage" in p.name} == {"lineage.duckdb", "lineage.lock"}
+
+
+def test_two_runs_are_told_apart_by_data_code_configuration_and_environment(finished, tmp_path):
+    """A copy of the run whose records say that it was made otherwise."""
+    store = tmp_path / "store"
+    shutil.copytree(finished.store, store)
+    shutil.copytree(store / "runs/tiny", store / "runs/other")
+    for path in (store / "runs/other").rglob("*record.json"):
+        record = json.loads(path.read_text().replace("runs/tiny", "runs/other"))
+        record |= {"commit": "f" * 40, "versions": record["versions"] | {"torch": "1.0"}}
+        path.write_text(json.dumps(record))
+    config = json.loads((store / "runs/other/config.json").read_text())
+    config["train"]["lr"] /= 2
+    (store / "runs/other/config.json").write_text(json.dumps(config))
+    done = gpt2("compare", "tiny", "other", "--store", str(store), "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    found = {(d["area"], d["key"]): (d["left"], d["right"]) for d in told["differences"]["other"]}
+    assert found["configuration", "train.lr"] == ("0.005", "0.0025")
+    assert found["environment", "torch"][1] == "1.0"
+    assert found["code", "commit"][1].startswith("ffffffffffff")
+    assert not any(area == "data" for area, _ in found)
+    assert {s["verdict"] for s in told["scores"]} == {"equal"}
