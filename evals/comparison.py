@@ -132,11 +132,12 @@ def _values_of(row: Mapping[str, Any], share: Mapping[str, float]) -> Iterable[t
         yield "loss", (row["window"], row["tokens"]), -row["logprob"] / share["tokens"]
         yield "bits_per_byte", (row["window"], row["bytes"]), -row["logprob"] / math.log(2) / share["bytes"]
     elif "protocol" in row:  # HellaSwag and items in its format
-        yield f"{row['protocol']}_acc", row["ind"], float(row["correct"])
-        yield f"{row['protocol']}_acc_norm", row["ind"], float(row["correct_norm"])
+        item = (row["ind"], row.get("label"))  # items made from another corpus have the same numbers, not answers
+        yield f"{row['protocol']}_acc", item, float(row["correct"])
+        yield f"{row['protocol']}_acc_norm", item, float(row["correct_norm"])
     elif "metrics" in row:  # lm-eval
         for metric, value in json.loads(row["metrics"]).items():
             name = f"{row['task']}/{metric}" + ("" if row["filter"] == "none" else f",{row['filter']}")
-            yield name, row["item"], float(value)
+            yield name, (row["item"], row.get("target")), float(value)
     else:  # CORE
         yield row["task"], row["item"], float(row["correct"])

@@ -50,6 +50,8 @@ def test_other_items_are_not_paired() -> None:
     rows = [{"protocol": "harness", "ind": n, "correct": n % 2 == 0, "correct_norm": True} for n in range(6)]
     assert set(paired(rows, rows)) == {"harness_acc", "harness_acc_norm"}
     assert paired(rows, rows[:5]) == {}
+    labelled, others = ([{**row, "label": (row["ind"] + more) % 4} for row in rows] for more in (0, 1))
+    assert paired(labelled, labelled) and not paired(labelled, others)  # as many, but made from another corpus
     core = [{"task": "piqa", "item": n, "correct": True} for n in range(3)]
     lm_eval = [{"task": "piqa", "item": n, "filter": "none", "metrics": '{"acc": 1.0}'} for n in range(3)]
     assert set(paired(core, core)) == {"piqa"} and set(paired(lm_eval, lm_eval)) == {"piqa/acc"}
