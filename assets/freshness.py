@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
-from assets import checks, corpus, items, model, report, scores, tokens, trainer
+from assets import checks, corpus, items, model, report, samples, scores, tokens, trainer
 from assets.asked import Missing, asked
 from assets.baselines import beside
+from assets.card import outputs_of
 from assets.making import Maker, Output
+from evals import core_bundle
 from storage import records, sources
 from storage.records import Record
 from training.config import SUITES, RunConfig
@@ -77,6 +79,8 @@ def stages(maker: Maker, name: str) -> list[Stage]:
     run.look("trained_model", lambda: trainer.trained_output(name, config, run.last("token_shards")), f"runs/{name}")
     export = f"runs/{name}/export"
     run.look("hf_model", lambda: model.export_output(name, config, run.last("trained_model")), export)
+    written = partial(samples.samples_output, name, config)
+    run.look("samples", lambda: written(run.last("trained_model")), f"runs/{name}/samples")
     for suite in SUITES:
         if suite not in ("hellaswag", "core") or getattr(config.evals, suite):
             run.look(suite, partial(_score, run, suite, config), f"runs/{name}/scores/{suite}")
@@ -91,6 +95,8 @@ def _items(run: _Run, config: RunConfig) -> Output:
 
 
 def _score(run: _Run, suite: str, config: RunConfig) -> Output:
+    if suite == "core" and not core_bundle.is_there(config.evals.core):
+        raise NotThere(f"its data is not in {config.evals.core} yet")  # to ask is not to fetch it
     questions = asked(run.maker, suite, config.evals, run.name)
     if isinstance(questions, Missing):
         raise NotThere(questions.reason)
@@ -104,5 +110,5 @@ def _inspection(run: _Run, config: RunConfig) -> Output:
 
 def _report(run: _Run) -> Output:
     run.last("hf_model")
-    parts = report.outputs_of(run.maker, run.name)
+    parts = outputs_of(run.maker, run.name)
     return report.report_output(run.name, parts, beside(run.maker, run.name, parts))

@@ -10,6 +10,8 @@ from typing import Any
 import dagster as dg
 
 from assets import trainer
+from assets.card import FILE as CARD
+from assets.card import write_card
 from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
 from assets.resources import RUNS, Event
 from assets.tokens import validation_shard
@@ -153,10 +155,12 @@ def hf_model(
             progress,
         )
         check = objects.read_json(objects.join(folder, "export_check.json"))
-        paths = [s.path for s in objects.list_files(folder) if not s.path.startswith((".", "record.json"))]
+        paths = [s.path for s in objects.list_files(folder) if not s.path.startswith((".", "record.json", CARD))]
         return Produced(paths=paths, metrics={"parameters": run.model.parameters, **check})
 
     made, checks = maker.make(config, output, produce, [LOGITS_AGREE])
+    if not made.reused and all(check.passed for check in checks):
+        write_card(maker, name)
     return materialize(made, checks, dict(made.record.metrics))
 
 

@@ -8,15 +8,17 @@ from typing import Any
 import dagster as dg
 
 from assets.baselines import Beside, baseline, beside, items, page
+from assets.card import outputs_of, with_ancestors, write_card
 from assets.checks import PAGE
 from assets.making import Maker, Output, Produced, StageConfig, describe, image
 from assets.resources import RUNS, Event
+from assets.samples import read as read_samples
 from evals import report as pages
 from storage import objects, records
 from storage.records import Record
 from training.config import SUITES, to_dict
 
-VERSION = "2"
+VERSION = "3"
 
 
 @dg.op(ins={"scores": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), code_version=VERSION)
@@ -29,6 +31,7 @@ def write_report(context: dg.OpExecutionContext, config: StageConfig, maker: dg.
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         folder = maker.folder(output.key)
+        write_card(maker, run)  # the model's, with the scores that are there now
         made = pages.build(report_data(maker, run, parts, others), folder)
         return Produced(paths=[url.removeprefix(folder).lstrip("/") for url in made.files])
 
@@ -41,14 +44,6 @@ def report_output(run: str, parts: Sequence[Record], others: Sequence[Beside]) -
     return Output("report", f"runs/{run}/report", VERSION, {}, [*parts, *compared])
 
 
-def outputs_of(maker: Maker, run: str) -> list[Record]:
-    """What a page about a run is made from: its weights, their export, its scores and the look at its corpus."""
-    keys = [f"runs/{run}/scores/{suite}" for suite in SUITES] + [maker.inputs(run).get("inspection", "")]
-    found = [records.read_record(maker.places.store, key) for key in keys if key]
-    trained = maker.parent(f"runs/{run}", "trained_model")
-    return [trained, maker.parent(f"runs/{run}/export", "hf_model"), *(record for record in found if record)]
-
-
 @dg.op(ins={"score": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))
 def scored() -> None:
     """A suite is done."""
@@ -58,10 +53,16 @@ def scored() -> None:
     partitions_def=RUNS,
     group_name="evals",
     kinds={"html"},
-    ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in (*SUITES, "inspection")},
+    ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in (*SUITES, "samples", "inspection")},
 )
 def report(
-    validation_loss: Any, hellaswag: Any, completion_demo: Any, eleuther: Any, core: Any, inspection: Any
+    validation_loss: Any,
+    hellaswag: Any,
+    completion_demo: Any,
+    eleuther: Any,
+    core: Any,
+    samples: Any,
+    inspection: Any,
 ) -> Any:
     """One self-contained page and its figures. It waits for all, and is made without an unmade one."""
     # Dagster passes a step over when the source of one of its inputs was, as HellaSwag and CORE may be. The suites
@@ -72,6 +73,7 @@ def report(
         "completion_demo": completion_demo,
         "eleuther": eleuther,
         "core": core,
+        "samples": samples,
         "inspection": inspection,
     }
     return write_report(scores=[scored.alias(f"{name}_done")(suite) for name, suite in suites.items()])
@@ -91,8 +93,9 @@ def report_data(maker: Maker, run: str, outputs: Sequence[Record], others: Seque
         scores={name: page(store, score) for name, score in scores.items()},
         items={name: items(store, score) for name, score in scores.items()},
         samples=objects.read_text(objects.join(folder, "samples.txt")),
+        unicorns="".join(read_samples(maker, r) for r in outputs if r.asset == "samples"),
         inspection=_inspection(maker, outputs),
-        records=[asdict(record) for record in _with_ancestors(maker, outputs)],
+        records=[asdict(record) for record in with_ancestors(maker, outputs)],
         baselines=[baseline(store, other) for other in others],
     )
 
@@ -103,18 +106,6 @@ def _inspection(maker: Maker, outputs: Sequence[Record]) -> dict[str, Any]:
         if record.asset == "inspection":
             return dict(objects.read_json(records.file_url(maker.places.store, record.key, PAGE)))
     return {}
-
-
-def _with_ancestors(maker: Maker, outputs: Sequence[Record]) -> list[Record]:
-    found = {record.key: record for record in outputs}
-    waiting = [parent.key for record in outputs for parent in record.parents]
-    while waiting:
-        key = waiting.pop()
-        if key not in found:
-            record = maker.parent(key, key)
-            found[key] = record
-            waiting += [parent.key for parent in record.parents]
-    return list(found.values())
 
 
 def _figures(folder: str) -> dict[str, Any]:

@@ -29,6 +29,11 @@ def bundle(folder: str) -> str:
     return folder if objects.exists(objects.join(folder, "core.yaml")) else fetch(folder)
 
 
+def is_there(folder: str) -> bool:
+    """Whether it needs no network any more."""
+    return any(objects.exists(objects.join(folder, *inside, "core.yaml")) for inside in ((), (NAME,)))
+
+
 def fetch(cache: str) -> str:
     """The bundle under `cache`, a local folder, downloaded where it is not there yet.
 

@@ -31,7 +31,8 @@ class ReportData:
     metrics: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # suite -> score JSON
     items: Mapping[str, Rows] = field(default_factory=dict)  # suite -> per-item rows; scores are compared by them
-    samples: str = ""
+    samples: str = ""  # written while training, in blocks headed by their step
+    unicorns: str = ""  # the finished model's, from one prompt, in blocks headed by their number
     inspection: Mapping[str, Any] = field(default_factory=dict)  # what stands in the corpus, as inspection.json has it
     records: Sequence[Mapping[str, Any]] = ()  # of the run's outputs and of all that they were made from
     baselines: Sequence[Baseline] = ()

@@ -38,7 +38,7 @@ def page(
             + _scores_table(runs)
             + _comparison_table(comparisons),
         ),
-        _section("Samples", _samples(lead.samples)),
+        _section("Samples", _samples(lead)),
         _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(records)),
         _section("Data", _data_tiles(lead, records) + _inspection(lead, by_name)),
         _section("Lineage", report_lineage.picture(lead.records) + _records_table(records)),
@@ -231,18 +231,26 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class='scroll'><table><thead><tr>{top}</tr></thead><tbody>\n{lines}</tbody></table></div>\n"
 
 
-def _samples(text: str) -> str:
-    """samples.txt holds blocks headed `=== step N ===`."""
+def _samples(run: "ReportData") -> str:
+    """The finished model's texts from one prompt, then what it wrote while training, the last first."""
+    prompted, earlier = _blocks(run.unicorns), _blocks(run.samples)[::-1]
+    return _quotes(prompted, 4, "more samples") + _quotes(earlier, 1 if prompted else 4, "samples while training")
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Heads and texts of blocks that begin with `=== head ===`."""
     blocks = re.split(r"(?m)^=== (.+?) ===$", text)
     parts = [("", blocks[0])] if blocks[0].strip() else []
-    parts += list(zip(blocks[1::2], blocks[2::2], strict=True))
+    return [(head, body) for head, body in [*parts, *zip(blocks[1::2], blocks[2::2], strict=True)] if body.strip()]
+
+
+def _quotes(blocks: Sequence[tuple[str, str]], most: int, rest: str) -> str:
     quotes = [
         f"<figure class='sample'><figcaption>{_text(head)}</figcaption><pre>{_text(body.strip())}</pre></figure>"
-        for head, body in parts[::-1]
-        if body.strip()
+        for head, body in blocks
     ]
-    more = f"<details><summary>{len(quotes) - 4} earlier samples</summary>{''.join(quotes[4:])}</details>"
-    return "".join(quotes[:4]) + (more if len(quotes) > 4 else "")
+    more = f"<details><summary>{len(quotes) - most} {rest}</summary>{''.join(quotes[most:])}</details>"
+    return "".join(quotes[:most]) + (more if len(quotes) > most else "")
 
 
 COSTS = {"gpu_hours": "{:.3g}", "dollars": "${:,.2f}", "joules": "{:,.0f} J"}

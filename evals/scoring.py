@@ -10,7 +10,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,8 +126,7 @@ class Scorer:
         else:
             mask = _tree_mask(segments, self.model.module.dtype)
             attention = {"attention_mask": mask, "position_ids": positions}
-        places, targets = _targets(rows)
-        picks = _picks(places, targets, self.piece[0], self.model.device)
+        picks = _picks(_targets(rows), self.piece[0], self.model.device)
         picked = self._run(tokens, attention)[picks.rows, picks.columns]  # (M, C) or (M, V)
         return Output([branch for row in rows for branch in row.branches], *self._token_logprobs(picked, picks))
 
@@ -253,21 +254,30 @@ def _pack(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tens
     width = max(row.length for row in rows)
     if any(len(row.branches) > 1 for row in rows):
         width = -(-width // 8) * 8  # attention kernels want a mask whose rows are aligned
-    tokens, positions, segments = [], [], []
-    for row in rows:
-        size = len(row.context)
-        line, place, segment = list(row.context), list(range(size)), [0] * size
-        for number, branch in enumerate(row.branches, start=1):
-            inner = len(branch.tokens) - 1
-            line += branch.tokens[:-1]
-            place += range(size, size + inner)
-            segment += [number] * inner
-        rest = width - len(line)
-        tokens.append(line + [pad] * rest)
-        positions.append(place + [0] * rest)
-        segments.append(segment + [len(row.branches) + 1] * rest)
-    packed = torch.tensor([tokens, positions, segments]).to(device)
-    return packed[0], packed[1], packed[2]
+    # a row's pieces: the context, then each branch without its last token, which goes on after the context
+    pieces = [[row.context, *(branch.tokens[:-1] for branch in row.branches)] for row in rows]
+    sizes = np.array([len(piece) for line in pieces for piece in line])
+    bases = np.array([0 if not n else len(line[0]) for line in pieces for n in range(len(line))])
+    numbers = np.array([n for line in pieces for n in range(len(line))])
+    filled = np.arange(width) < np.array([row.length for row in rows])[:, None]
+    packed = np.zeros((3, len(rows), width), dtype=np.int64)
+    packed[0], packed[2] = pad, np.array([len(line) for line in pieces])[:, None]
+    packed[0][filled] = np.fromiter(chain.from_iterable(chain.from_iterable(pieces)), np.int64)
+    packed[1][filled] = np.repeat(bases, sizes) + _counted(sizes)
+    packed[2][filled] = np.repeat(numbers, sizes)
+    tokens, positions, segments = _send(packed, device)
+    return tokens, positions, segments
+
+
+def _send(values: np.ndarray, device: torch.device) -> Tensor:
+    """To the device; to a GPU without waiting for what it works on, so that the next batch is packed meanwhile."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _counted(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, … within each of consecutive pieces of these sizes."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _tree_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
@@ -280,19 +290,22 @@ def _tree_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def _targets(rows: list[Row]) -> tuple[list[tuple[int, int]], list[int]]:
-    """(row, position) whose output predicts each continuation token, and that token; branch by branch."""
-    places: list[tuple[int, int]] = []
-    targets: list[int] = []
-    for index, row in enumerate(rows):
-        start = len(row.context)
-        for branch in row.branches:
-            inner = len(branch.tokens) - 1
-            places.append((index, len(row.context) - 1))
-            places += [(index, start + i) for i in range(inner)]
-            targets += branch.tokens
-            start += inner
-    return places, targets
+def _targets(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row and position, (N,) each, whose output predicts a continuation token, and that token; branch by branch."""
+    sizes = np.array([len(branch.tokens) for row in rows for branch in row.branches])
+    ends = np.repeat([len(row.context) - 1 for row in rows], [len(row.branches) for row in rows])
+    starts = np.concatenate([len(row.context) + _begins(row.branches) for row in rows])
+    offset = _counted(sizes)
+    positions = np.where(offset == 0, np.repeat(ends, sizes), np.repeat(starts, sizes) + offset - 1)
+    owners = np.repeat(np.repeat(np.arange(len(rows)), [len(row.branches) for row in rows]), sizes)
+    tokens = chain.from_iterable(branch.tokens for row in rows for branch in row.branches)
+    return owners, positions, np.fromiter(tokens, np.int64, len(owners))
+
+
+def _begins(branches: Sequence[Branch]) -> np.ndarray:
+    """Where each branch's inputs begin behind the context."""
+    inner = np.array([len(branch.tokens) - 1 for branch in branches])
+    return np.cumsum(inner) - inner
 
 
 @dataclass(frozen=True)
@@ -307,26 +320,33 @@ class Picks:
     back: Tensor  # (N,) from that order to the branches'
 
 
-def _picks(places: list[tuple[int, int]], targets: list[int], chunk: int, device: torch.device) -> Picks:
-    numbers = {place: number for number, place in enumerate(dict.fromkeys(places))}
-    owners = torch.tensor([numbers[place] for place in places])
-    order = owners.argsort(stable=True)
-    owners, wanted = owners[order], torch.tensor(targets)[order]
-    sizes = torch.bincount(owners // chunk, minlength=-(-len(numbers) // chunk)).tolist()
-    rows, columns = torch.tensor(list(numbers)).T
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order))
-    local = owners % chunk
-    return Picks(rows.to(device), columns.to(device), local.to(device), wanted.to(device), sizes, back.to(device))
+def _picks(targets: tuple[np.ndarray, np.ndarray, np.ndarray], chunk: int, device: torch.device) -> Picks:
+    rows, positions, tokens = targets
+    width = int(positions.max()) + 1
+    places, owners = np.unique(rows * width + positions, return_inverse=True)
+    order = np.argsort(owners, kind="stable")
+    owners = owners[order]
+    sizes = np.bincount(owners // chunk, minlength=-(-len(places) // chunk)).tolist()
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return Picks(
+        _send(places // width, device),
+        _send(places % width, device),
+        _send(owners % chunk, device),
+        _send(tokens[order], device),
+        sizes,
+        _send(back, device),
+    )
 
 
 def _by_branch(outputs: Sequence[Output]) -> Iterator[tuple[Branch, float, bool]]:
     """Sums over each continuation's tokens; here the device is waited for."""
     for output in outputs:
-        sizes = [len(branch.tokens) for branch in output.branches]
-        sums = [part.sum().item() for part in output.logprobs.cpu().split(sizes)]
-        greedy = [bool(part.all()) for part in output.greedy.cpu().split(sizes)]
-        yield from zip(output.branches, sums, greedy, strict=True)
+        sizes = np.array([len(branch.tokens) for branch in output.branches])
+        starts = np.cumsum(sizes) - sizes
+        sums = np.add.reduceat(output.logprobs.cpu().numpy(), starts)
+        greedy = np.logical_and.reduceat(output.greedy.cpu().numpy(), starts)
+        yield from zip(output.branches, sums.tolist(), greedy.tolist(), strict=True)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets import checks, corpus, model, scores, tokens
+from assets import checks, corpus, model, samples, scores, tokens
 from assets.making import Maker
 from assets.models import score_models
 from assets.report import report
@@ -19,6 +19,7 @@ ASSETS = [
     corpus.eval_items,
     model.trained_model,
     model.hf_model,
+    samples.samples,
     scores.validation_loss,
     scores.hellaswag,
     scores.completion_demo,

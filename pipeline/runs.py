@@ -165,7 +165,11 @@ def check_inputs(places: Places, run: str, config: RunConfig, names: Sequence[st
     """Refuse to run single stages of a run where what they read has not been made."""
     there = objects.join(places.store, "runs", run)
     reads = {"documents": "inputs.json", "trained_model": "record.json", "hf_model": "export/record.json"}
-    readers = {"documents": {*names}, "trained_model": {"hf_model", "report"}, "hf_model": {*SUITES, "report"}}
+    readers = {
+        "documents": {*names},
+        "trained_model": {"hf_model", "samples", "report"},
+        "hf_model": {*SUITES, "report"},
+    }
     for made, file in reads.items():
         wanted = readers[made] & {*names}
         if wanted and made not in names and not objects.exists(objects.join(there, file)):

@@ -150,6 +150,8 @@ def summary(record: Record) -> str:
             return f"{metrics['parameters']:,} parameters, validation loss {before:.3f} → {after:.3f}"
         case "hf_model":
             return f"{metrics['parameters']:,} parameters, logits within {metrics['max_difference']:.1e}"
+        case "samples":
+            return f"{record.rows} texts of {metrics['tokens_each']} tokens"
         case "model":
             return f"{metrics['name']} from {metrics['source']}"
         case "inspection":

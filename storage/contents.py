@@ -13,6 +13,7 @@ from storage.records import Record, folder_url, from_json
 CLAIMS = ".claims"  # of whoever is making an output
 FOLDERS = ("corpora", "tokens", "eval_items", "runs", "models", CLAIMS)
 RUNS_OWN = ("config.json", "inputs.json", "definition.json")  # beside a run's record
+CARD = "README.md"  # beside a run's exported weights: it is written again with every new score
 TOKENS_OWN = ("plan.json", "complete.json")
 PARTIAL = re.compile(r"(^|/)(\.[^/]*\.partial|\.writable-[^/]*|[^/]*\.part(ial)?)$")
 
@@ -96,7 +97,7 @@ def key_of(path: str, known: frozenset[str]) -> str:
             return "/".join(parts[:2]) if len(parts) > 2 else ""
         case "runs" if len(parts) == 3 or (len(parts) > 3 and parts[2] == "checkpoints"):
             return "/".join(parts[:2])
-        case "runs" if len(parts) > 3 and parts[2] in ("export", "report"):
+        case "runs" if len(parts) > 3 and parts[2] in ("export", "report", "samples"):
             return "/".join(parts[:3])
         case "runs":
             return folder if len(parts) > 3 else ""
@@ -117,6 +118,8 @@ def _kind(path: str, key: str, known: frozenset[str], mentioned: set[str], done:
     if parts[0] == "runs" and parts[2:3] == ["checkpoints"]:
         return "own" if folder in done else "torn checkpoint"
     if (parts[0] == "runs" and parts[2:] == [name] and name in RUNS_OWN) or name == ".staged.json":
+        return "own"
+    if parts[0] == "runs" and parts[2:] == ["export", CARD]:
         return "own"
     if parts[0] == "tokens" and parts[2:] == [name] and name in TOKENS_OWN:
         return "own"

@@ -105,3 +105,31 @@ def fetch(model: Model) -> str:
     # its main branch first: the client remembers its commit, for when there is no network
     folder = snapshot_download(repo, **given)
     return str(folder if Path(folder).name == commit else snapshot_download(repo, revision=commit, **given))
+
+
+def push(folder: str, repo: str, message: str) -> str:
+    """Put a model folder into a repository on the hub, made private where it is new -> the commit's URL.
+
+    Raises ValueError without a token, or where the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    check_push(repo)
+    api = HfApi(endpoint=endpoint(), token=os.environ["HF_TOKEN"])
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=["record.json", ".*"]
+        )
+    except (HTTPError, HFValidationError) as error:
+        raise ValueError(f"{repo} can't be pushed to {endpoint()}: {error}; may HF_TOKEN write there?") from error
+    return str(done.commit_url)
+
+
+def check_push(repo: str) -> None:
+    """Raises ValueError for a name that is no repository's, and without a token."""
+    if repo.count("/") != 1 or not all(part == safe_name(part) for part in repo.split("/")):
+        raise ValueError(f"--push-to {repo}: write OWNER/NAME, a repository on the hub")
+    if not os.environ.get("HF_TOKEN"):
+        raise ValueError("--push-to needs a token that may write on the hub: set HF_TOKEN")

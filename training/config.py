@@ -115,7 +115,7 @@ class TrainConfig:
     val_sequences: int = 128  # a batch of -m: 16 sequences on each of 8 GPUs in the run to reproduce
     hellaswag: bool = False  # -h: HellaSwag's accuracy with each validation loss
     sample_every: int = 0  # -s: steps; 0: only at the end
-    sample_tokens: int = 384  # -g
+    sample_tokens: int = 384  # -g: of each sample while training, and of each of the finished model's
     health_every: int = 100  # steps between two looks at the layers' extremes; 0: never
     checkpoint_every: int = 2000  # -n: steps; the last step always
     keep_checkpoints: int = 2  # -nk: the newest that stay
@@ -134,6 +134,16 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr} must be above 0")
+
+
+# The prompt of GPT-2's best-known sample, and how its texts were drawn: 20 of them are made of every run.
+UNICORN = (
+    "In a shocking finding, scientist discovered a herd of unicorns living in a remote, previously unexplored "
+    "valley, in the Andes Mountains. Even more surprising to the researchers was the fact that the unicorns spoke "
+    "perfect English."
+)
+TEMPERATURE, TOP_K = 1.0, 40
+SAMPLES = 20
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def _maker(place: Places) -> "Maker":
 
 def _read(place: Places, run: str) -> "ReportData":
     from assets.baselines import beside
-    from assets.report import outputs_of, report_data
+    from assets.card import outputs_of
+    from assets.report import report_data
 
     runs.existing(place, run)
     outputs = outputs_of(_maker(place), run)
@@ -118,7 +119,7 @@ def _read(place: Places, run: str) -> "ReportData":
 def _models(place: Places, run: str) -> "dict[str, list[Baseline]]":
     """Models that were asked what the run was, by name."""
     from assets.baselines import asked_the_same, baseline
-    from assets.report import outputs_of
+    from assets.card import outputs_of
 
     found: dict[str, list[Baseline]] = {}
     for other in asked_the_same(_maker(place), run, outputs_of(_maker(place), run)):

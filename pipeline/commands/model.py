@@ -1,4 +1,4 @@
-"""Commands about recipes and models: `gpt2 recipes`, `gpt2 plan`, `gpt2 bench`, `gpt2 sample`."""
+"""Commands about recipes and models: `gpt2 recipes`, `gpt2 plan`, `gpt2 bench`, `gpt2 sample`, `gpt2 export`."""
 
 import json
 import os
@@ -11,20 +11,22 @@ import typer
 from rich.table import Table
 
 from assets.failures import ProcessFailed
+from pipeline import runs
 from pipeline.commands.run import JsonOption, StoreOption
 from pipeline.terminal import console
-from storage import objects
-from storage.places import places
+from storage import models, objects
+from storage.places import Places, places
 from training import launch, recipes
 from training import plan as planning
-from training.config import RunConfig, override, settable_keys, to_dict
+from training.config import TEMPERATURE, TOP_K, UNICORN, RunConfig, override, settable_keys, to_dict
 
 
 def add_to(app: typer.Typer) -> None:
     app.command("recipes")(list_recipes)
     app.command("plan")(plan)
     app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
-    app.command("sample", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sample)
+    app.command("sample")(sample)
+    app.command("export")(export)
 
 
 def list_recipes(
@@ -148,15 +150,80 @@ def bench(
 
 
 def sample(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A run in the store, or a model folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
+    model: Annotated[str, typer.Argument(metavar="RUN|FOLDER|HUB_NAME", help="A run, a model folder, or the hub's.")],
+    prompt: Annotated[
+        str, typer.Argument(help='Text to continue; "" starts a document.', show_default="GPT-2's unicorns")
+    ] = UNICORN,
+    tokens: Annotated[int, typer.Option(help="To write.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = TEMPERATURE,
+    top_k: Annotated[int, typer.Option(help="Draw from the likeliest ones only; 0: from all.")] = TOP_K,
+    top_p: Annotated[float, typer.Option(help="Of these, from the likeliest with this share of the mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    count: Annotated[int, typer.Option(help="Texts, made together.")] = 1,
     store: StoreOption = None,
 ) -> None:
-    """Let a model write. More options (--tokens, --temperature, --top-k, --top-p, --seed) go to the sampler."""
+    """Let a model write, token by token as they come."""
+    options = {"tokens": tokens, "temperature": temperature, "top-k": top_k, "top-p": top_p, "seed": seed}
+    arguments = [f"--{name}={value}" for name, value in (options | {"count": count}).items()]
+    folder = _model_folder(places(store), model)
+    os.execv(sys.executable, [sys.executable, "-m", "training.sample", *arguments, "--", folder, prompt])
+
+
+def _model_folder(place: Places, name: str) -> str:
+    """A run's folder, or its export where its checkpoints lie on another machine; else a folder, or the hub's."""
+    folder = place.local_folder(objects.join(place.store, "runs", name))
+    if os.path.isdir(os.path.join(folder, "checkpoints")):
+        return folder
+    if runs.stored(place, name) is not None:
+        return _staged_export(place, name)
+    return models.fetch(models.resolve(name))
+
+
+def _staged_export(place: Places, run: str) -> str:
+    from assets.making import Maker  # Dagster takes a second to load
+    from assets.resources import Launcher, Silent
+
+    maker = Maker(place, Launcher(), Silent())
+    return maker.stage(maker.parent(f"runs/{run}/export", "hf_model"))
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run in the store.")],
+    out: Annotated[
+        str | None, typer.Option(help="A folder for Hugging Face's format, or a name ending in .bin for llm.c's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of --out: fp32 or bf16.")] = "fp32",
+    push_to: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Put the run's hf_model on the hub; needs HF_TOKEN.")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Write a run's model in another dtype or in llm.c's format, or push its Hugging Face folder to the hub."""
     place = places(store)
-    folder = place.local_folder(objects.join(place.store, "runs", model))
-    target = folder if os.path.isdir(folder) else model
-    if not os.path.isdir(target):
-        raise ValueError(f"no run {model!r} in {place.store} and no such folder: `gpt2 run` makes a run")
-    os.execv(sys.executable, [sys.executable, "-m", "training.sample", target, prompt, *context.args])
+    runs.existing(place, run)
+    if not out and not push_to:
+        folder = objects.join(place.store, "runs", run, "export")
+        raise ValueError(f"say where to: --out FOLDER, --out MODEL.bin or --push-to OWNER/NAME ({folder} is there)")
+    if push_to:
+        models.check_push(push_to)
+        print(_push(place, run, push_to))
+    if out:
+        _export(place, run, out, dtype)
+
+
+def _push(place: Places, run: str, repo: str) -> str:
+    from assets.card import write_card
+    from assets.making import Maker
+    from assets.resources import Launcher, Silent
+
+    folder = _staged_export(place, run)
+    write_card(Maker(place, Launcher(), Silent()), run)
+    return models.push(folder, repo, f"Export of {run}")
+
+
+def _export(place: Places, run: str, out: str, dtype: str) -> None:
+    """The newest checkpoint is exported where it is; elsewhere the exported model serves."""
+    shard = objects.join(place.store, runs.tokens_of(place, run))
+    names = [s.path for s in objects.list_files(shard, "_val_000000.bin")]
+    arguments = ["--out", out, "--dtype", dtype, "--tokens", objects.join(shard, names[0])]
+    os.execv(sys.executable, [sys.executable, "-m", "training.export", _model_folder(place, run), *arguments])
