@@ -103,7 +103,9 @@ def test_dagster_remembers_the_run_its_checks_and_its_metadata(
         ]
         blocking = {(e.asset_key.to_user_string(), e.passed) for e in evaluations if e.blocking}
         unscored = {("hellaswag", False), ("core", False)}
-        assert blocking == {(name, True) for name in STAGES if name not in ("inspection", "report", "samples")} | unscored
+        assert (
+            blocking == {(name, True) for name in STAGES if name not in ("inspection", "report", "samples")} | unscored
+        )
         looked_at = {e.check_name: e.metadata for e in evaluations if not e.blocking}
         assert looked_at["eval_items_are_absent"]["completion_demo_items"].value == 12
         assert looked_at["documents_are_distinct"]["documents"].value == 560
