@@ -57,10 +57,6 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _unbroken(value: str) -> str:
-    return _text(value).replace(" ", "\u00a0").replace("-", "\u2011")
-
-
 def _section(title: str, content: str) -> str:
     return f"<section><h2>{_text(title)}</h2>\n{content}</section>\n" if content else ""
 
@@ -202,24 +198,14 @@ def _scores_table(runs: "Sequence[ReportData]") -> str:
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> str:
     rows = [
-        [_text(c.suite), _unbroken(c.score.replace("_", " ")), value_and_error(c.score, c.value, c.stderr),
-         _unbroken(c.against),
-         value_and_error(c.score, c.reference, c.reference_stderr),
-         "" if c.errors is None else f"{c.errors:+.1f}",
+        [_text(f"{c.suite}: {c.score}".replace("_", " ")), value_and_error(c.score, c.value, c.stderr),
+         _text(c.against), value_and_error(c.score, c.reference, c.reference_stderr),
+         "–" if c.errors is None else f"{c.errors:+.1f}",
          f"<span class='{c.verdict.split()[0]}'>{c.verdict}</span>",
          _text(c.source) + (", on the same items" if c.same_items else "")]
         for c in comparisons
     ]  # fmt: skip
-    head = [
-        "suite",
-        "score",
-        "this run",
-        "against",
-        "its value",
-        "difference in standard errors",
-        "verdict",
-        "source",
-    ]
+    head = ["score", "this run", "against", "its value", "standard errors apart", "verdict", "source"]
     return ("<h3>Compared</h3>" + _table(head, rows)) if rows else ""
 
 

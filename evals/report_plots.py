@@ -120,7 +120,9 @@ def accuracy(curves: Sequence[Curve], lines: Sequence[Line]) -> Drawing:
             colour = theme.series[number % len(theme.series)]
             axes.plot(*curve.points, "-o", color=colour, lw=1.7, ms=4, mec=theme.paper, mew=0.7, label=curve.name)
         values = [v for c in curves for v in c.points[1]] + [line.value for line in lines] + [0.25]
-        axes.set_ylim(min(values) - 0.3 * (max(values) - min(values)), max(values) + 0.012)
+        low, high = min(values), max(values) + 0.012
+        legend = 0.06 * (len(curves) + len(lines) + 1) + 0.04  # its share of the height, left free of lines
+        axes.set_ylim(low - legend / (1 - legend) * (high - low), high)
         _levels(axes, [*lines, Line("chance", 0.25)], theme, [*theme.series[2 : 2 + len(lines)], theme.muted])
         _tokens_axis(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -198,7 +200,7 @@ def scores(bars: Sequence[Bar], title: str, levels: Sequence[Line]) -> Drawing:
             style = {"fmt": "o", "ms": 7, "capsize": 4, "lw": 1.8, "color": theme.series[0], "zorder": 5}
             axes.errorbar(bar.value, place, xerr=bar.stderr, **style)  # type: ignore[arg-type]
             for mark in bar.marks:
-                axes.plot(mark.value, place, "d", ms=8, color=colours[mark.name], mec=theme.paper, zorder=6)
+                axes.plot(mark.value, place + 0.24, "d", ms=7, color=colours[mark.name], mec=theme.paper, zorder=6)
         axes.plot([], [], "o", color=theme.series[0], label="this run, ± 1 standard error")
         for name, colour in colours.items():
             axes.plot([], [], "d", color=colour, label=name)

@@ -150,6 +150,25 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(model: LoadedModel) -> None:
     assert scored == pytest.approx(wanted, abs=1e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_without_room_halves_the_batch_and_gives_the_same_numbers(model: LoadedModel) -> None:
+    """The driver's own refusal: this process is left less than the whole batch's logits take."""
+    gpu = load(model.name, "cuda")
+    asked = requests(groups=60)
+    whole = values(Scorer(gpu).score(asked))
+    scorer = Scorer(gpu, batch_tokens=1_000_000)
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 64 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        scored = values(scorer.score(asked))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert scorer.batch_tokens < 1_000_000
+    assert scored == pytest.approx(whole, abs=1e-4)
+
+
 def test_other_architectures_score_as_their_own_logits_say(tmp_path: Path) -> None:
     """Rotary positions and an untied head: the positions in a shared row must reach the attention."""
     torch.manual_seed(0)
