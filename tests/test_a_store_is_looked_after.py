@@ -133,7 +133,7 @@ def test_the_commands_say_and_do_it(finished, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(finished.store, store)  # with its files' times
     whole = gpt2("store", "verify", "--store", str(store), cwd=tmp_path)
-    assert (whole.returncode, "all is as recorded: 10 outputs" in whole.stdout) == (0, True), whole.stdout
+    assert (whole.returncode, "all is as recorded: 11 outputs" in whole.stdout) == (0, True), whole.stdout
     (store / "runs/tiny/export/config.json").unlink()
     (store / "tokens/old").mkdir()
     (store / "tokens/old/plan.json").write_text("{}")

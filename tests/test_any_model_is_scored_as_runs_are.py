@@ -1,6 +1,7 @@
 """A model folder, or a hub's model, goes through the same evals as a run; its scores are kept, reused and compared."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,17 +21,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModelHub]:
 
 
 def test_a_folder_is_scored_kept_and_reused(finished: Finished, tmp_path: Path) -> None:
-    folder = tiny_gpt2.save(tmp_path / "gpt2-mini")
-    arguments = ("evals", folder, "--like", "tiny", "--suite", "validation_loss", "--store", finished.store, "--json")
+    folder, store = tiny_gpt2.save(tmp_path / "gpt2-mini"), str(tmp_path / "store")
+    shutil.copytree(finished.store, store)
+    arguments = ("evals", folder, "--like", "tiny", "--suite", "validation_loss", "--store", store, "--json")
     done = gpt2(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout)["models"]
     (output,) = answer["outputs"]
-    score = records.read_record(finished.store, output["key"])
-    ours = records.read_record(finished.store, "runs/tiny/scores/validation_loss")
+    score = records.read_record(store, output["key"])
+    ours = records.read_record(store, "runs/tiny/scores/validation_loss")
     assert score is not None and ours is not None
     assert score.rows == ours.rows  # the same windows, though this model's context is longer
-    model, tokens = (records.read_record(finished.store, parent.key) for parent in score.parents)
+    model, tokens = (records.read_record(store, parent.key) for parent in score.parents)
     assert model is not None and tokens is not None
     assert model.asset == "model" and {Path(f.path).name for f in model.files} >= {"model.safetensors", "config.json"}
     assert tokens.fingerprint in {parent.fingerprint for parent in ours.parents}
@@ -38,7 +40,7 @@ def test_a_folder_is_scored_kept_and_reused(finished: Finished, tmp_path: Path) 
     again = gpt2(*arguments, cwd=tmp_path)
     assert json.loads(again.stdout)["models"][0]["outputs"][0]["reused"]
 
-    compared = gpt2("compare", "tiny", "gpt2-mini", "--store", finished.store, "--json", cwd=tmp_path)
+    compared = gpt2("compare", "tiny", "gpt2-mini", "--store", store, "--json", cwd=tmp_path)
     rows = {row["score"]: row for row in json.loads(compared.stdout)["scores"]}
     assert rows["loss"]["same_items"] and rows["loss"]["against"] == "gpt2-mini"
     assert rows["loss"]["difference"] == pytest.approx(
