@@ -13,6 +13,7 @@ from evals.reference import Comparison
 if TYPE_CHECKING:
     from evals.report import MainLog, Picture, ReportData
 
+SPACE, BLANK = re.compile(r"\n\s*\n"), "\n\n"  # of a sample: a small model may write pages of empty lines
 MOST_ROWS = 24  # scores in sight; MMLU alone has 57 subjects
 STYLE = Path(__file__).with_name("report.css")
 
@@ -232,7 +233,8 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 def _quotes(blocks: Sequence[tuple[str, str]], most: int, rest: str) -> str:
     quotes = [
-        f"<figure class='sample'><figcaption>{_text(head)}</figcaption><pre>{_text(body.strip())}</pre></figure>"
+        f"<figure class='sample'><figcaption>{_text(head)}</figcaption>"
+        f"<pre>{_text(SPACE.sub(BLANK, body.strip()))}</pre></figure>"
         for head, body in blocks
     ]
     more = f"<details><summary>{len(quotes) - most} {rest}</summary>{''.join(quotes[most:])}</details>"

@@ -87,8 +87,7 @@ def stream(
     cache = Cache(model)
     text = torch.tensor([list(prompt) or [model.config.vocab - 1]] * rows)
     for _ in range(tokens):
-        logits = cache.next_logits(text)
-        drawn = [draw(row, temperature, top_k, top_p, generator) for row in logits]
+        drawn = draw(cache.next_logits(text), temperature, top_k, top_p, generator)
         text = torch.cat([text, torch.tensor(drawn)[:, None]], dim=1)
         yield drawn
 
@@ -98,21 +97,21 @@ def generate(model: GPT2, prompt: Sequence[int], tokens: int, **options: Any) ->
     return [drawn[0] for drawn in stream(model, prompt, tokens, **options)]
 
 
-def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One token from logits (V,); a temperature of 0 takes the likeliest, a top_k of 0 leaves all.
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> list[int]:
+    """A token for each row of logits (B, V); a temperature of 0 takes the likeliest, a top_k of 0 leaves all.
 
     Of the `top_k` likeliest those are kept whose likelier ones have less than `top_p` of the mass.
     """
     if temperature == 0:
-        return int(logits.argmax())
-    logits = logits / temperature
+        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
     if top_k == 0 and top_p >= 1:
-        return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
-    values, order = logits.topk(min(top_k or len(logits), len(logits)))  # the largest first
-    probabilities = values.softmax(0)
-    before = probabilities.cumsum(0) - probabilities
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0].tolist()
+    width = logits.shape[-1]
+    values, order = logits.topk(min(top_k or width, width))  # the largest first
+    probabilities = (values / temperature).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
     probabilities = torch.where(before < top_p, probabilities, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0].tolist()
 
 
 def record(run: str, step: int, text: str) -> None:
