@@ -330,6 +330,11 @@ def _stamp(folder: str, files: Sequence[File]) -> None:
     objects.publish_json(objects.join(folder, STAMPS), _stamps(folder) | {f.path: f.sha256 for f in files})
 
 
+def chosen(context: dg.AssetExecutionContext, asset: str) -> bool:
+    """Whether the job makes this asset, too."""
+    return dg.AssetKey(asset) in context.job_def.asset_layer.selected_asset_keys
+
+
 def materialize(
     made: Made, checks: Sequence[dg.AssetCheckResult] = (), metadata: dict[str, Any] | None = None
 ) -> dg.MaterializeResult:

@@ -1,5 +1,6 @@
 """How does text become tokens: GPT-2's, in uint16 shards that llm.c reads."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -78,15 +79,24 @@ def token_shards(
     return materialize(made, checks, dict(made.record.metrics))
 
 
+def tokens_key(run: RunConfig, corpus: str) -> str:
+    asked = run.tokenize.shard_tokens
+    return f"tokens/{corpus}" + (f"-{asked}" if asked else "")
+
+
+def work_folder(maker: Maker, key: str) -> str:
+    """Where pieces of the tokens of `key` lie until the shards are cut from them."""
+    return str(maker.places.home / "work" / key)
+
+
 def tokens_output(run: RunConfig, documents: Record) -> Output:
     """The shards of a corpus, made here or fetched as they are; a folder's name tells a size that was asked for."""
     if not documents.metrics["text_bytes"]:
         return Output("token_shards", f"tokens/{documents.key.split('/')[1]}", VERSION, {}, [documents])
-    asked = run.tokenize.shard_tokens
-    size = asked or tokenization.automatic_shard_tokens(documents.metrics["text_bytes"])
+    size = run.tokenize.shard_tokens or tokenization.automatic_shard_tokens(documents.metrics["text_bytes"])
     return Output(
         "token_shards",
-        f"tokens/{documents.key.split('/')[1]}" + (f"-{asked}" if asked else ""),
+        tokens_key(run, documents.key.split("/")[1]),
         VERSION,
         {"shard_tokens": size, "vocabulary": tokenizer.VOCABULARY_SHA256},
         [documents],
@@ -97,22 +107,34 @@ def _tokenize(
     maker: Maker, run: RunConfig, documents: Record, output: Output, progress: Callable[[Event], None]
 ) -> Produced:
     size = output.config["shard_tokens"]
+    pace = _Pace(progress)
     made = tokenization.tokenize(
         [records.file_url(maker.places.store, documents.key, f.path) for f in documents.files],
         out=records.folder_url(maker.places.store, output.key),
         corpus=documents.key.split("/")[1],
         shard_tokens=size,
-        work=str(maker.places.home / "work" / output.key),
+        work=work_folder(maker, output.key),
         workers=run.machine.workers or maker.cores,
-        progress=lambda tokens, done, total: progress(
-            {"event": "bytes", "done": done, "total": total, "tokens": tokens}
-        ),
+        progress=pace.tell,
         engine_name=run.tokenize.engine,
         shared=run.tokenize.shared,
         root=maker.places.store,
     )
     metrics = {"shards": made.shards, "shard_tokens": size, "validation_tokens": size}
     return Produced(files=made.files, rows=made.documents, tokens=made.tokens, metrics=metrics)
+
+
+class _Pace:
+    """Tells how far the tokens are, and how many a second this process has seen made."""
+
+    def __init__(self, progress: Callable[[Event], None]):
+        self.progress, self.first, self.since = progress, -1, time.monotonic()
+
+    def tell(self, tokens: int, done: int, total: int) -> None:
+        self.first = tokens if self.first < 0 else self.first
+        rate = (tokens - self.first) / max(time.monotonic() - self.since, 1e-3)
+        event = {"event": "bytes", "done": done, "total": total, "tokens": tokens, "tokens_per_second": rate}
+        self.progress(event)
 
 
 def _fetch(maker: Maker, run: RunConfig, output: Output, progress: Callable[[Event], None]) -> Produced:

@@ -18,7 +18,7 @@ import dagster as dg
 
 from assets.failures import Interrupted, ProcessFailed
 from assets.items import hellaswag_items, hellaswag_output
-from assets.making import Maker, Output, Produced, StageConfig
+from assets.making import Maker, Output, Produced, StageConfig, chosen
 from assets.resources import Event, stop
 from storage import objects, records, starting_weights
 from storage.items import FILES
@@ -198,7 +198,6 @@ def stop_early(maker: Maker, name: str) -> None:
 def _wanted(context: dg.AssetExecutionContext, maker: Maker, name: str, run: RunConfig, tokens: Output) -> bool:
     """Whether this job trains the run, has to, and may: a limit on the pool of GPUs is kept by waiting."""
     limited = any(limit.name == POOL for limit in context.instance.event_log_storage.get_pool_limits())
-    chosen = dg.AssetKey("trained_model") in context.job_def.asset_layer.selected_asset_keys
     output = trained_output(name, run, tokens)
     there, _ = output.reusable(maker.places.store)
-    return chosen and not limited and there is None and run.machine.nnodes == 1
+    return chosen(context, "trained_model") and not limited and there is None and run.machine.nnodes == 1

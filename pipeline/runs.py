@@ -21,11 +21,15 @@ CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
 EXPORT_BYTES = 4  # a parameter
 
 
-def configure(recipe: str, settings: Sequence[str], corpus: str | None, gpus: int | None) -> RunConfig:
+def configure(
+    recipe: str, settings: Sequence[str], corpus: str | None, gpus: int | None, files: int | None = None
+) -> RunConfig:
     """The recipe with a command's overrides. Raises ValueError for what it does not know."""
     config = override(recipes.recipe(recipe), settings)
     if corpus is not None:
         config = replace(config, corpus=corpus)
+    if files is not None:
+        config = replace(config, corpus=sources.first_files(config.corpus, files))
     if gpus is not None:
         config = replace(config, machine=replace(config.machine, gpus=gpus))
     return settled(config)

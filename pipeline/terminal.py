@@ -127,6 +127,8 @@ def _progress(event: "Event") -> tuple[int, int, str] | None:
             return event["done"], event["total"], f"{event['done']}/{event['total']} items"
         case "bytes":
             tokens = f"  {event['tokens']:,} tokens" if "tokens" in event else ""
+            if rate := event.get("tokens_per_second"):
+                tokens += f"  {rate:,.0f} tok/s"
             return event["done"], event["total"], f"{event['done'] / 2**20:,.1f} MiB{tokens}"
     return None
 

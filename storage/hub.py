@@ -24,6 +24,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from storage import objects
+
 log = logging.getLogger(__name__)
 
 ENDPOINT = "https://huggingface.co"
@@ -154,6 +156,7 @@ def fetch_file(url: str, local: str, entry: Entry, progress: Callable[[int], Non
         _fetch_part(url, part, entry, progress)
         found = _sha256(part)
         if not entry.sha256 or found == entry.sha256:
+            objects.sync(str(part))
             os.replace(part, local)
             return
         part.unlink()

@@ -140,11 +140,16 @@ class _published:
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if failure is None:
-            with open(self.partial, "rb") as f:
-                os.fsync(f.fileno())
+            sync(str(self.partial))
             os.replace(self.partial, self.final)
         else:
             self.partial.unlink(missing_ok=True)
+
+
+def sync(path: str) -> None:
+    """Have the disk hold a local file's bytes before anything says that they are there."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
 
 
 def create_exclusive(url: str, data: bytes) -> bool:

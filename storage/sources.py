@@ -7,6 +7,7 @@ name, safe in a path, tells two corpora apart.
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -178,6 +179,14 @@ def hub_place(corpus: str) -> HubPlace | None:
     return None
 
 
+def first_files(corpus: str, files: int) -> str:
+    """The name of the first so many files of a corpus on the hub. Raises ValueError for any other corpus."""
+    place = hub_place(corpus)
+    if place is None or files < 1:
+        raise ValueError(f"--files {files} takes the first files of a corpus on the hub, 1 or more; not of {corpus!r}")
+    return f"{corpus.removesuffix(f':{place.files}')}:{files}"
+
+
 @dataclass(frozen=True)
 class Hub:
     """Files of a dataset on the hub: the same content is the same corpus, whatever commit it was found at."""
@@ -225,6 +234,12 @@ class Hub:
 
         hub.fetch(self.place.repo, self.commit, missing, folder, lambda n: progress(here + n, total), keep)
         return [self._describe(out, entry) for entry in self.entries]
+
+    def whole(self, out: str) -> list[str]:
+        """The files in `out`, in corpus order, up to the first that is not there yet."""
+        there = {s.path: s.bytes for s in objects.list_files(out)}
+        names = [objects.name_of(e.path) if there.get(objects.name_of(e.path)) == e.bytes else "" for e in self.entries]
+        return [objects.join(out, name) for name in itertools.takewhile(bool, names)]
 
     def _describe(self, out: str, entry: hub.Entry) -> File:
         name = objects.name_of(entry.path)

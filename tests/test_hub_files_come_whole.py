@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from local_hub import LocalHub
 
 from storage import hub, objects, shards, sources
+from training import tokenization
 
 REPO = "HuggingFaceFW/fineweb-edu"
 
@@ -67,6 +69,10 @@ def test_the_files_of_a_sample_come_with_their_digests(local, tmp_path):
 def test_a_crawl_a_dataset_and_the_first_files_have_names(local, tmp_path):
     assert sources.resolve("fineweb-edu:CC-MAIN-2024-10").name.startswith("fineweb-edu-CC-MAIN-2024-10-")
     assert len(sources.resolve("fineweb-edu-10B:2").identity["files"]) == 2
+    assert sources.first_files("fineweb-edu-10B@c0ffee", 2) == "fineweb-edu-10B@c0ffee:2"
+    assert sources.first_files("fineweb-edu:CC-MAIN-2024-10:3", 1) == "fineweb-edu:CC-MAIN-2024-10:1"
+    with pytest.raises(ValueError, match="--files 1 takes the first files of a corpus on the hub"):
+        sources.first_files("embedded", 1)
     source = sources.resolve(f"hf://datasets/{REPO}/sample/10BT:1")
     assert source.identity["files"] == sources.resolve("fineweb-edu-10B:1").identity["files"]
     assert sources.resolve("fineweb-edu-10B@c0ffee").identity == sources.resolve("fineweb-edu-10B").identity
@@ -221,3 +227,33 @@ def test_pretokenized_shards_come_validation_first_and_checked(local, tmp_path):
     local.publish(repo, "2", {"edu_fineweb_val_000000.bin": shard([1], magic=7)})
     with pytest.raises(ValueError, match="is no token shard"):
         fetch("fineweb-edu-100B-tokens", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_files_are_tokenized_while_others_are_fetched(local, tmp_path, monkeypatch):
+    """What is encoded ahead is used, and changes nothing."""
+    held = local.held["sample/10BT/002_00000.parquet"] = threading.Event()
+    source = sources.resolve("fineweb-edu-10B")
+    out, work, ended = str(tmp_path / "documents"), tmp_path / "work", threading.Event()
+    ahead = threading.Thread(target=tokenization.encode_ahead, args=(lambda: source.whole(out), str(work), 1, ended))
+    ahead.start()
+    fetching = threading.Thread(target=source.fetch, args=(out, lambda *_: None))
+    fetching.start()
+    while len(list(work.glob("*.json"))) < 2:
+        time.sleep(0.05)
+    assert len(source.whole(out)) == 2
+    held.set()
+    fetching.join()
+    ended.set()
+    ahead.join()
+    encoded = []
+    encode = tokenization.encode_piece
+    monkeypatch.setattr(tokenization, "encode_piece", lambda *given: encoded.append(given[1].index) or encode(*given))
+    files = source.whole(out)
+    for place in (work, tmp_path / "other-work"):
+        folder = str(tmp_path / f"{place.name}-out")
+        tokenization.tokenize(files, folder, "c", 20_000, str(place), 1, lambda *_: None)
+    assert encoded in ([2, 0, 1, 2], [0, 1, 2])
+    one, other = (tmp_path / name for name in ("work-out", "other-work-out"))
+    names = [p.name for p in one.iterdir() if p.suffix in (".bin", ".parquet")]
+    assert len(names) > 4 and all((one / n).read_bytes() == (other / n).read_bytes() for n in names)

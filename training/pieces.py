@@ -25,6 +25,7 @@ EDITION = 2  # of what is written: raise it when the same corpus gives other byt
 PIECE_TEXT = 64 * 2**20  # bytes of text a piece: a few seconds of work, lost when a worker dies
 BATCH_TEXT = 4 * 2**20  # bytes of text encoded at once
 
+KINDS = ("bin", "parquet", "json")  # tokens, index, and last the counts that say that it is complete
 INDEX_SCHEMA = pa.schema(
     [("id", pa.string()), ("url", pa.string()), ("dump", pa.string())]
     + [("file", pa.string()), ("row", pa.int64())]  # where the document came from; see `named`
@@ -124,7 +125,7 @@ def _encode_piece(place: str, piece: Piece, encode: Encode) -> Encoded:
                 described += descriptions
         counts = np.concatenate(lengths)
         pq.write_table(_index(piece, counts, described), f"{scratch}/parquet", compression="zstd")
-        for kind in ("bin", "parquet"):
+        for kind in KINDS[:2]:
             publish(f"{scratch}/{kind}", piece.path(place, kind))
     encoded = Encoded(int(counts.sum()), len(counts))
     objects.publish_json(piece.path(place, "json"), asdict(encoded))
@@ -142,6 +143,7 @@ def scratch_beside(place: str) -> tempfile.TemporaryDirectory[str]:
 def publish(local: str, url: str) -> None:
     """Move a finished scratch file to where it appears whole."""
     if objects.is_local(url):
+        objects.sync(local)  # a machine that loses its power may otherwise keep the name and lose the bytes
         os.replace(local, url)
     else:
         objects.publish_file(local, url)

@@ -12,8 +12,9 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -26,10 +27,10 @@ from storage import objects
 from storage.records import File
 from training.claims import Claims
 from training.cuts import Cut, cut_shard, document_at, index_name, record_name
-from training.pieces import Encoded, Piece, encode_piece, plan_pieces, read_encoded
-from training.workers import Engine, engine
+from training.pieces import KINDS, Encoded, Piece, encode_piece, plan_pieces, read_encoded
+from training.workers import Engine, engine, process_pool
 
-__all__ = ["Tokenized", "automatic_shard_tokens", "document_at", "index_name", "tokenize"]
+__all__ = ["Tokenized", "automatic_shard_tokens", "document_at", "encode_ahead", "index_name", "tokenize"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ SMALLEST_SHARD = 2048  # tokens: the longest context, so that a validation shard
 PLAN = "plan.json"  # what a folder of shards is being made from
 COMPLETE = "complete.json"  # that it is: all counts and files
 PIECES = "pieces"  # where machines share their pieces and claims, below the shards, until these are complete
-POLL = 1.0  # seconds between two looks at what other machines have done
+POLL = 1.0  # seconds between two looks at what others have done
 
 Progress = Callable[[int, int, int], None]
 
@@ -85,11 +86,30 @@ def tokenize(
             stack.enter_context(_lock(work))
         pieces = plan_pieces(files, root)
         plan = {"corpus": corpus, "shard_tokens": shard_tokens, "pieces": [p.key for p in pieces]}
-        _start(out, place, plan, shared)
+        _start(out, place, plan, shared, {p.name(kind) for p in pieces for kind in KINDS})
         job = _Job(out, corpus, shard_tokens, place, pieces, progress, claims)
         if not job.complete:
             job.run(stack.enter_context(engine(engine_name, workers)))
         return job.result()
+
+
+def encode_ahead(
+    whole: Callable[[], list[str]], work: str, workers: int, ended: threading.Event, root: str = ""
+) -> None:
+    """Encode the files of a corpus that is still being fetched, until `ended`; `tokenize` finds their pieces done.
+
+    `whole` gives the files that are here, in corpus order up to the first that is not. What fails here fails in
+    `tokenize`, too, which says so.
+    """
+    with _lock(work), process_pool(workers) as pool:
+        known, begun = 0, 0
+        while not ended.wait(POLL):
+            files = whole()
+            if len(files) > known:
+                pieces = plan_pieces(files, root)
+                for piece in pieces[begun:]:
+                    pool.submit(encode_piece, work, piece)
+                known, begun = len(files), len(pieces)
 
 
 @contextmanager
@@ -107,8 +127,8 @@ def _lock(work: str) -> Iterator[None]:
         yield
 
 
-def _start(out: str, place: str, plan: dict[str, Any], shared: bool) -> None:
-    """Remove what another corpus or shard size has left; keep what this one has begun."""
+def _start(out: str, place: str, plan: dict[str, Any], shared: bool, pieces: set[str]) -> None:
+    """Remove what another corpus or shard size has left; keep what this one has begun, by the names of its pieces."""
     url = objects.join(out, PLAN)
     if shared and not objects.exists(url):
         objects.publish_json(url, plan)  # another machine may do the same now, with the same content
@@ -117,14 +137,15 @@ def _start(out: str, place: str, plan: dict[str, Any], shared: bool) -> None:
     if shared:
         raise ValueError(f"{out} holds shards of another corpus or size: remove it, or tokenize without sharing")
     objects.remove_tree(out)
-    _clear(place)
+    _clear(place, keep=pieces)
     objects.publish_json(url, plan)
 
 
-def _clear(place: str, kinds: tuple[str, ...] = ("",)) -> None:
+def _clear(place: str, kinds: tuple[str, ...] = ("",), keep: Collection[str] = ()) -> None:
     """Remove files of such endings from a place of pieces, but not what keeps order among its users."""
     for found in objects.list_files(place):
-        if found.path.endswith(kinds) and found.path != "lock" and not found.path.startswith("claims/"):
+        ordering = found.path == "lock" or found.path.startswith("claims/")
+        if found.path.endswith(kinds) and not ordering and found.path not in keep:
             objects.remove(objects.join(place, found.path))
 
 
@@ -284,7 +305,7 @@ class _Job:
         for i in range(len(starts) - 1):
             over = range(starts[i] // self.shard_tokens, -(-starts[i + 1] // self.shard_tokens))
             if all(index in self.cut for index in over):
-                for kind in ("bin", "parquet"):
+                for kind in KINDS[:2]:
                     Path(self.pieces[i].path(self.place, kind)).unlink(missing_ok=True)
 
     def _complete(self) -> None:

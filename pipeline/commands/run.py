@@ -35,6 +35,7 @@ def run(
     corpus: Annotated[
         str | None, typer.Option(help="embedded, a folder of parquet, s3://…, fineweb-edu-10B …: docs/data.md.")
     ] = None,
+    files: Annotated[int | None, typer.Option(help="Of a corpus on the hub: only its first so many files.")] = None,
     name: Annotated[
         str | None,
         typer.Option(help="The run's name. (default: the recipe's, with a suffix for changed settings)"),
@@ -70,7 +71,7 @@ def run(
     """
     place = places(store)
     resume = ["resume=anyway"] if resume_anyway else []
-    config = runs.configure(recipe, [*(settings or []), *resume], corpus, gpus)
+    config = runs.configure(recipe, [*(settings or []), *resume], corpus, gpus, files)
     run_name = name or runs.default_name(config)
     runs.check_name(run_name)
     runs.check_unchanged(place, run_name, config)
