@@ -46,7 +46,7 @@ def run(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only this stage: data, training, evals, or an asset's name. Evals are scored anew."),
+        typer.Option(help="Only this stage: data, training, evals, checks, or an asset's name. Evals are scored anew."),
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(help="Ranks on this machine. (default: every GPU, or one CPU rank)")
