@@ -179,8 +179,9 @@ def held_out(tokens_folder: str, most: int = MOST_VALIDATION) -> HeldOut:
         return HeldOut(frozenset(name for name, _ in named), named[:most])
     rows = read_table(index).to_pylist()
     names = [row["id"] or f"{source_url(tokens_folder, row['file'])} row {row['row']}" for row in rows]
-    read = [shards.read_tokens(shard, row["start"] + 1, row["tokens"] - 1) for row in rows[:most]]
-    return HeldOut(frozenset(names), [(name, tokenizer.decode(t)) for name, t in zip(names, read, strict=False)])
+    tokens = shards.read_tokens(shard, 0, shards.read_header(shard))
+    texts = [tokenizer.decode(tokens[row["start"] + 1 : row["start"] + row["tokens"]]) for row in rows[:most]]
+    return HeldOut(frozenset(names), list(zip(names, texts, strict=False)))
 
 
 def validation_overlap(files: Sequence[str], tokens_folder: str, most: int = MOST_VALIDATION) -> Contamination:

@@ -166,6 +166,7 @@ class Trainer:
         """Return once every rank has the next step's sequences, or is asked to end: all of them decide the same."""
         until = self.sequences + (0 if self.config.train.overfit else self.progress.position)
         while self.streaming and not self.stop.agreed:
+            self.world.reached(self.progress.step)  # waiting for data is no hanging
             here = [self.load.has(until), self.load.complete, self.stop.asked]
             have, complete, stop = self.world.sums([float(yes) for yes in here])
             self.streaming, self.stop.agreed = complete < self.world.size, stop > 0
