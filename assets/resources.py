@@ -71,7 +71,7 @@ class Launcher:
             errors="replace",
             env=os.environ | {events.EVENTS_VARIABLE: "1"},
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops that one
-            preexec_fn=lambda: launch.die_with_parent(me),
+            preexec_fn=launch.dying_with(me),
         )
         on_start(process)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)

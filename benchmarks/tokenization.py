@@ -1,6 +1,6 @@
 """How fast do documents become shards, beside plain tiktoken on the same texts, on one and two workers?
 
-    python benchmarks/tokenization.py FOLDER_OF_PARQUET [--rounds 3] [--items HELLASWAG_JSONL]
+    python benchmarks/tokenization.py FOLDER_OF_PARQUET [--rounds 3] [--times 1] [--items HELLASWAG_JSONL]
 
 Each round runs all variants one after the other. Seconds are the wall's and, in brackets, the processors' (all
 processes): on a machine that does other work only the second can be compared. Reading parquet, the indexes and
@@ -109,39 +109,47 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--times", type=int, default=1, help="shards of so many copies: starting a worker takes a second"
+    )
     parser.add_argument("--items", default="", help="HellaSwag's validation jsonl: how long it takes to look for them")
     options = parser.parse_args()
     files = sorted(map(str, options.folder.rglob("*.parquet")))
     variants = {
         "plain tiktoken": plain_tiktoken(files),
         "riptoken": riptoken(files),
-        "shards, 1 worker": shards(files, 1),
-        "shards, 2 workers": shards(files, 2),
+        "shards, 1 worker": shards(files * options.times, 1),
+        "shards, 2 workers": shards(files * options.times, 2),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    tokens = 0
+    tokens: dict[str, int] = {}
     for _ in range(options.rounds):
         for name, run in variants.items():
             if run:
                 before = clock()
-                tokens = run()
+                tokens[name] = run()
                 seconds[name].append((clock()[0] - before[0], clock()[1] - before[1]))
     rows = sum(pq.ParquetFile(f).metadata.num_rows for f in files)
-    print(f"{rows:,} documents, {tokens:,} tokens; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    base = statistics.median(cpu for _, cpu in seconds["plain tiktoken"])
+    once, cores = tokens["plain tiktoken"], os.cpu_count()
+    print(
+        f"{rows:,} documents, {once:,} tokens, {options.times} times in shards; load {os.getloadavg()[0]:.1f} on {cores}"
+    )
+    base = tokens["plain tiktoken"] / statistics.median(cpu for _, cpu in seconds["plain tiktoken"])
     for name, runs in seconds.items():
         if runs:
             wall, cpu = (statistics.median(values) for values in zip(*runs, strict=True))
             each = ", ".join(f"{w:.1f} ({c:.1f})" for w, c in runs)
-            print(f"{name:18} {each} s: {tokens / wall / 1e6:.2f} Mtok/s, {tokens / cpu / 1e6:.2f} per core", end="")
-            print(f", {base / cpu:.2f} times plain tiktoken")
+            rate = tokens[name] / cpu
+            print(f"{name:18} {each} s: {tokens[name] / wall / 1e6:.2f} Mtok/s, {rate / 1e6:.2f} per core", end="")
+            print(f", {rate / base:.2f} times plain tiktoken")
     one, two = (statistics.median(wall for wall, _ in seconds[f"shards, {n}"]) for n in ("1 worker", "2 workers"))
     print(f"from 1 to 2 workers: {one / two:.2f} times as fast, {one / two / 2:.0%} of twice")
     print(f"memory of one worker at its highest: {peak_memory(files):,} MiB")
     if options.items:
         contamination(files, options.items)
     cpu = statistics.median(cpu for _, cpu in seconds["shards, 2 workers"])
-    project(tokens, sources.total_text_bytes(files), sum(os.path.getsize(f) for f in files), cpu)
+    made, sizes = tokens["shards, 2 workers"], sum(os.path.getsize(f) for f in files) * options.times
+    project(made, sources.total_text_bytes(files) * options.times, sizes, cpu)
 
 
 if __name__ == "__main__":

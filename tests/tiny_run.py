@@ -82,7 +82,7 @@ def children(pid: int) -> list[int]:
 
 
 def wait_for(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not ready():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -41,9 +41,20 @@ _PR_SET_PDEATHSIG = 1
 
 def die_with_parent(parent: int) -> None:
     """Have the kernel send SIGTERM to this process when its parent ends; `parent` is the pid to expect."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it had ended before the call
-        os.kill(os.getpid(), signal.SIGTERM)
+    dying_with(parent)()
+
+
+def dying_with(parent: int) -> Callable[[], None]:
+    """The same for a child to call between fork and exec: where the parent has threads, one of them may have held
+    the lock of the dynamic loader, so what needs it is done here."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it had ended before the call
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return tie
 
 
 def report_status(status: int) -> None:
@@ -150,7 +161,7 @@ class Launch:
                 self.argv,
                 env={**self.environment, STATUS_VARIABLE: str(status)},
                 start_new_session=True,
-                preexec_fn=lambda: die_with_parent(me),
+                preexec_fn=dying_with(me),
             )
             code = self.process.wait()
             return code, int(status.read_text()) if status.exists() else None
