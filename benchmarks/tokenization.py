@@ -130,10 +130,8 @@ def main() -> None:
                 tokens[name] = run()
                 seconds[name].append((clock()[0] - before[0], clock()[1] - before[1]))
     rows = sum(pq.ParquetFile(f).metadata.num_rows for f in files)
-    once, cores = tokens["plain tiktoken"], os.cpu_count()
-    print(
-        f"{rows:,} documents, {once:,} tokens, {options.times} times in shards; load {os.getloadavg()[0]:.1f} on {cores}"
-    )
+    once, load = tokens["plain tiktoken"], os.getloadavg()[0]
+    print(f"{rows:,} documents, {once:,} tokens, {options.times} times in shards; load {load:.1f} on {os.cpu_count()}")
     base = tokens["plain tiktoken"] / statistics.median(cpu for _, cpu in seconds["plain tiktoken"])
     for name, runs in seconds.items():
         if runs:
