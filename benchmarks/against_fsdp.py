@@ -3,8 +3,8 @@
     python -m benchmarks.against_fsdp [--gpus N] [--model d12|d48|…] [--micro-batch B] [--micro-steps M] [--json FILE]
 
 The same model, tokens and steps on N ranks, each way in processes of its own, one after the other and all of them
-again: seconds a step (the median, of the faster round), peak memory a rank, and the loss after the steps, which must
-be the same. NCCL with bf16 on GPUs,
+again: milliseconds a step (the median, of the faster round), processor time a step over all ranks (which other
+programs on the machine disturb less), peak memory a rank, and the loss after the steps, which must be the same. NCCL with bf16 on GPUs,
 gloo with fp32 on CPUs. All but the last run the same plain modules (on a GPU compiled block by block):
 
 ours:      training/optim.py, AdamW sharded over the ranks
@@ -45,7 +45,6 @@ from training.optim import ShardedAdamW
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ModelConfig(layers=6, channels=192, heads=3, context=128)  # for CPUs
 WARM_UP = 2  # steps
-ROUNDS = 2
 LR = 1e-4
 
 
@@ -62,6 +61,7 @@ class Result:
     way: str
     ranks: int
     step_ms: float
+    cpu_ms: float  # over all ranks
     peak_mib: float  # of the rank that takes most: the allocator's on a GPU, else the process's above its start
     loss: float
 
@@ -190,17 +190,21 @@ def measure(way: str, setting: Setting, world: World) -> Result:
     shape = (setting.micro_steps, setting.micro_batch, setting.model.context + 1)
     batches = list(torch.randint(0, setting.model.vocab, shape, generator=generator).to(world.device))
     step = WAYS[way](model, setting, world, batches)
-    times = []
-    for _ in range(WARM_UP + setting.steps):
+    times, busy = [], 0.0
+    for number in range(WARM_UP + setting.steps):
+        if number == WARM_UP:
+            busy = time.process_time()
         begin = time.perf_counter()
         loss = float(step())
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
+    busy = (time.process_time() - busy) / setting.steps * 1e3
     cuda = world.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident_mib("VmHWM") - base
     most = max(gathered(world, peak))
-    return Result(way, world.size, statistics.median(times[WARM_UP:]) * 1e3, most, loss)
+    cpu_ms = world.sums([busy])[0]
+    return Result(way, world.size, statistics.median(times[WARM_UP:]) * 1e3, cpu_ms, most, loss)
 
 
 def gathered(world: World, value: float) -> list[float]:
@@ -220,14 +224,18 @@ def worker(way: str, setting: Setting, file: str) -> None:
     distributed.leave()
 
 
-def compare(ways: Sequence[str], ranks: int, arguments: Sequence[str]) -> list[Result]:
-    rounds = [[run(way, ranks, arguments) for way in ways] for _ in range(ROUNDS)]
+def compare(ways: Sequence[str], ranks: int, count: int, arguments: Sequence[str]) -> list[Result]:
+    rounds = [[run(way, ranks, arguments) for way in ways] for _ in range(count)]
     found = [min(results, key=lambda r: r.step_ms) for results in zip(*rounds, strict=True)]
-    print(f"{'way':<11} {'ranks':>5} {'ms a step':>10} {'of ours':>8} {'MiB a rank':>11} {'of ours':>8} {'loss':>9}")
+    first = found[0]
+    print(f"{'way':<11} {'ranks':>5} {'ms a step':>10} {'of ours':>8} {'CPU ms':>9} {'of ours':>8}", end=" ")
+    print(f"{'MiB a rank':>11} {'of ours':>8} {'loss':>9}")
     for r in found:
-        time_ratio, memory_ratio = r.step_ms / found[0].step_ms, r.peak_mib / found[0].peak_mib
-        numbers = f"{r.step_ms:>10.1f} {time_ratio:>8.2f} {r.peak_mib:>11,.0f} {memory_ratio:>8.2f} {r.loss:>9.4f}"
-        print(f"{r.way:<11} {ranks:>5} {numbers}", flush=True)
+        numbers = (
+            f"{r.step_ms:>10.1f} {r.step_ms / first.step_ms:>8.2f} {r.cpu_ms:>9.1f} {r.cpu_ms / first.cpu_ms:>8.2f}"
+        )
+        memory = f"{r.peak_mib:>11,.0f} {r.peak_mib / first.peak_mib:>8.2f}"
+        print(f"{r.way:<11} {ranks:>5} {numbers} {memory} {r.loss:>9.4f}", flush=True)
     return found
 
 
@@ -236,7 +244,9 @@ def run(way: str, ranks: int, arguments: Sequence[str]) -> Result:
         file = f"{scratch}/result.json"
         line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", "benchmarks.against_fsdp"]
         subprocess.run([*line, *arguments, f"--way={way}", f"--out={file}"], cwd=ROOT, check=True)
-        return Result(**json.loads(Path(file).read_text()))
+        result = Result(**json.loads(Path(file).read_text()))
+        print(f"  {way}: {result.step_ms:.1f} ms a step, {result.peak_mib:,.0f} MiB", flush=True)
+        return result
 
 
 def main() -> None:
@@ -246,6 +256,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--micro-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # of a rank
@@ -260,7 +271,7 @@ def main() -> None:
     arguments = [f"--micro-batch={o.micro_batch}", f"--micro-steps={o.micro_steps}", f"--steps={o.steps}"]
     arguments += [f"--model={o.model}"] if o.model else []
     ranks = o.gpus or (ranks_here(0) if cuda else 2)
-    found = compare(o.ways or [way for way in WAYS if cuda or way != "ours-fused"], ranks, arguments)
+    found = compare(o.ways or [way for way in WAYS if cuda or way != "ours-fused"], ranks, o.rounds, arguments)
     if o.json:
         figures = {"torch": torch.__version__, "model": asdict(setting), "results": [asdict(r) for r in found]}
         figures["device"] = torch.cuda.get_device_name() if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores"

@@ -55,7 +55,8 @@ def list_recipes(
             row["corpus"],
         )
     console().print(table)
-    console().print(f"llm.c on 8 H100: FLOPs at its MFU on them, at ${planning.LLM_C_PRICE:.0f} an hour", style="dim")
+    how = f"the FLOPs at its measured MFU (46% for d12, 47% for d48), ${planning.LLM_C_PRICE:.0f} an hour"
+    console().print(f"llm.c on 8 H100: {how}", style="dim")
 
 
 def _row(config: RunConfig) -> dict[str, Any]:
