@@ -4,8 +4,9 @@
 
 The same model, tokens and steps on N ranks, each way in processes of its own, one after the other and all of them
 again: milliseconds a step (the median, of the faster round), processor time a step over all ranks (which other
-programs on the machine disturb less), peak memory a rank, and the loss after the steps, which must be the same. NCCL with bf16 on GPUs,
-gloo with fp32 on CPUs. All but the last run the same plain modules (on a GPU compiled block by block):
+programs on the machine disturb less), peak memory a rank, and the loss after the steps, which must be the same.
+NCCL with bf16 on GPUs, gloo with fp32 on CPUs. All but the last run the same plain modules (on a GPU compiled block
+by block):
 
 ours:      training/optim.py, AdamW sharded over the ranks
 ddp:       DistributedDataParallel, torch's fused AdamW on every rank
