@@ -7,15 +7,16 @@ from typing import Any
 
 import dagster as dg
 
+from assets import shown
 from assets.items import ITEMS_VERSION, hellaswag_items
 from assets.making import Check, Maker, Output, Produced, StageConfig, chosen, materialize
-from assets.resources import RUNS, Event
+from assets.resources import RUNS, Event, NewRun
 from assets.tokens import tokens_key, validation_shard, work_folder
 from evals import completion_items
 from storage import hub, items, objects, records, sources
 from storage.records import Record
 from training import tokenization
-from training.config import EvalConfig, RunConfig
+from training.config import EvalConfig, RunConfig, from_dict
 
 DOCUMENTS_VERSION = "1"
 ITEMS_SEED = 42
@@ -32,14 +33,19 @@ HAS_ITEMS = Check("has_items", "At least four items, each with a context, its en
 @dg.asset(
     partitions_def=RUNS,
     group_name="data",
-    kinds={"parquet"},
+    kinds={"parquet", "huggingface"},
     code_version=DOCUMENTS_VERSION,
     check_specs=[HAS_DOCUMENTS.spec("documents")],
 )
 def documents(
-    context: dg.AssetExecutionContext, config: StageConfig, maker: dg.ResourceParam[Maker]
+    context: dg.AssetExecutionContext,
+    config: StageConfig,
+    maker: dg.ResourceParam[Maker],
+    new_run: dg.ResourceParam[NewRun],
 ) -> dg.MaterializeResult:
     """The documents of the run's corpus: parquet in FineWeb-Edu's columns, in corpus order."""
+    if new_run.config is not None:
+        maker.define(context.partition_key, from_dict(RunConfig, new_run.config))
     source = sources.resolve(maker.run_config(context.partition_key).corpus)
     output = documents_output(source)
 
@@ -60,7 +66,8 @@ def documents(
 
     made, checks = maker.make(config, output, produce, [HAS_DOCUMENTS])
     maker.remember_input(context.partition_key, documents=output.key)
-    return materialize(made, checks, {"columns": ", ".join(sources.COLUMNS), **source.details})
+    columns = {} if source.kind == "tokens" else shown.parquet_columns(_url(maker, made.record, 0))
+    return materialize(made, checks, columns | dict(source.details))
 
 
 @contextmanager
@@ -108,7 +115,8 @@ def eval_items(
         return Produced(files=items.write_items(made, out), rows=len(made))
 
     made, checks = maker.make(config, output, produce, [HAS_ITEMS])
-    return materialize(made, checks, {"hellaswag": missing or run.evals.hellaswag})
+    columns = shown.json_columns(_url(maker, made.record, 0))
+    return materialize(made, checks, {"hellaswag": missing or run.evals.hellaswag} | columns)
 
 
 def _make_hellaswag(maker: Maker, config: StageConfig, run: RunConfig) -> str:
@@ -123,6 +131,10 @@ def _make_hellaswag(maker: Maker, config: StageConfig, run: RunConfig) -> str:
         maker.listener.progressed("eval_items", {"event": "warning", "message": f"no HellaSwag: {error}"})
         return f"no items: {error}"
     return ""
+
+
+def _url(maker: Maker, record: Record, number: int) -> str:
+    return records.file_url(maker.places.store, record.key, record.files[number].path)
 
 
 def documents_output(source: sources.Source) -> Output:

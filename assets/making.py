@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
+from assets import shown
 from assets.resources import Event, Launcher, Listener
+from assets.run_config import check_unchanged, config_url, stored
 from assets.turns import turn, turn_or_refusal
 from storage import objects, records
 from storage.lineage import Lineage
 from storage.places import Places
 from storage.records import File, Parent, Record
 from training import recipes
-from training.config import RunConfig, from_dict, to_dict
+from training.config import RunConfig, to_dict
 
 if TYPE_CHECKING:
     from assets.trainer import Training
@@ -130,18 +132,24 @@ class Maker:
     def cores(self) -> int:
         return len(os.sched_getaffinity(0))
 
+    def define(self, run: str, config: RunConfig) -> None:
+        """Write a run's config.json. Raises ValueError where the run exists with another definition."""
+        check_unchanged(self.places, run, config)
+        objects.publish_json(config_url(self.places, run), to_dict(config))
+
     def run_config(self, run: str) -> RunConfig:
         """The configuration of a run: its config.json, or the recipe of that name."""
-        url = objects.join(self.places.store, "runs", run, "config.json")
-        if objects.exists(url):
-            return from_dict(RunConfig, objects.read_json(url), url)
+        there = stored(self.places, run)
+        if there is not None:
+            return there
         if run in recipes.RECIPES:
             config = recipes.recipe(run)
-            objects.publish_json(url, to_dict(config))
+            self.define(run, config)
             return config
+        url = config_url(self.places, run)
         raise ValueError(
-            f"run {run!r} has no {url} and no recipe has that name: start it with `gpt2 run RECIPE --name {run}`, "
-            f"or name it after a recipe: {', '.join(recipes.RECIPES)}"
+            f"run {run!r} has no {url} and no recipe has that name: start it with a recipe's job, with "
+            f"`gpt2 run RECIPE --name {run}`, or name it after a recipe: {', '.join(recipes.RECIPES)}"
         )
 
     def parent(self, key: str, asset: str) -> Record:
@@ -348,7 +356,7 @@ def materialize(
 
 def describe(made: Made) -> dict[str, Any]:
     record = made.record
-    shown: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "location": dg.MetadataValue.path(made.location)
         if objects.is_local(made.location)
         else dg.MetadataValue.url(made.location),
@@ -356,7 +364,10 @@ def describe(made: Made) -> dict[str, Any]:
         "reason": made.reason,
         "files": len(record.files),
         "bytes": record.bytes,
+        "files_listed": shown.files(record.files),
         "seconds": record.cost["seconds"],
+        "gpu_hours": record.cost["gpu_hours"],
+        "dollars": record.cost["dollars"],
         "fingerprint": record.fingerprint,
         "commit": record.commit or "not in a git checkout",
         "parents": dg.MetadataValue.md(
@@ -365,7 +376,7 @@ def describe(made: Made) -> dict[str, Any]:
         "config": dg.MetadataValue.json(record.config),
     }
     counts = {"rows": record.rows, "tokens": record.tokens}
-    return shown | {name: value for name, value in counts.items() if value is not None}
+    return facts | {name: value for name, value in counts.items() if value is not None}
 
 
 def _cost(seconds: float, gpus: int, price: float) -> dict[str, float | None]:

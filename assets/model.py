@@ -9,14 +9,14 @@ from typing import Any
 
 import dagster as dg
 
-from assets import trainer
+from assets import shown, trainer
 from assets.card import FILE as CARD
 from assets.card import write_card
 from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
 from assets.resources import RUNS, Event
 from assets.tokens import validation_shard
 from evals import report
-from storage import objects
+from storage import objects, records
 from storage.records import Record
 from training import launch, metrics
 from training.config import RunConfig, to_dict
@@ -57,7 +57,7 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
     tokens = maker.input(name, "tokens", "token_shards")
     trainer.record_starting_weights(maker, run)
     output = trainer.trained_output(name, run, tokens)
-    observer = Observer(context)
+    observer = Observer(context, maker, run)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         training = maker.trainings.pop(name, None)  # begun while its shards were being made
@@ -102,31 +102,47 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
 def _training_metadata(folder: str, name: str, run: RunConfig, record: Record) -> dict[str, Any]:
     """The numbers, a sample of text, and the curves as pictures."""
     page = report.ReportData(name, to_dict(run), Path(folder, "main.log").read_text())
-    pictures = report.pictures([page], [report.parse_main_log(page.main_log)])
+    log = report.parse_main_log(page.main_log)
+    pictures = report.pictures([page], [log])
     sample = Path(folder, "samples.txt").read_text()[-1500:]
     return (
         dict(record.metrics)
         | {name: value for name, value in record.cost.items() if value is not None}
         | {"sample": dg.MetadataValue.md(f"```\n{sample}\n```")}
         | {f"figure_{p.name}": image(p.name, p.png["light"]) for p in pictures}
+        | ({"hellaswag": log.accuracy[-1][1]} if log.accuracy else {})
     )
 
 
 class Observer:
-    """Shows a training in Dagster while it runs: one observation every few minutes, never one a step."""
+    """Shows a training in Dagster while it runs: at its first step, then every few minutes, never one a step."""
 
-    def __init__(self, context: dg.AssetExecutionContext):
-        self.context = context
-        self.last = time.monotonic()
+    def __init__(self, context: dg.AssetExecutionContext, maker: Maker, config: RunConfig):
+        self.context, self.maker, self.config = context, maker, config
+        self.seconds: list[float] = []  # of the steps since the last observation
+        self.last = -math.inf
 
     def see(self, event: Event, progress: Callable[[Event], None]) -> None:
         progress(event)
-        if event["event"] == "training_step" and time.monotonic() - self.last >= OBSERVE_SECONDS:
-            self.last = time.monotonic()
-            numbers = {k: v for k, v in event.items() if k != "event" and v is not None}
-            self.context.log_event(
-                dg.AssetObservation("trained_model", partition=self.context.partition_key, metadata=numbers)
-            )
+        if event["event"] == "training_step":
+            self.seconds.append(event["seconds"])
+            if time.monotonic() - self.last >= OBSERVE_SECONDS:
+                self.last = time.monotonic()
+                self.observe(event)
+                self.seconds = []
+
+    def observe(self, event: Event) -> None:
+        """The step's numbers, the hours left at the pace since the last observation, and the curve so far."""
+        name = self.context.partition_key
+        numbers = {key: value for key, value in event.items() if key != "event" and value is not None}
+        pace = sum(self.seconds) / len(self.seconds)
+        left = {"hours_left": (event["steps"] - event["step"]) * pace / 3600}
+        log = Path(self.maker.folder(f"runs/{name}"), "main.log").read_text()
+        png = report.live(report.ReportData(name, to_dict(self.config), log))
+        plot = self.maker.places.home / "live" / f"{name}.png"
+        objects.publish_bytes(str(plot), png)
+        shown_as = {"loss_so_far": image("loss so far", png), "plot": dg.MetadataValue.path(str(plot))}
+        self.context.log_event(dg.AssetObservation("trained_model", partition=name, metadata=numbers | left | shown_as))
 
 
 @dg.asset(
@@ -161,7 +177,9 @@ def hf_model(
     made, checks = maker.make(config, output, produce, [LOGITS_AGREE])
     if not made.reused and all(check.passed for check in checks):
         write_card(maker, name)
-    return materialize(made, checks, dict(made.record.metrics))
+    weights = next(f.path for f in made.record.files if f.path.endswith(".safetensors"))
+    tensors = shown.tensors(records.file_url(maker.places.store, made.record.key, weights))
+    return materialize(made, checks, dict(made.record.metrics) | tensors)
 
 
 def export_output(name: str, run: RunConfig, trained: Record) -> Output:

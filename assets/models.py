@@ -10,11 +10,12 @@ from typing import Any
 
 import dagster as dg
 
+from assets import shown
 from assets.asked import Asked, Missing, asked
 from assets.items import hellaswag_items
 from assets.making import Maker, Output, Produced, StageConfig, describe
 from assets.resources import Event
-from assets.scores import score, score_metadata
+from assets.scores import score
 from storage import models, objects, records
 from storage.records import Record
 from training.config import EvalConfig, from_dict
@@ -51,7 +52,9 @@ def score_model(context: dg.OpExecutionContext, config: ModelConfig, maker: dg.R
         stage = StageConfig(recompute=config.recompute)
         made, checks = score(maker, stage, questions, subject.place, subject.record, subject.folder, settings.dtype)
         key = [*subject.place.split("/"), questions.suite]
-        context.log_event(dg.AssetMaterialization(key, metadata=score_metadata(made) | describe(made)))
+        context.log_event(
+            dg.AssetMaterialization(key, metadata=shown.scores(made.record.metrics["scores"]) | describe(made))
+        )
         if not all(check.passed for check in checks):
             raise ValueError(f"{questions.suite} of {config.model} is not whole: {made.record.metrics}")
 

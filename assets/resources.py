@@ -44,6 +44,13 @@ class Silent:
 
 
 @dataclass(frozen=True)
+class NewRun:
+    """What a run is that a job is launched for, as its config.json will hold it; None: it is there already."""
+
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Launcher:
     """Runs this project's torch programs as processes that end when this one does."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets import shown
 from assets.asked import Asked, Missing, asked
 from assets.making import Check, Made, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
@@ -32,7 +33,7 @@ def _suite(name: str, **options: Any) -> Any:
     return dg.asset(
         partitions_def=RUNS,
         group_name="evals",
-        kinds={"huggingface"},
+        kinds={"huggingface", "pytorch"},
         code_version=VERSION,
         check_specs=[ALL_SCORED.spec(name)],
         name=name,
@@ -94,7 +95,7 @@ def _scored(maker: Maker, config: StageConfig, run: str, suite: str) -> Any:
     made, checks = score(
         maker, config, questions, f"runs/{run}", model, lambda: maker.stage(model), settings.evals.dtype, price
     )
-    return materialize(made, checks, score_metadata(made))
+    return materialize(made, checks, shown.scores(made.record.metrics["scores"]))
 
 
 def score(
@@ -133,13 +134,3 @@ def score_output(questions: Asked, place: str, model: Record, dtype: str) -> Out
     defining |= ({"items": questions.items} if questions.items else {}) | dict(questions.definition)
     parents = [model, *questions.reads]
     return Output(questions.suite, f"{place}/scores/{questions.suite}", VERSION, defining, parents)
-
-
-def score_metadata(made: Made) -> dict[str, Any]:
-    scores = made.record.metrics["scores"]
-    lines = ["| score | value | ± | items |", "|---|---|---|---|"]
-    for name, found in scores.items():
-        error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
-        lines.append(f"| {name} | {found['value']:.4f} | {error} | {found['n']} |")
-    table = {"scores": dg.MetadataValue.md("\n".join(lines))}
-    return table | {name: found["value"] for name, found in scores.items()}

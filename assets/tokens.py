@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets import trainer
+from assets import shown, trainer
 from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
 from storage import objects, records, shards, sources, tokenizer, verification
@@ -76,7 +76,13 @@ def token_shards(
     maker.remember_input(context.partition_key, tokens=output.key)
     if not made.reused and documents.metrics["text_bytes"]:  # seconds now, for answers in milliseconds later
         lookup_of(maker.places.store, made.record, maker.places.home)
-    return materialize(made, checks, dict(made.record.metrics))
+    return materialize(made, checks, dict(made.record.metrics) | _columns(maker, made.record))
+
+
+def _columns(maker: Maker, record: Record) -> dict[str, Any]:
+    """What the index beside each shard says of its documents; shards of others have none."""
+    indexes = [f.path for f in record.files if f.path.endswith(".parquet")]
+    return shown.parquet_columns(records.file_url(maker.places.store, record.key, indexes[0])) if indexes else {}
 
 
 def tokens_key(run: RunConfig, corpus: str) -> str:

@@ -186,6 +186,7 @@ def begun_early(
         yield begin
     except BaseException:
         stop_early(maker, name)
+        _release(context)
         raise
 
 
@@ -196,8 +197,24 @@ def stop_early(maker: Maker, name: str) -> None:
 
 
 def _wanted(context: dg.AssetExecutionContext, maker: Maker, name: str, run: RunConfig, tokens: Output) -> bool:
-    """Whether this job trains the run, has to, and may: a limit on the pool of GPUs is kept by waiting."""
-    limited = any(limit.name == POOL for limit in context.instance.event_log_storage.get_pool_limits())
+    """Whether this job trains the run, has to, and may: the cards are free, and held for it from now on."""
     output = trained_output(name, run, tokens)
     there, _ = output.reusable(maker.places.store)
-    return chosen(context, "trained_model") and not limited and there is None and run.machine.nnodes == 1
+    wanted = chosen(context, "trained_model")
+    return wanted and there is None and run.machine.nnodes == 1 and _claimed(context)
+
+
+def _claimed(context: dg.AssetExecutionContext) -> bool:
+    """Take the pool for the model's step, which finds it taken by itself; never wait for it here."""
+    pools = context.instance.event_log_storage
+    pools.initialize_concurrency_limit_to_default(POOL)
+    if all(limit.name != POOL for limit in pools.get_pool_limits()):
+        return True
+    if pools.claim_concurrency_slot(POOL, context.run_id, "trained_model").is_claimed:
+        return True
+    _release(context)
+    return False
+
+
+def _release(context: dg.AssetExecutionContext) -> None:
+    context.instance.event_log_storage.free_concurrency_slot_for_step(context.run_id, "trained_model")

@@ -131,13 +131,22 @@ def _score_pictures(run: ReportData) -> list[Picture]:
     return shown
 
 
+def live(run: ReportData) -> bytes:
+    """The loss of a run that is going on, as a PNG small enough to be kept hundreds of times."""
+    return report_plots.thumbnail(_loss_drawing([run], [parse_main_log(run.main_log)], wide=True))
+
+
 def _loss(runs: Sequence[ReportData], logs: Sequence[MainLog], wide: bool) -> Picture:
+    drawing = _loss_drawing(runs, logs, wide)
+    return Picture("loss", "Training and validation loss against tokens", report_plots.render(drawing))
+
+
+def _loss_drawing(runs: Sequence[ReportData], logs: Sequence[MainLog], wide: bool) -> report_plots.Drawing:
     curves = [
         Curve(run.name, _points(run, log.train), _points(run, log.validation), smooth=True)
         for run, log in zip(runs, logs, strict=True)
     ]
-    drawing = report_plots.loss(curves, loss_lines(runs[0]), wide)
-    return Picture("loss", "Training and validation loss against tokens", report_plots.render(drawing))
+    return report_plots.loss(curves, loss_lines(runs[0]), wide)
 
 
 def _optimisation(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> Picture:

@@ -6,10 +6,12 @@ from typing import Any
 import dagster as dg
 
 from assets import checks, corpus, model, samples, scores, tokens
+from assets.checkpoints import checkpoint_scores
 from assets.making import Maker
 from assets.models import score_models
 from assets.report import report
 from assets.resources import RUNS, Launcher, Listener, Silent
+from pipeline import instance, launchpad, sensors
 from storage.places import places
 from training.config import SUITES
 
@@ -37,6 +39,17 @@ def rescore(names: Iterable[str] = RESCORED) -> dict[str, Any]:
     return {"ops": {name: {"ops": {"write_report": again}} if name == "report" else again for name in names}}
 
 
+def _maker(listener: Listener) -> dg.ResourceDefinition:
+    """What every asset works with; whoever executes a run makes it first, and says here who that is."""
+
+    def begin(context: dg.InitResourceContext) -> Maker:
+        if context.instance is not None and context.run is not None:
+            instance.own(context.instance, context.run)
+        return Maker(places(), Launcher(), listener)
+
+    return dg.ResourceDefinition(begin)
+
+
 def build(listener: Listener | None = None) -> dg.Definitions:
     """The definitions, with whoever listens to their progress; the places come from the environment."""
     return dg.Definitions(
@@ -62,8 +75,14 @@ def build(listener: Listener | None = None) -> dg.Definitions:
                 partitions_def=RUNS,
                 description="Look at the run's corpus: eval items in it, duplicates, held-out documents, lengths.",
             ),
+            *launchpad.jobs(),
+            checkpoint_scores,
         ],
-        resources={"maker": Maker(places(), Launcher(), listener or Silent())},
+        sensors=[sensors.dead_runs, sensors.new_checkpoints],
+        resources={
+            "maker": _maker(listener or Silent()),
+            "new_run": launchpad.new_run(),
+        },
         # The heavy work happens in processes of its own; steps in one process save 1.6 s each.
         executor=dg.in_process_executor,
     )

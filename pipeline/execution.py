@@ -47,6 +47,10 @@ def _execute(
     with dg.DagsterInstance.get() as dagster:
         for swept in instance.sweep(dagster):
             terminal.console.print(f"  [yellow]![/yellow] run {swept[:8]} had died; it is marked as failed")
+        for holder in instance.holders(dagster):
+            terminal.console.print(
+                f"  [yellow]![/yellow] the cards are held by {holder}; training and evals wait for it"
+            )
         if partition_key:
             dagster.add_dynamic_partitions("run", [partition_key])
             options["partition_key"] = partition_key
@@ -55,9 +59,7 @@ def _execute(
             result = (
                 definitions.build(terminal)
                 .resolve_job_def(job)
-                .execute_in_process(
-                    instance=dagster, run_config=LOG_QUIETLY | config, tags=instance.process_tags(), **options
-                )
+                .execute_in_process(instance=dagster, run_config=LOG_QUIETLY | config, **options)
             )
         finally:
             terminal.close()

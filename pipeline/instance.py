@@ -1,52 +1,137 @@
 """Where does Dagster remember runs, and what becomes of one whose process died?"""
 
+import importlib.util
 import os
 import platform
+import signal
+import threading
+import time
 from pathlib import Path
 
 import dagster as dg
 
+from pipeline.page import SERVED_BY
+from storage import objects
 from storage.places import Places
 
+POSTGRES_VARIABLE = "DAGSTER_POSTGRES_URL"
+POSTGRES_SCHEME = "postgresql+psycopg2://"
+OURS = "# Written by gpt2 at each start. To change it, delete this line: the file is yours then.\n"
 SETTINGS = """\
-# Runs, events and logs lie in this folder (SQLite). Written once; change it as you like.
+concurrency:
+  pools: # no two steps of a pool at a time: trainings and evals, in the pool gpu, never share the cards
+    default_limit: 1
+    granularity: op
+run_monitoring: # a run that never starts, or never stops when told to, is not left so
+  enabled: true
+  start_timeout_seconds: 180
+  cancel_timeout_seconds: 180 # longer than a training gets for its last checkpoint
+  free_slots_after_run_end_seconds: 30
+  poll_interval_seconds: 30
 telemetry:
   enabled: false
 nux:
   enabled: false
 """
+EMBEDDED = "# Runs, events and logs lie in this folder (SQLite).\n"
+TEAM = f"""\
+storage: # runs and events; what the steps printed lies in this folder
+  postgres:
+    postgres_url:
+      env: {POSTGRES_VARIABLE}
+"""
+
+POOL = "gpu"
 HOST_TAG, PROCESS_TAG = "gpt2/host", "gpt2/process"
 UNFINISHED = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
+NAMELESS_SECONDS = 300.0  # after which a run whose process has not named itself never had one for long
+PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
 
 
 def prepare(places: Places) -> None:
-    """Point this process, and all that it starts, at the instance under the home; make it on first use."""
-    places.dagster_home.mkdir(parents=True, exist_ok=True)
+    """Point this process, and all that it starts, at the instance under the home; make it on first use.
+
+    Raises ValueError where runs are kept in PostgreSQL and nothing says, or can say, in which.
+    """
     settings = places.dagster_home / "dagster.yaml"
-    if not settings.exists():
-        settings.write_text(SETTINGS)
+    there = settings.read_text() if settings.exists() else OURS
+    url = os.environ.get(POSTGRES_VARIABLE)
+    if POSTGRES_VARIABLE in there and not url:
+        raise ValueError(
+            f"{settings} keeps the runs in PostgreSQL: set {POSTGRES_VARIABLE}, or delete the file to start "
+            "anew in SQLite"
+        )
+    if url and not url.startswith(POSTGRES_SCHEME):
+        place = url.partition("://")[2].rpartition("@")[2]  # without its password
+        raise ValueError(f"{POSTGRES_VARIABLE} of …@{place} must begin with {POSTGRES_SCHEME}")
+    if url and importlib.util.find_spec("dagster_postgres") is None:
+        raise ValueError(f"{POSTGRES_VARIABLE} is set but dagster-postgres is not installed: pip install '.[team]'")
+    wanted = OURS + (TEAM if url else EMBEDDED) + SETTINGS
+    places.dagster_home.mkdir(parents=True, exist_ok=True)
+    if there.startswith(OURS) and there != wanted:
+        objects.publish_bytes(str(settings), wanted.encode())
     os.environ.update(places.variables())
 
 
-def process_tags() -> dict[str, str]:
-    """Tags that tell later whether the process behind a run still lives."""
-    return {HOST_TAG: platform.node(), PROCESS_TAG: f"{os.getpid()}:{_started(os.getpid())}"}
+def own(dagster: dg.DagsterInstance, run: dg.DagsterRun) -> None:
+    """Note which process executes a run, and end with the code server where that has launched it.
+
+    Only the process itself can say so: Dagster tells nobody where a run is executed.
+    """
+    pid = os.getpid()
+    dagster.add_run_tags(run.run_id, {HOST_TAG: platform.node(), PROCESS_TAG: f"{run.run_id}:{pid}:{_started(pid)}"})
+    if run.remote_job_origin is not None:
+        threading.Thread(target=_end_with_server, daemon=True).start()
 
 
-def sweep(instance: dg.DagsterInstance) -> list[str]:
-    """Mark as failed the runs whose process on this host has died -> their ids."""
+def sweep(dagster: dg.DagsterInstance) -> list[str]:
+    """Mark as failed the runs whose process on this host has died -> their ids; free the cards that ended runs hold."""
     swept = []
-    wanted = dg.RunsFilter(statuses=UNFINISHED, tags={HOST_TAG: platform.node()})
-    for run in instance.get_runs(wanted):
-        process = run.tags.get(PROCESS_TAG, "")
-        pid, _, started = process.partition(":")
-        if _started(int(pid)) != started:
-            instance.report_run_failed(run, f"The process {pid} that executed this run died without a word.")
+    for record in dagster.get_run_records(dg.RunsFilter(statuses=UNFINISHED)):
+        run, reason = record.dagster_run, _dead(record)
+        if reason:
+            dagster.report_run_failed(run, reason)
             swept.append(run.run_id)
+    for run_id in dagster.event_log_storage.get_concurrency_run_ids():
+        holder = dagster.get_run_by_id(run_id)
+        if holder is None or holder.is_finished:
+            dagster.event_log_storage.free_concurrency_slots_for_run(run_id)
     return swept
+
+
+def holders(dagster: dg.DagsterInstance) -> list[str]:
+    """The runs that hold the pool of the cards, in words."""
+    held = dagster.event_log_storage.get_concurrency_info(POOL).active_run_ids
+    runs = [dagster.get_run_by_id(run_id) for run_id in sorted(held)]
+    return [
+        f"{run.tags.get('dagster/partition', run.job_name)} (Dagster's run {run.run_id[:8]})" for run in runs if run
+    ]
+
+
+def _dead(record: dg.RunRecord) -> str:
+    """Why a run can't be going on; empty where it may."""
+    tags = record.dagster_run.tags
+    run_id, _, process = tags.get(PROCESS_TAG, "").partition(":")
+    if run_id != record.dagster_run.run_id:  # none, or one copied from the run that this is a retry of
+        silent = time.time() - record.create_timestamp.timestamp() > NAMELESS_SECONDS
+        begun = record.start_time is not None and time.time() - record.start_time > NAMELESS_SECONDS
+        return "The process that executed this run died before it had begun." if silent and begun else ""
+    pid, _, started = process.partition(":")
+    if tags.get(HOST_TAG) != platform.node() or _started(int(pid)) == started:
+        return ""
+    return f"The process {pid} that executed this run died without a word."
 
 
 def _started(pid: int) -> str:
     """When a process started, in ticks since boot; tells it from a later one of the same number."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "gone"
+
+
+def _end_with_server() -> None:
+    """Interrupt this process, as Ctrl-C would, when what launched it has died: nobody could stop the run any more."""
+    parent, served_by = os.getppid(), int(os.environ.get(SERVED_BY, "0"))
+    server = _started(served_by)
+    while os.getppid() == parent and _started(served_by) == server:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGINT)

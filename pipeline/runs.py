@@ -8,14 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from assets.run_config import definition, stored
 from evals.run import HARNESS_SUITES
 from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
 from training import launch, plan, recipes
-from training.config import SUITES, RunConfig, from_dict, override, settable_keys, to_dict
+from training.config import SUITES, RunConfig, override, settable_keys
 
 CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
 EXPORT_BYTES = 4  # a parameter
@@ -54,26 +54,10 @@ def settled(config: RunConfig) -> RunConfig:
 
 def default_name(config: RunConfig) -> str:
     """The recipe's name, with six digits behind it where its definition is not the recipe's own."""
-    own, wanted = _definition(recipes.recipe(config.recipe)), _definition(config)
+    own, wanted = definition(recipes.recipe(config.recipe)), definition(config)
     if own == wanted:
         return config.recipe
     return f"{config.recipe}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:6]}"
-
-
-def _definition(config: RunConfig) -> dict[str, Any]:
-    """All of a configuration that changes results: where it runs, and what runs its workers, does not."""
-    values = {key: value for key, value in to_dict(config).items() if key != "machine"}
-    return values | {"tokenize": {"shard_tokens": config.tokenize.shard_tokens}}
-
-
-def config_url(places: Places, run: str) -> str:
-    return objects.join(places.store, "runs", run, "config.json")
-
-
-def stored(places: Places, run: str) -> RunConfig | None:
-    """The configuration of a run in the store, or None."""
-    url = config_url(places, run)
-    return from_dict(RunConfig, objects.read_json(url), url) if objects.exists(url) else None
 
 
 def known_runs(places: Places) -> list[str]:
@@ -118,20 +102,6 @@ def check_name(name: str) -> None:
             f"--name {name!r} is not a good name for a folder: use letters, digits, '.', '_' and '-', "
             f"such as {sources.safe_name(name) or 'my-run'}"
         )
-
-
-def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
-    """Refuse to give a run that exists another definition."""
-    there = stored(places, run)
-    if there is None or _definition(there) == _definition(config):
-        return
-    old, new = settable_keys(there), settable_keys(config)
-    differences = [
-        f"{key}={old[key]} (now {new[key]})" for key in old if old[key] != new[key] and not key.startswith("machine.")
-    ]
-    if there.recipe != config.recipe:
-        differences.insert(0, f"recipe={there.recipe} (now {config.recipe})")
-    raise ValueError(f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name")
 
 
 def check_possible(places: Places, config: RunConfig) -> None:

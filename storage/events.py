@@ -14,8 +14,11 @@ log = logging.getLogger("gpt2")
 def emit(kind: str, **fields: Any) -> None:
     """Report progress: one JSON line on stdout where a launcher asked for it, a readable log line elsewhere."""
     if os.environ.get(EVENTS_VARIABLE) == "1":
-        sys.stdout.write(json.dumps({"event": kind, **fields}) + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(json.dumps({"event": kind, **fields}) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever launched this has died: a signal is coming, and a checkpoint to be saved
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         log.info("%s %s", kind, " ".join(f"{key}={_short(value)}" for key, value in fields.items()))
 

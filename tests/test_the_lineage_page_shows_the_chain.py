@@ -1,20 +1,17 @@
 """`gpt2 ui` serves what the command line made: over GraphQL and as a person sees it, in a real browser."""
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tiny_pipeline import ROOT, Finished
+import yaml
+from tiny_pipeline import Finished
+from tiny_ui import Page, serve, wait_for
+
+from pipeline import launchpad
+from training import recipes
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium")
@@ -36,53 +33,44 @@ UNMADE = {"hellaswag", "core"}  # in a run whose configuration names no data for
 NODES = """{assetNodes {assetKey {path} groupName kinds description opVersion dependencyKeys {path}
   partitionKeys assetMaterializations(limit: 1) {runId partition}
   assetChecksOrError {... on AssetChecks {checks {name blocking executionForLatestMaterialization {status}}}}}}"""
-STATUS = "query($id: ID!) {runOrError(runId: $id) {... on Run {status}}}"
-LAUNCH = """mutation($params: ExecutionParams!) {launchRun(executionParams: $params) {
-  __typename ... on LaunchRunSuccess {run {runId}} ... on PythonError {message}}}"""
+
+
+JOBS = """{repositoryOrError(repositorySelector: {repositoryLocationName: "gpt2", repositoryName: "__repository__"}) {
+  ... on Repository {jobs {name}}}}"""
+FILLED = """query($job: String!, $run: String!) {pipelineOrError(params: {pipelineName: $job,
+  repositoryLocationName: "gpt2", repositoryName: "__repository__"}) {... on Pipeline {
+  partition(partitionName: $run) {runConfigOrError {... on PartitionRunConfig {yaml}}}}}}"""
 
 
 @pytest.fixture(scope="module")
-def ui(finished: Finished) -> Iterator[str]:
-    """The address of a running `gpt2 ui`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.commands.main", "ui", "--port", str(port), "--store", finished.store],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        assert process.poll() is None, "gpt2 ui ended"
-        try:
-            urllib.request.urlopen(f"{address}/server_info", timeout=5).read()
-            break
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.1)
-    yield address
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
+def ui(finished: Finished) -> Iterator[Page]:
+    with serve(finished.store) as page:
+        yield page
 
 
-def ask(ui: str, query: str, **variables: Any) -> dict[str, Any]:
-    body = json.dumps({"query": query, "variables": variables}).encode()
-    request = urllib.request.Request(f"{ui}/graphql", body, {"Content-Type": "application/json"})
-    answer = json.loads(urllib.request.urlopen(request, timeout=60).read())
-    assert "errors" not in answer, answer
-    return dict(answer["data"])
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"],
+        )
+        yield opened
+        opened.close()
 
 
-def test_graphql_tells_the_chain_with_groups_checks_and_partitions(ui: str) -> None:
-    nodes = {node["assetKey"]["path"][0]: node for node in ask(ui, NODES)["assetNodes"]}
+def test_graphql_tells_the_chain_with_groups_checks_and_partitions(ui: Page) -> None:
+    nodes = {node["assetKey"]["path"][0]: node for node in ui.ask(NODES)["assetNodes"]}
     assert {
         name: (node["groupName"], sorted(key["path"][0] for key in node["dependencyKeys"]))
         for name, node in nodes.items()
     } == ASSETS
     for name, node in nodes.items():
-        assert sorted(node["partitionKeys"]) == ["demo", "tiny"], name
+        assert {"demo", "tiny"} <= {*node["partitionKeys"]}, name
         assert node["kinds"] and node["description"], name
         assert [m["partition"] for m in node["assetMaterializations"]] == ([] if name in UNMADE else ["tiny"])
         for check in node["assetChecksOrError"].get("checks", []):
@@ -91,48 +79,70 @@ def test_graphql_tells_the_chain_with_groups_checks_and_partitions(ui: str) -> N
                 assert check["executionForLatestMaterialization"]["status"] == "SUCCEEDED", (name, check)
 
 
-def test_materialize_all_works_from_the_ui(ui: str) -> None:
+def test_materialize_all_works_from_the_ui(ui: Page) -> None:
     """What the page's button sends; the daemon executes it, and finds everything made already."""
-    params = {
-        "mode": "default",
-        "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "tiny"}]},
-        "runConfigData": "{}",
-        "selector": {
-            "repositoryLocationName": "gpt2",
-            "repositoryName": "__repository__",
-            "jobName": "__ASSET_JOB",
-            "assetSelection": [{"path": [name]} for name in ASSETS],
-        },
-    }
-    launched = ask(ui, LAUNCH, params=params)["launchRun"]
-    assert launched["__typename"] == "LaunchRunSuccess", launched
-    run = launched["run"]["runId"]
-    status = "QUEUED"
-    for _ in range(240):
-        status = ask(ui, "query($id: ID!) {runOrError(runId: $id) {... on Run {status}}}", id=run)["runOrError"][
-            "status"
-        ]
-        if status in ("SUCCESS", "FAILURE", "CANCELED"):
-            break
-        time.sleep(0.5)
-    assert status == "SUCCESS"
-    latest = {n["assetKey"]["path"][0]: n["assetMaterializations"] for n in ask(ui, NODES)["assetNodes"]}
+    run = ui.launch("__ASSET_JOB", "tiny", list(ASSETS))["run"]["runId"]
+    wait_for("the run", lambda: ui.status(run) in ("SUCCESS", "FAILURE", "CANCELED"))
+    assert ui.status(run) == "SUCCESS"
+    latest = {n["assetKey"]["path"][0]: n["assetMaterializations"] for n in ui.ask(NODES)["assetNodes"]}
     assert {name for name, made in latest.items() if made and made[0]["runId"] == run} == set(ASSETS) - UNMADE
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-def test_a_browser_draws_every_asset_of_the_graph(ui: str) -> None:
-    from playwright.sync_api import sync_playwright
+def test_the_launchpad_has_a_job_for_each_recipe_filled_in_with_its_settings(ui: Page) -> None:
+    jobs = {job["name"] for job in ui.ask(JOBS)["repositoryOrError"]["jobs"]}
+    assert {launchpad.job_name(name) for name in recipes.RECIPES} < jobs
+    filled = ui.ask(FILLED, job="gpt2_1558m", run="tiny")["pipelineOrError"]["partition"]["runConfigOrError"]["yaml"]
+    settings = yaml.safe_load(filled)["resources"]["new_run"]["config"]
+    assert (settings["recipe"], settings["corpus"]) == ("gpt2-1558m", "fineweb-edu-100B")
+    assert (settings["model"]["layers"], settings["train"]["batch_tokens"]) == (48, 1_048_576)
 
-    groups = "%2C".join(f"global%40global%3A{group}" for group in ("data", "training", "evals", "checks"))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"],
-        )
-        page = browser.new_page(viewport={"width": 1800, "height": 1000})
-        page.goto(f"{ui}/asset-groups?expanded={groups}")
-        page.wait_for_selector("text=trained_model", timeout=60_000)
-        for name in ASSETS:
-            assert page.locator(f'foreignObject:has-text("{name}")').count(), f"{name} is not drawn"
-        browser.close()
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"recipe": "gpt2-1559m"}, "gpt2-1559m"),
+        ({"recipe": "demo", "corpus": "embeded"}, "not in enum type Corpus got embeded"),
+        ({"recipe": "demo", "train": {"stps": 3}}, 'unexpected config entry "stps"'),
+        ({"recipe": "demo", "train": {"steps": "many"}}, 'Value "many"'),
+        ({"recipe": "demo", "train": {"batch_tokens": 1000}}, "the nearest that are 768 and 1024"),
+        ({"recipe": "demo", "evals": {"hellaswag": "absent.jsonl"}}, "absent.jsonl: there is no such file"),
+        ({"recipe": "demo", "corpus": "elsewhere"}, "corpus_at goes with corpus: elsewhere"),
+        ({"train": {"steps": 3}}, "needs its recipe"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_refused_before_launch(ui: Page, settings: dict[str, Any], said: str) -> None:
+    answer = ui.launch("demo", "tiny", list(ASSETS), {"resources": {"new_run": {"config": settings}}})
+    assert said in json.dumps(answer).replace('\\"', '"'), answer
+    assert answer["__typename"] in ("PythonError", "RunConfigValidationInvalid")
+
+
+def test_a_browser_draws_every_asset_of_the_graph(ui: Page, browser: Any) -> None:
+    groups = "%2C".join(f"global%40global%3A{group}" for group in ("data", "training", "evals"))
+    page = browser.new_page(viewport={"width": 1800, "height": 1000})
+    page.goto(f"{ui.address}/asset-groups?expanded={groups}")
+    page.wait_for_selector("text=trained_model", timeout=60_000)
+    for name in ASSETS:
+        assert page.locator(f'foreignObject:has-text("{name}")').count(), f"{name} is not drawn"
+    page.close()
+
+
+def test_a_browser_launches_nothing_until_the_settings_are_good(ui: Page, browser: Any) -> None:
+    """The launchpad of a recipe's job: a new run is named, the recipe is filled in, its page has no complaint."""
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.goto(f"{ui.address}/locations/gpt2/jobs/gpt2_124m")
+    page.locator("button", has=page.locator("[aria-label=arrow_drop_down]")).last.click(timeout=60_000)
+    page.get_by_text("Open launchpad").first.click()
+    launch = page.get_by_role("button", name="Materialize").last
+    page.get_by_text("Add new partition").click()
+    page.wait_for_selector("text=Partition name")
+    page.keyboard.type("of-the-browser")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=No errors", timeout=30_000)
+    page.wait_for_selector("text=partition: of-the-browser")
+    assert launch.is_enabled()
+    page.locator(".CodeMirror", has_text="recompute").first.click()
+    page.keyboard.press("Control+End")
+    page.keyboard.insert_text("\nresourcez: {}\n")
+    page.wait_for_selector('text=/unexpected config entry "resourcez"/', timeout=30_000)
+    assert launch.is_disabled()
+    page.close()

@@ -1,6 +1,7 @@
 """The whole chain in a test: a run small enough to be made once and looked at by many tests."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ TINY = {
     "val_every": "3",
     "val_sequences": "8",
     "checkpoint_every": "2",
+    "keep_every": "4",
     "sample_tokens": "8",
     "completion_items": "12",
     "harness_items": "8",
@@ -41,6 +43,12 @@ class Finished:
     @property
     def environment(self) -> dict[str, str]:
         return os.environ | places(self.store).variables()
+
+
+def copied(store: str, folder: Path, *left_out: str) -> str:
+    """A store with the outputs of another, and a Dagster of its own: what a test makes there, no other sees."""
+    shutil.copytree(store, folder / "store", ignore=shutil.ignore_patterns("dagster", *left_out))
+    return str(folder / "store")
 
 
 def gpt2(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

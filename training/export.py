@@ -1,6 +1,6 @@
 """How does a run become a model that others load? A stock Hugging Face folder, or an llm.c file, checked.
 
-    python -m training.export RUN_FOLDER --out FOLDER --tokens SHARD [--dtype float32|bfloat16]
+    python -m training.export RUN_FOLDER --out FOLDER --tokens SHARD [--dtype float32|bfloat16] [--step N]
     python -m training.export RUN_FOLDER --out MODEL.bin
 
 The folder is loaded back with stock transformers and its logits on the shard's first tokens are compared with
@@ -24,7 +24,7 @@ from storage import events
 from storage.shards import open_shard
 from storage.tokenizer import EOT, VOCABULARY
 from training.gpt2 import GPT2
-from training.weights import load_any, to_huggingface, write_llmc
+from training.weights import load_any, load_run, to_huggingface, write_llmc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHECK = "export_check.json"
@@ -88,11 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder to write, or a name ending in .bin for llm.c")
     parser.add_argument("--tokens", help="token shard whose logits are compared; needed for a folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--step", type=int, help="of a run: the checkpoint of this step (default: the newest)")
     o = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
-        model = load_any(o.run)
+        model = load_any(o.run) if o.step is None else load_run(o.run, o.step)
     except ValueError as error:
         log.error("%s", error)
         events.refuse(str(error))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.checkpoint import load_model, newest, read_state
+from training.checkpoint import checkpoint_folder, complete, load_model, newest, read_state
 from training.config import ModelConfig, from_dict
 from training.gpt2 import GPT2
 
@@ -151,10 +151,13 @@ def load_any(source: str) -> GPT2:
     return load_huggingface(source)
 
 
-def load_run(run: str) -> GPT2:
-    checkpoint = newest(run)
+def load_run(run: str, step: int | None = None) -> GPT2:
+    """The model of a run's checkpoint, the newest or that of a step. Raises ValueError where there is none."""
+    checkpoint = newest(run) if step is None else checkpoint_folder(run, step)
     if checkpoint is None:
         raise ValueError(f"{run} has no complete checkpoint yet: train it first")
+    if step is not None and step not in complete(run):
+        raise ValueError(f"{run} has no complete checkpoint of step {step}, only of {complete(run)}")
     model = empty_model(from_dict(ModelConfig, read_state(checkpoint)["config"]["model"]))
     load_model(checkpoint, model)
     return model

@@ -1,16 +1,15 @@
 """Commands that make runs and show them: `gpt2 run`, `gpt2 ui`, `gpt2 env`."""
 
 import json
-import os
 import shlex
 import shutil
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from assets.run_config import check_unchanged, config_url
 from pipeline import runs
 from pipeline.terminal import near, results_table
 from storage import objects, records
@@ -74,12 +73,12 @@ def run(
     config = runs.configure(recipe, [*(settings or []), *resume], corpus, gpus, files)
     run_name = name or runs.default_name(config)
     runs.check_name(run_name)
-    runs.check_unchanged(place, run_name, config)
+    check_unchanged(place, run_name, config)
     names = named_stages(only or [])
     runs.check_inputs(place, run_name, config, names)
     runs.check_possible(place, config)
     prepare(place)
-    objects.publish_json(runs.config_url(place, run_name), to_dict(config))
+    objects.publish_json(config_url(place, run_name), to_dict(config))
     execute(place, "full_pipeline", run_name, names, as_json)
 
 
@@ -162,18 +161,15 @@ def ui(
     port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 3000,
     store: StoreOption = None,
 ) -> None:
-    """Serve Dagster's web UI and its daemon on this machine until Ctrl-C."""
+    """Serve Dagster's web UI and its daemon on this machine until Ctrl-C, which also stops the runs launched there."""
     place = places(store)
     objects.check_writable(place.store)
     prepare(place)
     _add_partitions(place)
-    workspace = Path(__file__).resolve().parents[2] / "workspace.yaml"
     sys.stderr.write(f"Dagster's UI: http://127.0.0.1:{port}  (store: {place.store})\n")
-    os.chdir(workspace.parent)
-    os.execv(
-        sys.executable,
-        [sys.executable, "-m", "dagster", "dev", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(port)],
-    )
+    from pipeline import page
+
+    sys.exit(page.serve(port))
 
 
 def _add_partitions(place: Places) -> None:

@@ -1,0 +1,96 @@
+"""How good is a run while it trains? One score of each checkpoint that it keeps.
+
+An op, not an asset: a run's scores are those of its finished model. What it makes is recorded all the same, and
+shows as an observation of the trained model.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from assets import shown
+from assets.asked import Asked, asked
+from assets.making import Maker, Output, Produced, StageConfig
+from assets.resources import RUNS, Event
+from assets.scores import DTYPES
+from assets.tokens import validation_shard
+from assets.trainer import trained_output
+from storage import objects
+from storage.records import read_record
+from training.config import RunConfig
+
+VERSION = "1"
+DONE = "DONE"
+
+
+class CheckpointConfig(StageConfig):
+    step: int = Field(description="The step of a complete checkpoint.")
+
+
+@dg.op(pool="gpu", out=dg.Out(dg.Nothing), code_version=VERSION)
+def score_checkpoint(context: dg.OpExecutionContext, config: CheckpointConfig, maker: dg.ResourceParam[Maker]) -> None:
+    """HellaSwag of a checkpoint; where its items are not at hand, the completion items from held-out documents."""
+    name = context.partition_key
+    run = maker.run_config(name)
+    questions = asked(maker, "hellaswag" if run.evals.hellaswag else "completion_demo", run.evals, name)
+    assert isinstance(questions, Asked)
+    output = checkpoint_output(maker, name, run, config.step, questions)
+    made, _ = maker.make(config, output, lambda progress: _score(maker, name, run, config.step, questions, progress))
+    facts: dict[str, Any] = {
+        "step": config.step,
+        "suite": questions.suite,
+        "location": dg.MetadataValue.path(made.location),
+    }
+    scores = shown.scores(made.record.metrics["scores"])
+    context.log_event(dg.AssetObservation("trained_model", partition=name, metadata=facts | scores))
+
+
+@dg.job(partitions_def=RUNS)
+def checkpoint_scores() -> None:
+    """Score one checkpoint of a run that may still be training; it waits until the cards are free."""
+    score_checkpoint()
+
+
+def unscored(maker: Maker, name: str) -> list[int]:
+    """Steps of the checkpoints that a run keeps for good and that nothing has scored; the last step has its suites."""
+    train = maker.run_config(name).train
+    place = objects.join(maker.folder(f"runs/{name}"), "checkpoints")
+    done = {objects.name_of(s.path.rpartition("/")[0]) for s in objects.list_files(place, DONE)}
+    steps = sorted(int(folder.removeprefix("step_")) for folder in done if folder.startswith("step_"))
+    kept = [step for step in steps if train.keep_every and step % train.keep_every == 0 and step < train.steps]
+    return [step for step in kept if read_record(maker.places.store, _key(name, step)) is None]
+
+
+def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questions: Asked) -> Output:
+    """The weights have no record while they are trained: what they will be, and the step, define them."""
+    tokens = maker.input(name, "tokens", "token_shards")
+    trained = trained_output(name, run, tokens).fingerprint
+    definition = {"trained_model": trained, "step": step, "suite": questions.suite, "dtype": run.evals.dtype}
+    return Output("checkpoint_scores", _key(name, step), VERSION, definition, [tokens, *questions.reads])
+
+
+def _key(name: str, step: int) -> str:
+    return f"runs/{name}/checkpoint_scores/step_{step:06d}"
+
+
+def _score(
+    maker: Maker, name: str, run: RunConfig, step: int, questions: Asked, progress: Callable[[Event], None]
+) -> Produced:
+    out = Path(maker.folder(_key(name, step)), f"{questions.suite}.json")
+    dtype = DTYPES[run.evals.dtype]
+    with tempfile.TemporaryDirectory(dir=maker.places.home) as exported:
+        maker.launcher.run(
+            "training.export",
+            [maker.folder(f"runs/{name}"), "--step", str(step), "--out", exported, "--dtype", dtype]
+            + ["--tokens", validation_shard(maker, name)],
+            progress,
+        )
+        asking = ["--out", str(out), "--dtype", dtype, *questions.arguments()]
+        maker.launcher.run("evals.run", [exported, *asking], progress)
+    page = objects.read_json(str(out))
+    metrics = {"scores": page["scores"], "protocol": page["protocol"], "step": step}
+    return Produced(paths=[out.name, page["per_item"]], rows=page["items"], metrics=metrics)

@@ -1,0 +1,39 @@
+"""What does Dagster's daemon look after by itself? Dead runs, always; new checkpoints, where that is switched on."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from assets.checkpoints import checkpoint_scores, unscored
+from assets.making import Maker
+from assets.resources import Launcher, Silent
+from pipeline import instance, runs
+from storage.places import places
+
+
+@dg.sensor(
+    target=None,
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Marks as failed the runs whose process on this machine has died, and frees the cards that they held.",
+)
+def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    swept = instance.sweep(context.instance)
+    return dg.SkipReason(f"Marked as failed: {', '.join(swept)}" if swept else "Every run that is going on lives.")
+
+
+@dg.sensor(
+    job=checkpoint_scores,
+    minimum_interval_seconds=300,
+    default_status=dg.DefaultSensorStatus.STOPPED,
+    description="Scores each new checkpoint that a run keeps for good (train.keep_every), once the cards are free.",
+)
+def new_checkpoints(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest]:
+    maker = Maker(places(), Launcher(), Silent())
+    for run in runs.known_runs(maker.places):
+        for step in unscored(maker, run):
+            yield dg.RunRequest(
+                run_key=f"{run}@{step}",
+                partition_key=run,
+                run_config={"ops": {"score_checkpoint": {"config": {"step": step}}}},
+            )

@@ -1,0 +1,113 @@
+"""Runs launched from the page: terminate saves a checkpoint, a retry goes on from it, a kill leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from test_a_killed_command_loses_nothing import processes_of
+from tiny_pipeline import Finished, copied
+from tiny_ui import RETRY, TERMINATE, Page, serve, wait_for
+
+from pipeline import instance
+from storage.places import places
+
+TRAINING = ["documents", "token_shards", "eval_items", "trained_model"]
+ENDLESS = {
+    "recipe": "demo",
+    "model": {"layers": 1, "channels": 32, "heads": 2, "context": 64},
+    "train": {"steps": 1_000_000, "batch_tokens": 512, "val_sequences": 8, "checkpoint_every": 20, "sample_tokens": 8},
+    "evals": {"completion_items": 12, "harness_items": 8},
+}
+
+
+OBSERVED = """{assetNodes(assetKeys: [{path: "trained_model"}]) {assetObservations(limit: 1) {runId}}}"""
+
+
+def newest(run: Path) -> int:
+    steps = [json.loads(done.with_name("state.json").read_text())["step"] for done in run.glob("checkpoints/*/DONE")]
+    return max(steps, default=0)
+
+
+def last_step(run: Path) -> int:
+    lines = [line for line in (run / "main.log").read_text().splitlines() if " trl:" in line]
+    return int(lines[-1].split()[0][2:]) + 1
+
+
+def ranks(store: str) -> list[int]:
+    return [pid for pid in processes_of(Path(store)) if "training.train" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@dg.job
+def nothing() -> None:
+    """A job without steps."""
+
+
+def test_a_run_whose_process_is_gone_is_marked_as_failed_and_no_other(tmp_path: Path) -> None:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as dagster:
+        dead, lives, retry = (dagster.create_run_for_job(nothing) for _ in range(3))
+        for run in (dead, lives, retry):
+            dagster.report_run_canceling(run)
+        instance.own(dagster, dead)
+        instance.own(dagster, lives)
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        process = {instance.PROCESS_TAG: f"{dead.run_id}:{gone.pid}:1"}
+        dagster.add_run_tags(dead.run_id, process)
+        dagster.add_run_tags(retry.run_id, process)  # a retry inherits the tags of its run
+        assert instance.sweep(dagster) == [dead.run_id]
+        found = [dagster.get_run_by_id(run.run_id).status.value for run in (dead, lives, retry)]
+        assert found == ["FAILURE", "CANCELING", "CANCELING"]
+
+
+def tags(page: Page, run_id: str) -> dict[str, str]:
+    query = "query($id: ID!) {runOrError(runId: $id) {... on Run {tags {key value}}}}"
+    return {tag["key"]: tag["value"] for tag in page.ask(query, id=run_id)["runOrError"]["tags"]}
+
+
+@pytest.mark.slow
+def test_terminate_saves_retry_resumes_and_kill_9_of_everything_leaves_nothing(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copied(finished.store, tmp_path, "runs")
+    run = Path(store, "runs", "endless")
+    with serve(store) as page:
+        config: dict[str, Any] = {"resources": {"new_run": {"config": ENDLESS}}}
+        first = page.launch("demo", "endless", TRAINING, config)["run"]["runId"]
+        wait_for("the first checkpoint", lambda: newest(run) > 0)
+        page.ask(TERMINATE, id=first)
+        wait_for("the end", lambda: page.status(first) == "CANCELED")
+        wait_for("the ranks to end", lambda: not ranks(store), 10)
+        saved = newest(run)
+        assert saved == last_step(run)  # no step was lost
+
+        again = {"parentRunId": first, "strategy": "FROM_FAILURE"}
+        second = page.ask(RETRY, params=again)["launchRunReexecution"]["run"]["runId"]
+        wait_for("steps after the checkpoint", lambda: newest(run) > saved)
+        assert f"resumed from {run}/checkpoints/step_{saved:06d}" in (run / "train.log").read_text()
+
+        worker = int(tags(page, second)[instance.PROCESS_TAG].split(":")[1])
+        assert page.ask(OBSERVED)["assetNodes"][0]["assetObservations"][0]["runId"] == second
+        os.kill(page.process.pid, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
+        page.process.wait()
+    wait_for("the ranks to end", lambda: not processes_of(Path(store)), 60)
+    assert newest(run) == last_step(run)
+    wait_for("webserver, daemon and code server to end", lambda: not group_lives(page.process.pid), 60)
+    monkeypatch.setenv("DAGSTER_HOME", str(places(store).dagster_home))
+    with dg.DagsterInstance.get() as dagster:
+        instance.sweep(dagster)  # as the next command and the next daemon do
+        assert dagster.get_run_by_id(second).status.value == "FAILURE"
+        assert not dagster.event_log_storage.get_concurrency_info("gpu").active_slot_count

@@ -1,0 +1,40 @@
+"""Two runs never hold the cards at once: the pool has one place, and the command line waits for it as the page does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished
+from tiny_ui import wait_for
+
+from pipeline.instance import POOL, prepare
+from storage.places import places
+
+
+@pytest.mark.slow
+def test_a_command_waits_for_the_run_that_holds_the_cards(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in places(finished.store).variables().items():
+        monkeypatch.setenv(name, value)
+    prepare(places(finished.store))
+    command = ["run", "--name", "tiny", *TINY_SETTINGS, "--only", "trained_model", "--store", finished.store]
+    with dg.DagsterInstance.get() as dagster, open(tmp_path / "said", "w+") as said:
+        storage = dagster.event_log_storage
+        holder = dagster.get_runs()[-1].run_id
+        storage.initialize_concurrency_limit_to_default(POOL)
+        assert storage.claim_concurrency_slot(POOL, holder, "trained_model").is_claimed
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.commands.main", *command],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=said,
+        )
+        wait_for("its turn to be asked for", lambda: bool(storage.get_concurrency_info(POOL).pending_run_ids))
+        assert waiting.poll() is None
+        storage.free_concurrency_slots_for_run(holder)
+        assert waiting.wait(timeout=120) == 0
+        assert f"the cards are held by tiny (Dagster's run {holder[:8]})" in (tmp_path / "said").read_text()
+        assert storage.get_concurrency_info(POOL).active_slot_count == 0
