@@ -71,7 +71,7 @@ def _settle(values: Mapping[str, Any]) -> dict[str, Any]:
     if not values:
         return {"run": None}
     try:
-        config = _config(values)
+        config = runs.settled(_config(values))
         runs.check_possible(places(), config)
     except ValueError as error:
         raise Refused(str(error)) from None  # the page shows the whole chain

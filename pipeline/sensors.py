@@ -30,7 +30,7 @@ def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 )
 def new_checkpoints(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest]:
     maker = Maker(places(), Launcher(), Silent())
-    for run in runs.known_runs(maker.places):
+    for run in {*context.instance.get_dynamic_partitions("run")} & {*runs.known_runs(maker.places)}:
         for step in unscored(maker, run):
             yield dg.RunRequest(
                 run_key=f"{run}@{step}",

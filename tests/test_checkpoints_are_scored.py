@@ -23,6 +23,8 @@ def test_the_sensor_asks_for_each_kept_checkpoint_once(
     instance.prepare(places(store))
     assert sensors.new_checkpoints.default_status == dg.DefaultSensorStatus.STOPPED
     with dg.DagsterInstance.get() as dagster:
+        assert tick(dagster) == []  # this Dagster knows no runs yet
+        dagster.add_dynamic_partitions("run", ["tiny"])
         asked = tick(dagster)
         assert [(request.run_key, request.partition_key) for request in asked] == [("tiny@4", "tiny")]
         job = build().resolve_job_def("checkpoint_scores")

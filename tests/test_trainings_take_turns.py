@@ -14,6 +14,11 @@ from pipeline.instance import POOL, prepare
 from storage.places import places
 
 
+@dg.job
+def rival() -> None:
+    """Another run, that trains."""
+
+
 @pytest.mark.slow
 def test_a_command_waits_for_the_run_that_holds_the_cards(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -24,7 +29,7 @@ def test_a_command_waits_for_the_run_that_holds_the_cards(
     command = ["run", "--name", "tiny", *TINY_SETTINGS, "--only", "trained_model", "--store", finished.store]
     with dg.DagsterInstance.get() as dagster, open(tmp_path / "said", "w+") as said:
         storage = dagster.event_log_storage
-        holder = dagster.get_runs()[-1].run_id
+        holder = dagster.create_run_for_job(rival, tags={"dagster/partition": "rival"}).run_id
         storage.initialize_concurrency_limit_to_default(POOL)
         assert storage.claim_concurrency_slot(POOL, holder, "trained_model").is_claimed
         waiting = subprocess.Popen(
@@ -36,5 +41,5 @@ def test_a_command_waits_for_the_run_that_holds_the_cards(
         assert waiting.poll() is None
         storage.free_concurrency_slots_for_run(holder)
         assert waiting.wait(timeout=120) == 0
-        assert f"the cards are held by tiny (Dagster's run {holder[:8]})" in (tmp_path / "said").read_text()
+        assert f"the cards are held by rival (Dagster's run {holder[:8]})" in (tmp_path / "said").read_text()
         assert storage.get_concurrency_info(POOL).active_slot_count == 0
