@@ -167,6 +167,7 @@ def sample(
     options = {"tokens": tokens, "temperature": temperature, "top-k": top_k, "top-p": top_p, "seed": seed}
     arguments = [f"--{name}={value}" for name, value in (options | {"count": count}).items()]
     folder = _model_folder(places(store), model)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep; others may use the cores, too
     os.execv(sys.executable, [sys.executable, "-m", "training.sample", *arguments, "--", folder, prompt])
 
 
