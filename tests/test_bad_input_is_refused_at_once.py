@@ -90,7 +90,7 @@ def test_a_run_of_another_definition_keeps_its_name(finished: Finished, tmp_path
 def test_evals_of_a_run_that_is_not_there(finished: Finished, tmp_path: Path) -> None:
     done = gpt2("evals", "tinny", "--store", finished.store, cwd=tmp_path)
     assert done.returncode == 2
-    assert "no run 'tinny'" in done.stderr and "the runs there are tiny" in done.stderr
+    assert "tinny is neither a run" in done.stderr and "the runs there are tiny" in done.stderr
 
 
 def test_a_broken_shard_is_named_by_the_trainer(finished: Finished, tmp_path: Path) -> None:

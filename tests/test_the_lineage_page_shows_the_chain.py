@@ -22,12 +22,16 @@ ASSETS = {
     "inspection": ("checks", ["documents", "eval_items", "token_shards"]),
     "trained_model": ("training", ["eval_items", "token_shards"]),
     "hf_model": ("training", ["trained_model"]),
+    "samples": ("training", ["trained_model"]),
     "validation_loss": ("evals", ["hf_model", "token_shards"]),
     "completion_demo": ("evals", ["eval_items", "hf_model"]),
     "eleuther": ("evals", ["eval_items", "hf_model"]),
     "hellaswag": ("evals", ["eval_items", "hf_model"]),
     "core": ("evals", ["hf_model"]),
-    "report": ("evals", ["completion_demo", "core", "eleuther", "hellaswag", "inspection", "validation_loss"]),
+    "report": (
+        "evals",
+        ["completion_demo", "core", "eleuther", "hellaswag", "inspection", "samples", "validation_loss"],
+    ),
 }
 UNMADE = {"hellaswag", "core"}  # in a run whose configuration names no data for them
 NODES = """{assetNodes {assetKey {path} groupName kinds description opVersion dependencyKeys {path}

@@ -151,7 +151,11 @@ def check(
             known = ", ".join(n for n in reference.SIZES if n.startswith("gpt2"))
             raise ValueError(f"no numbers of {name} were published: --against published knows {known}")
         if runs.stored(place, name) is None:
-            models.resolve(name)
+            try:
+                models.resolve(name)
+            except ValueError as error:
+                known = ", ".join(runs.known_runs(place)) or "none"
+                raise ValueError(f"{error}; the runs there are {known}") from error
         elif not objects.exists(objects.join(place.store, "runs", name, "export/record.json")):
             raise ValueError(f"run {name!r} has no exported model yet: `gpt2 run` makes it")
 

@@ -1,6 +1,7 @@
 """The `gpt2` command: every group of commands in one place, and what a failure says."""
 
 import sys
+import warnings
 
 import typer
 
@@ -23,6 +24,7 @@ app.add_typer(store.app, name="store")
 
 def main() -> None:
     """Exit status 0: done; 2: bad input, one line that names the value and the fix; 1: anything else."""
+    warnings.filterwarnings("ignore", message=".*is currently in beta")  # of Dagster's own code, about itself
     try:
         app(prog_name="gpt2")
     except ValueError as error:
