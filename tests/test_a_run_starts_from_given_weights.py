@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_gpt2
-from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+from tiny_pipeline import TINY_SETTINGS, Finished, copied, gpt2
 
 from pipeline import runs
 from storage import records, starting_weights
@@ -30,22 +30,23 @@ def digest(path: Path) -> str:
 def test_fine_tuning_a_hub_model_is_traced_to_its_commit(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = copied(finished.store, tmp_path)
     tiny_gpt2.save(tmp_path / "model", context=64)
     publish_in_cache(tmp_path / "model", tmp_path / "cache", "openai-community/tiny-gpt2")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     sizes = ["--set", "layers=2", "--set", "train.dtype=fp32", "--set", "train.init_from=openai-community/tiny-gpt2"]
     arguments = ["run", "finetune", "--name", "tuned", "--corpus", "embedded", *TINY_SETTINGS, *sizes]
-    done = gpt2(*arguments, "--only", "data", "--only", "training", "--store", finished.store, "--json", cwd=tmp_path)
+    done = gpt2(*arguments, "--only", "data", "--only", "training", "--store", store, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    trained = records.read_record(finished.store, "runs/tuned")
+    trained = records.read_record(store, "runs/tuned")
     assert trained is not None and trained.config["train"]["lr"] == 1e-4
     assert trained.metrics["skipped_updates"] == 0
     (parent,) = [p for p in trained.parents if p.key.startswith("weights/tiny-gpt2-")]
-    weights = records.read_record(finished.store, parent.key)
+    weights = records.read_record(store, parent.key)
     assert weights is not None and weights.fingerprint == parent.fingerprint
     assert weights.metrics == {"source": "openai-community/tiny-gpt2", "revision": COMMIT}
     assert weights.config["files"]["model.safetensors"] == digest(tmp_path / "model/model.safetensors")
-    shown = gpt2("lineage", "show", "tuned", "--store", finished.store, "--json", cwd=tmp_path)
+    shown = gpt2("lineage", "show", "tuned", "--store", store, "--json", cwd=tmp_path)
     assert parent.key in [node["key"] for node in json.loads(shown.stdout)["inputs"]]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from tiny_pipeline import Finished, gpt2
+from tiny_pipeline import Finished, copied, gpt2
 
 from pipeline import instance
 from storage.places import Places, places
@@ -49,13 +49,14 @@ def _command(program: str, *arguments: str) -> None:
 def test_a_run_of_one_home_is_seen_in_another(
     postgres: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = copied(finished.store, tmp_path)
     monkeypatch.setenv(instance.POSTGRES_VARIABLE, postgres)
     monkeypatch.setenv("GPT2_HOME", str(tmp_path / "mine"))
-    made = gpt2("run", "--name", "ours", "--only", "documents", "--store", finished.store, cwd=tmp_path)
+    made = gpt2("run", "--name", "ours", "--only", "documents", "--store", store, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert not (tmp_path / "mine/dagster/history").exists()  # nothing went to SQLite
     monkeypatch.setenv("GPT2_HOME", str(tmp_path / "yours"))
-    instance.prepare(places(finished.store))
+    instance.prepare(places(store))
     with dg.DagsterInstance.get() as dagster:
         (run,) = dagster.get_runs()
         assert (run.tags["dagster/partition"], run.is_success) == ("ours", True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from tiny_pipeline import ROOT, TINY_SETTINGS, Finished
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, copied
 from tiny_ui import wait_for
 
 from pipeline.instance import POOL, prepare
@@ -23,10 +23,11 @@ def rival() -> None:
 def test_a_command_waits_for_the_run_that_holds_the_cards(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in places(finished.store).variables().items():
+    store = copied(finished.store, tmp_path)
+    for name, value in places(store).variables().items():
         monkeypatch.setenv(name, value)
-    prepare(places(finished.store))
-    command = ["run", "--name", "tiny", *TINY_SETTINGS, "--only", "trained_model", "--store", finished.store]
+    prepare(places(store))
+    command = ["run", "--name", "tiny", *TINY_SETTINGS, "--only", "trained_model", "--store", store]
     with dg.DagsterInstance.get() as dagster, open(tmp_path / "said", "w+") as said:
         storage = dagster.event_log_storage
         holder = dagster.create_run_for_job(rival, tags={"dagster/partition": "rival"}).run_id
