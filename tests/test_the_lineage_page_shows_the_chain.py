@@ -132,6 +132,8 @@ def test_a_browser_draws_every_asset_of_the_graph(ui: Page, browser: Any) -> Non
 
 def test_a_browser_launches_nothing_until_the_settings_are_good(ui: Page, browser: Any) -> None:
     """The launchpad of a recipe's job: a new run is named, the recipe is filled in, its page has no complaint."""
+    from playwright.sync_api import expect
+
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.goto(f"{ui.address}/locations/gpt2/jobs/gpt2_124m")
     page.locator("button", has=page.locator("[aria-label=arrow_drop_down]")).last.click(timeout=60_000)
@@ -143,10 +145,10 @@ def test_a_browser_launches_nothing_until_the_settings_are_good(ui: Page, browse
     page.keyboard.press("Enter")
     page.wait_for_selector("text=No errors", timeout=30_000)
     page.wait_for_selector("text=partition: of-the-browser")
-    assert launch.is_enabled()
+    expect(launch).to_be_enabled(timeout=30_000)
     page.locator(".CodeMirror", has_text="recompute").first.click()
     page.keyboard.press("Control+End")
     page.keyboard.insert_text("\nresourcez: {}\n")
     page.wait_for_selector('text=/unexpected config entry "resourcez"/', timeout=30_000)
-    assert launch.is_disabled()
+    expect(launch).to_be_disabled(timeout=30_000)
     page.close()
