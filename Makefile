@@ -20,8 +20,9 @@ run: setup
 ui: setup
 	@$(BIN)/gpt2 ui
 
+# Two files at a time: most of the slow tests wait for processes that they have started.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"
