@@ -15,7 +15,7 @@ from pydantic import Field
 from assets import shown
 from assets.asked import Asked, asked
 from assets.making import Maker, Output, Produced, StageConfig
-from assets.resources import RUNS, Event
+from assets.resources import POOL, RUNS, Event
 from assets.scores import DTYPES
 from assets.tokens import validation_shard
 from assets.trainer import trained_output
@@ -31,7 +31,7 @@ class CheckpointConfig(StageConfig):
     step: int = Field(description="The step of a complete checkpoint.")
 
 
-@dg.op(pool="gpu", out=dg.Out(dg.Nothing), code_version=VERSION)
+@dg.op(pool=POOL, out=dg.Out(dg.Nothing), code_version=VERSION)
 def score_checkpoint(context: dg.OpExecutionContext, config: CheckpointConfig, maker: dg.ResourceParam[Maker]) -> None:
     """HellaSwag of a checkpoint; where its items are not at hand, the completion items from held-out documents."""
     name = context.partition_key

@@ -238,25 +238,24 @@ class Maker:
         began = time.monotonic()
         self.listener.started(output.asset)
         with ExitStack() as stack:
-            found, _ = output.reusable(self.places.store)
+            found, reason = output.reusable(self.places.store)
             if (config.recompute or not found) and not together:
                 stack.enter_context(turn(self.places.store, output.key))
-            return self._make(config, output, produce, checks, began)
+                found, reason = output.reusable(self.places.store)  # somebody may have made it meanwhile
+            if found and config.recompute:
+                found, reason = None, "asked for anew"
+            return self._make(found, reason, output, produce, checks, began)
 
     def _make(
         self,
-        config: StageConfig,
+        found: Record | None,
+        reason: str,
         output: Output,
         produce: Callable[[Callable[[Event], None]], Produced],
         checks: Sequence[Check],
         began: float,
     ) -> tuple[Made, list[dg.AssetCheckResult]]:
-        found, reason = output.reusable(self.places.store)
-        if found and not config.recompute:
-            record = found
-        else:
-            reason = "asked for anew" if found else reason
-            record = self._produce(output, produce)
+        record = found or self._produce(output, produce)
         looked = [check.look(record, self.places.store) for check in checks]
         reused = record is found
         if not reused:

@@ -13,7 +13,7 @@ from assets import shown, trainer
 from assets.card import FILE as CARD
 from assets.card import write_card
 from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
-from assets.resources import RUNS, Event
+from assets.resources import POOL, RUNS, Event
 from assets.tokens import validation_shard
 from evals import report
 from storage import objects, records
@@ -48,7 +48,7 @@ LOGITS_AGREE = Check(
     code_version=trainer.VERSION,
     deps=["token_shards", "eval_items"],  # of the items, HellaSwag's are scored while training, where it is asked to
     check_specs=[LOSS_IS_FINITE.spec("trained_model")],
-    pool="gpu",
+    pool=POOL,
 )
 def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Maker]) -> dg.MaterializeResult:
     """Weights after the run's steps; an interrupted training goes on from its newest checkpoint."""

@@ -14,7 +14,7 @@ from assets import shown
 from assets.asked import Asked, Missing, asked
 from assets.items import hellaswag_items
 from assets.making import Maker, Output, Produced, StageConfig, describe
-from assets.resources import Event
+from assets.resources import POOL, Event
 from assets.scores import score
 from storage import models, objects, records
 from storage.records import Record
@@ -41,7 +41,7 @@ class Subject:
     folder: Callable[[], str]  # its local folder
 
 
-@dg.op(pool="gpu")
+@dg.op(pool=POOL)
 def score_model(context: dg.OpExecutionContext, config: ModelConfig, maker: dg.ResourceParam[Maker]) -> None:
     """Score one model on each suite; Dagster shows the scores as assets under models/."""
     settings = settings_of(maker, config.like, config.settings)

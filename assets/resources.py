@@ -17,6 +17,7 @@ from training import launch
 
 RUNS = dg.DynamicPartitionsDefinition(name="run")
 
+POOL = "gpu"  # Dagster's pool of this machine's cards: what uses them takes its one slot in turn
 STOP_SECONDS = 120.0  # that a process gets to end before it is killed, at the least
 # waiting threads sleep: spinning ones made sampling thirty times slower on two cores that others used, too
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import dagster as dg
 
 from assets.making import Maker, Output, Produced, StageConfig, materialize
-from assets.resources import RUNS, Event
+from assets.resources import POOL, RUNS, Event
 from storage import objects, records
 from storage.records import Record
 from training import launch
@@ -22,7 +22,7 @@ SHOWN = 3000  # characters, in Dagster
     kinds={"pytorch"},
     code_version=VERSION,
     deps=["trained_model"],
-    pool="gpu",
+    pool=POOL,
 )
 def samples(
     context: dg.AssetExecutionContext, config: StageConfig, maker: dg.ResourceParam[Maker]

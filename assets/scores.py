@@ -9,7 +9,7 @@ import dagster as dg
 from assets import shown
 from assets.asked import Asked, Missing, asked
 from assets.making import Check, Made, Maker, Output, Produced, StageConfig, materialize
-from assets.resources import RUNS, Event
+from assets.resources import POOL, RUNS, Event
 from storage import objects
 from storage.records import Record
 from training import launch
@@ -37,7 +37,7 @@ def _suite(name: str, **options: Any) -> Any:
         code_version=VERSION,
         check_specs=[ALL_SCORED.spec(name)],
         name=name,
-        pool="gpu",
+        pool=POOL,
         **options,
     )
 

@@ -19,7 +19,7 @@ import dagster as dg
 from assets.failures import Interrupted, ProcessFailed
 from assets.items import hellaswag_items, hellaswag_output
 from assets.making import Maker, Output, Produced, StageConfig, chosen
-from assets.resources import Event, stop
+from assets.resources import POOL, Event, stop
 from storage import objects, records, starting_weights
 from storage.items import FILES
 from storage.records import Record
@@ -29,7 +29,6 @@ from training.config import RunConfig, to_dict
 
 VERSION = "1"
 WEIGHTS_VERSION = "1"
-POOL = "gpu"
 WAIT = 0.2  # seconds between two looks at a process
 
 OnEvent = Callable[[Event], None]

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +121,13 @@ def ddp(model: GPT2, setting: Setting, world: World, batches: list[Tensor], zero
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **adamw())
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        total = torch.zeros((), device=world.device)
-        for i, tokens in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else wrapped.no_sync():
-                loss = wrapped(tokens[:, :-1], tokens[:, 1:]) / len(batches)
-                loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return torch.tensor(world.sums([total])[0] / world.size)
+    def backward(tokens: Tensor, last: bool) -> Tensor:
+        with contextlib.nullcontext() if last else wrapped.no_sync():
+            loss = wrapped(tokens[:, :-1], tokens[:, 1:]) / len(batches)
+            loss.backward()
+        return loss.detach()
 
-    return step
+    return partial(whole_step, model, optimizer, batches, world, backward)
 
 
 def fsdp2(model: GPT2, setting: Setting, world: World, batches: list[Tensor]) -> Step:
@@ -146,21 +140,31 @@ def fsdp2(model: GPT2, setting: Setting, world: World, batches: list[Tensor]) ->
     fully_shard(model, **options)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw())
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        total = torch.zeros((), device=world.device)
-        for i, tokens in enumerate(batches):
-            last = i == len(batches) - 1
-            model.set_requires_gradient_sync(last)  # type: ignore[operator]
-            model.set_reshard_after_backward(last)  # type: ignore[operator]
-            loss = model(tokens[:, :-1], tokens[:, 1:]) / len(batches)
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return torch.tensor(world.sums([total])[0] / world.size)
+    def backward(tokens: Tensor, last: bool) -> Tensor:
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        model.set_reshard_after_backward(last)  # type: ignore[operator]
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / len(batches)
+        loss.backward()
+        return loss.detach()
 
-    return step
+    return partial(whole_step, model, optimizer, batches, world, backward)
+
+
+def whole_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Tensor],
+    world: World,
+    backward: Callable[[Tensor, bool], Tensor],
+) -> Tensor:
+    """A step of PyTorch's ways: `backward` takes a micro-batch, and whether it is the last, and gives its loss."""
+    optimizer.zero_grad()
+    total = torch.zeros((), device=world.device)
+    for i, tokens in enumerate(batches):
+        total += backward(tokens, i == len(batches) - 1)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return torch.tensor(world.sums([total])[0] / world.size)
 
 
 def adamw() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from evals.results import mean_score
+from storage.records import flatten
 
 Area = Literal["data", "code", "configuration", "environment"]
 DATA_ASSETS = ("documents", "token_shards", "eval_items")
@@ -44,15 +45,6 @@ def differences(left: Run, right: Run) -> list[Difference]:
         for key in dict.fromkeys([*one, *other])
         if one.get(key) != other.get(key)
     ]
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Nested keys with dots between."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _data(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:

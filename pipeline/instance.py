@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets.resources import POOL
 from pipeline.page import SERVED_BY
 from storage import objects
 from storage.places import Places
@@ -41,7 +42,6 @@ storage: # runs and events; what the steps printed lies in this folder
       env: {POSTGRES_VARIABLE}
 """
 
-POOL = "gpu"
 HOST_TAG, PROCESS_TAG = "gpt2/host", "gpt2/process"
 UNFINISHED = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
 NAMELESS_SECONDS = 300.0  # after which a run whose process has not named itself never had one for long

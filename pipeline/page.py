@@ -53,9 +53,8 @@ def serve(port: int) -> int:
 
 
 def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    me = os.getpid()
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: launch.die_with_parent(me))
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=launch.dying_with(os.getpid()))
 
 
 def _wait_for(place: Path, server: subprocess.Popen[bytes]) -> None:
