@@ -1,8 +1,9 @@
 """How does training scale over the GPUs of one machine, and do its results stay the same?
 
-    python -m benchmarks.scaling speed|equality|overlap [--ranks 1 2 4 8] [--tiny] [--json FILE]
+    python -m benchmarks.scaling speed|equality|overlap [--ranks 1 2 4 8] [--tokens FOLDER] [--tiny] [--json FILE]
 
-speed:    d12 and d48 at each number of GPUs, the same micro-batch and accumulation on each
+speed:    d12 and d48 at each number of GPUs, the same micro-batch and accumulation on each; of one more step, the share
+          in which NCCL's kernels ran, behind the computation or not, waiting for the slowest rank included
 equality: d12 at 131,072 tokens a step: losses on 1 and on all GPUs; a rank killed in mid-step; a checkpoint
           of all GPUs resumed on half of them and on one
 overlap:  a step on all GPUs with gradients and weights travelling during the computation, and after it
@@ -54,24 +55,27 @@ def bench(case: Case, ranks: int, place: Path) -> dict[str, Any]:
     file = place / "bench.json"
     line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", "training.bench", case.model]
     line += [f"--micro-batch={case.micro_batch}", f"--batch-tokens={case.batch_tokens(ranks)}"]
-    line += [f"--steps={2 if case in TINY else 5}"]
+    line += [f"--steps={2 if case in TINY else 5}", "--profile"]
     subprocess.run([*line, f"--json={file}"], cwd=ROOT, check=True)
     return json.loads(file.read_text())  # type: ignore[no-any-return]
 
 
-def speed(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> list[dict[str, Any]]:
-    found = []
-    print(f"{'model':<6} {'GPUs':>4} {'ms a step':>10} {'tokens/s':>10} {'efficiency':>10} {'GiB a GPU':>10}")
+def speed(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    columns = ("ms a step", "tokens/s", "efficiency", "GiB a GPU", "in NCCL")
+    print(f"{'model':<6} {'GPUs':>4}" + "".join(f" {column:>10}" for column in columns))
     for case in cases:
         for ranks in counts:
             result = {"ranks": ranks, **bench(case, ranks, place)}
             alone = next((r for r in found if r["model"] == result["model"]), result)
             rate = result["tokens_per_second"] / ranks
             result["efficiency"] = rate / (alone["tokens_per_second"] / alone["ranks"])
+            result["communication"] = result["profile_ms"].get("communication", 0.0) / result["profile_ms"]["wall"]
             print(
                 f"{case.model:<6} {ranks:>4} {result['step_ms']:>10.1f} {result['tokens_per_second']:>10,} "
-                f"{result['efficiency']:>10.1%} {result['peak_gib']:>10.2f}", flush=True,
-            )  # fmt: skip
+                f"{result['efficiency']:>10.1%} {result['peak_gib']:>10.2f} {result['communication']:>10.1%}",
+                flush=True,
+            )
             found.append(result)
     return found
 
@@ -106,11 +110,11 @@ class Runs:
         return max(abs(a - b) for a, b in zip(self.losses(name), self.losses(other), strict=True))
 
 
-def equality(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> dict[str, Any]:
+def equality(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> dict[str, Any]:
     name, batch = ("demo", 1024) if cases is TINY else ("gpt2-124m", 131_072)
     settings = [f"batch_tokens={batch}", "steps=20", "checkpoint_every=5", "keep_checkpoints=9"]
     settings += ["warmup_steps=20"]  # at a high rate so early, rounding grows into differences of 1e-3
-    runs = Runs(place, shards(place, cases), name, settings)
+    runs = Runs(place, tokens, name, settings)
     most = max(counts)
     for name, ranks in (("one", 1), ("all", most)):
         assert runs.start(name, ranks).wait() == 0
@@ -134,9 +138,9 @@ def equality(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> dict[
     return found
 
 
-def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case]) -> list[dict[str, Any]]:
+def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> list[dict[str, Any]]:
     """One micro-step a step: communication weighs most where nothing is accumulated."""
-    found, tokens, most = [], shards(place, cases), max(counts)
+    found, most = [], max(counts)
     print(f"{'model':<12} {'GPUs':>4} {'overlap':>8} {'ms a step':>10}")
     for case in cases:
         name = {"d12": "gpt2-124m", "d48": "gpt2-1558m"}.get(case.model, case.model)
@@ -173,12 +177,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure training on several GPUs.")
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--ranks", type=int, nargs="+", help="[default: 1, 2, 4 … to all GPUs]")
+    parser.add_argument("--tokens", metavar="FOLDER", help="token shards [default: of the texts beside the project]")
     parser.add_argument("--tiny", action="store_true", help="the demo's model, to try the script")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     counts = options.ranks or [2**n for n in range(gpu_count().bit_length())]
     with tempfile.TemporaryDirectory() as scratch:
-        found = PARTS[options.part](Path(scratch), counts, TINY if options.tiny else CASES)
+        cases = TINY if options.tiny else CASES
+        tokens = "" if options.part == "speed" else options.tokens or shards(Path(scratch), cases)
+        found = PARTS[options.part](Path(scratch), counts, cases, tokens)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
 

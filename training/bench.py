@@ -29,6 +29,7 @@ from training.recipes import RECIPES, recipe
 
 WARM_UP = 3
 KINDS = {  # of kernels, by what their names hold; the first that fits
+    "communication": r"nccl",  # waiting for the other ranks included
     "attention": r"flash|fmha|sdpa|cudnn",
     "matmul": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
     "quantization": r"quantize|column_peaks",  # in fp8, GELU is part of it
