@@ -8,6 +8,7 @@ sum divided by the ending's length in characters (acc_norm).
 
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +110,18 @@ def evaluate(
     scores: dict[str, Score] = {}
     per_item: list[dict[str, Any]] = []
     truncated = 0
-    for number, protocol in enumerate(protocols):
-        asked = requests(items, protocol, model.encode)
-        total = len(asked)
-        report = (lambda d, t, n=number: progress(n * t + d, len(protocols) * t)) if progress else None
-        rows = _judge(items, protocol, scorer.score(asked, report))
-        truncated += sum(row["truncated"] for row in rows)
-        assert total == sum(len(item.endings) for item in items)
-        scores[f"{protocol}_acc"] = mean_score([float(row["correct"]) for row in rows])
-        scores[f"{protocol}_acc_norm"] = mean_score([float(row["correct_norm"]) for row in rows])
-        per_item += rows
+    with ThreadPoolExecutor(1) as ahead:  # the next protocol's texts become tokens while a GPU scores this one's
+        waiting = [ahead.submit(requests, items, protocol, model.encode) for protocol in protocols]
+        for number, protocol in enumerate(protocols):
+            asked = waiting[number].result()
+            total = len(asked)
+            assert total == sum(len(item.endings) for item in items)
+            report = (lambda d, t, n=number: progress(n * t + d, len(protocols) * t)) if progress else None
+            rows = _judge(items, protocol, scorer.score(asked, report))
+            truncated += sum(row["truncated"] for row in rows)
+            scores[f"{protocol}_acc"] = mean_score([float(row["correct"]) for row in rows])
+            scores[f"{protocol}_acc_norm"] = mean_score([float(row["correct_norm"]) for row in rows])
+            per_item += rows
     return EvalResult(suite, ", ".join(protocols), model.describe(), scores, len(items), truncated, per_item)
 
 
