@@ -80,7 +80,7 @@ def _of_record(store: str, record: Record) -> Rows:
         "files": [(store, key, f.path, f.bytes, f.modified, f.sha256) for f in record.files],
         "edges": [(store, key, p.key, p.fingerprint) for p in record.parents],
         "metrics": [(store, key, name, value, None) for name, value in numbers],
-        "scores": [(store, key, run, suite, name, *score) for name, score in scores],
+        "scores": [(store, key, run, suite, name, *score, _model_of(key)) for name, score in scores],
         "checks": [(store, key, name, *_outcome(found)) for name, found in record.checks.items()],
         "costs": [(store, key, *(record.cost.get(name) for name in COSTS))],
         "environments": [_environment(store, record)],
@@ -110,6 +110,12 @@ def _environment(store: str, record: Record) -> tuple[Any, ...]:
 def _run_of(key: str) -> str | None:
     """The run that an output belongs to; corpora, tokens and items are shared by runs."""
     return key.split("/")[1] if key.startswith("runs/") else None
+
+
+def _model_of(key: str) -> str | None:
+    """What a score is of: a run, or the model of models/<name>-<digits>."""
+    parts = key.split("/")
+    return parts[1].rpartition("-")[0] if parts[0] == "models" else _run_of(key)
 
 
 def _run(store: str, folder: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Any, ...]:

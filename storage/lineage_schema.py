@@ -60,13 +60,23 @@ def _3_runs_checks_costs_environments(connection: duckdb.DuckDBPyConnection) -> 
         connection.execute(f"CREATE TABLE {table} ({columns})")
 
 
+def _4_scores_name_their_model(connection: duckdb.DuckDBPyConnection) -> None:
+    """A run, or a model that was not trained here, which has no run."""
+    connection.execute("ALTER TABLE scores ADD COLUMN model VARCHAR")
+
+
 def _rename(connection: duckdb.DuckDBPyConnection, table: str, **columns: str) -> None:
     for old, new in columns.items():
         connection.execute(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
 
 
 Migration = Callable[[duckdb.DuckDBPyConnection], None]
-MIGRATIONS: tuple[Migration, ...] = (_1_outputs, _2_names_of_openlineage, _3_runs_checks_costs_environments)
+MIGRATIONS: tuple[Migration, ...] = (
+    _1_outputs,
+    _2_names_of_openlineage,
+    _3_runs_checks_costs_environments,
+    _4_scores_name_their_model,
+)
 VERSION = len(MIGRATIONS)
 
 

@@ -148,6 +148,9 @@ def test_numbers_and_scores_are_rows(store, lineage):
     columns, rows = lineage.sql("SELECT run, suite, name, value, stderr, items FROM scores")
     assert columns == ["run", "suite", "name", "value", "stderr", "items"]
     assert rows == [("demo", "hellaswag", "acc", 0.29, 0.005, 10042)]
+    make(store, "models/gpt2-xl-0123abcd/hellaswag", "hellaswag", metrics={"scores": {"acc": {"value": 0.4, "n": 9}}})
+    lineage.ingest(store)
+    assert lineage.sql("SELECT model, run FROM scores ORDER BY value")[1] == [("demo", "demo"), ("gpt2-xl", None)]
     metrics = dict(lineage.sql("SELECT name, value FROM metrics WHERE dataset = 'runs/demo'")[1])
     assert metrics == {"val_loss": 3.25, "speed.mfu": 0.5}
 
