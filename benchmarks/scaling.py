@@ -2,8 +2,10 @@
 
     python -m benchmarks.scaling speed|equality|overlap [--ranks 1 2 4 8] [--tokens FOLDER] [--tiny] [--json FILE]
 
-speed:    d12 and d48 at each number of GPUs, the same micro-batch and accumulation on each; of one more step, the share
-          in which NCCL's kernels ran, behind the computation or not, waiting for the slowest rank included
+speed:    d12 and d48 at each number of GPUs, the same micro-batch and accumulation on each. GPUs of one kind differ by
+          some percent, and all wait for the slowest: so efficiency is told against it too, as it is when each GPU
+          trains alone and all do so at once. "in NCCL": the share of a step in which the slowest rank's NCCL kernels
+          ran, behind the computation or not
 equality: d12 at 131,072 tokens a step: losses on 1 and on all GPUs; a rank killed in mid-step; a checkpoint
           of all GPUs resumed on half of them and on one
 overlap:  a step on all GPUs with gradients and weights travelling during the computation, and after it
@@ -51,29 +53,42 @@ CASES = (Case("d12", 64, 8), Case("d48", 16, 8))
 TINY = (Case("demo", 1, 2, context=256),)
 
 
-def bench(case: Case, ranks: int, place: Path) -> dict[str, Any]:
-    file = place / "bench.json"
+def alone(case: Case, place: Path) -> list[dict[str, Any]]:
+    """One rank on each GPU, all at once -> a result for each GPU; without a GPU one rank."""
+    processes = [start_bench(case, 1, place / f"{gpu}.json", gpu) for gpu in range(max(1, gpu_count()))]
+    assert not any([process.wait() for process in processes])
+    return [json.loads((place / f"{gpu}.json").read_text()) for gpu in range(len(processes))]
+
+
+def together(case: Case, ranks: int, place: Path) -> dict[str, Any]:
+    assert start_bench(case, ranks, place / "all.json").wait() == 0
+    return json.loads((place / "all.json").read_text())  # type: ignore[no-any-return]
+
+
+def start_bench(case: Case, ranks: int, file: Path, gpu: int | None = None) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", "training.bench", case.model]
     line += [f"--micro-batch={case.micro_batch}", f"--batch-tokens={case.batch_tokens(ranks)}"]
-    line += [f"--steps={2 if case in TINY else 5}", "--profile"]
-    subprocess.run([*line, f"--json={file}"], cwd=ROOT, check=True)
-    return json.loads(file.read_text())  # type: ignore[no-any-return]
+    line += [f"--steps={2 if case in TINY else 10}", "--profile", f"--json={file}"]
+    only = {} if gpu is None or not gpu_count() else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    return subprocess.Popen(line, cwd=ROOT, env=os.environ | only)
 
 
 def speed(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    columns = ("ms a step", "tokens/s", "efficiency", "GiB a GPU", "in NCCL")
-    print(f"{'model':<6} {'GPUs':>4}" + "".join(f" {column:>10}" for column in columns))
+    found = []
+    columns = ("ms a step", "tokens/s", "of GPU 0", "of slowest", "GiB a GPU", "in NCCL")
+    print(f"{'model':<6} {'GPUs':>6}" + "".join(f" {column:>10}" for column in columns))
     for case in cases:
-        for ranks in counts:
-            result = {"ranks": ranks, **bench(case, ranks, place)}
-            alone = next((r for r in found if r["model"] == result["model"]), result)
-            rate = result["tokens_per_second"] / ranks
-            result["efficiency"] = rate / (alone["tokens_per_second"] / alone["ranks"])
+        lone = alone(case, place)
+        results = [(1, f"{gpu} only", result) for gpu, result in enumerate(lone)]
+        results += [(ranks, str(ranks), together(case, ranks, place)) for ranks in counts if ranks > 1]
+        for ranks, name, result in results:
+            rate, rates = result["tokens_per_second"] / ranks, [one["tokens_per_second"] for one in lone]
+            result |= {"ranks": ranks, "gpus": name, "efficiency": rate / rates[0], "of_slowest": rate / min(rates)}
             result["communication"] = result["profile_ms"].get("communication", 0.0) / result["profile_ms"]["wall"]
             print(
-                f"{case.model:<6} {ranks:>4} {result['step_ms']:>10.1f} {result['tokens_per_second']:>10,} "
-                f"{result['efficiency']:>10.1%} {result['peak_gib']:>10.2f} {result['communication']:>10.1%}",
+                f"{case.model:<6} {name:>6} {result['step_ms']:>10.1f} {result['tokens_per_second']:>10,} "
+                f"{result['efficiency']:>10.1%} {result['of_slowest']:>10.1%} {result['peak_gib']:>10.2f} "
+                f"{result['communication']:>10.1%}",
                 flush=True,
             )
             found.append(result)
@@ -85,7 +100,7 @@ class Runs:
 
     def __init__(self, place: Path, tokens: str, name: str, settings: Sequence[str]) -> None:
         self.place, self.tokens = place, tokens
-        quiet = ["warmup_steps=5", "val_every=0", "val_batches=1", "val_sequences=8", "sample_tokens=1"]
+        quiet = ["val_every=0", "val_batches=1", "val_sequences=8", "sample_tokens=1"]
         self.config = to_dict(override(recipe(name), [*quiet, "health_every=0", *settings]))
 
     def start(self, name: str, ranks: int, *options: str) -> subprocess.Popen[bytes]:
@@ -113,7 +128,6 @@ class Runs:
 def equality(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> dict[str, Any]:
     name, batch = ("demo", 1024) if cases is TINY else ("gpt2-124m", 131_072)
     settings = [f"batch_tokens={batch}", "steps=20", "checkpoint_every=5", "keep_checkpoints=9"]
-    settings += ["warmup_steps=20"]  # at a high rate so early, rounding grows into differences of 1e-3
     runs = Runs(place, tokens, name, settings)
     most = max(counts)
     for name, ranks in (("one", 1), ("all", most)):
