@@ -1,0 +1,56 @@
+"""Is the speed recipe's model transformers' `nanochat`, and Muon's update the nearest orthogonal matrix?"""
+
+import pytest
+import torch
+from transformers import NanoChatConfig, NanoChatForCausalLM
+
+from training.config import ModelConfig
+from training.modern import CAP, EPS, ROPE_BASE, Modern
+from training.muon import orthogonalize
+
+CONFIG = ModelConfig(layers=2, channels=64, heads=2, context=32, vocab=200)
+
+
+def pair() -> tuple[Modern, NanoChatForCausalLM]:
+    ours = Modern(CONFIG)
+    ours.init_weights(seed=1)
+    theirs = NanoChatForCausalLM(
+        NanoChatConfig(
+            vocab_size=CONFIG.vocab, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=32, final_logit_softcapping=CAP, rms_norm_eps=EPS,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        )
+    )  # fmt: skip
+    names = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj"}
+    names |= {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    state = {"model.embed_tokens.weight": ours.wte.weight[:200], "lm_head.weight": ours.head.weight[:200]}
+    with torch.no_grad():
+        for i, weight in enumerate(ours.parameters()):
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+    for name, weight in ours.named_parameters():
+        if name.startswith("blocks."):
+            _, layer, part = name.removesuffix(".weight").split(".", 2)
+            state[f"model.layers.{layer}.{names[part]}.weight"] = weight
+    theirs.load_state_dict(state)
+    return ours, theirs.eval()
+
+
+def test_logits_and_loss_are_transformers() -> None:
+    ours, theirs = pair()
+    tokens = torch.randint(0, CONFIG.vocab, (3, 33), generator=torch.Generator().manual_seed(2))
+    expected = theirs(tokens[:, :-1]).logits
+    torch.testing.assert_close(ours.logits(tokens[:, :-1]), expected, atol=1e-5, rtol=1e-5)
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(ours(tokens[:, :-1], tokens[:, 1:]), loss)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
+def test_the_update_is_the_nearest_orthogonal_matrix(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    u, _, vt = torch.linalg.svd(matrices.double(), full_matrices=False)
+    update = orthogonalize(matrices).double()
+    values = torch.linalg.svdvals(update)
+    assert values.min() > 0.85 and values.max() < 1.15
+    error = (update - u @ vt).norm() / (u @ vt).norm()
+    assert error < 0.12, error
+    assert not orthogonalize(torch.zeros(1, *shape)).any()
