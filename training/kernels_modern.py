@@ -1,0 +1,192 @@
+"""How do the parts that only the speed recipe's model has run in one pass each? RMSNorm, rotary q and k, squared ReLU.
+
+RMSNorm has no parameters, so its backward pass needs its output's statistics alone. Queries and keys are rotated and
+normalized in place: what is kept of them is what attention reads, and their gradients come back from it.
+"""
+
+# The arguments of Triton's functions have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from training.modern import EPS, norm, rotate
+
+
+@triton.jit
+def _norm_forward(x, branch, y, rstd_out, columns, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    place, inside = row * columns + column, column < columns
+    value = tl.load(x + place, inside, 0.0).to(tl.float32)
+    if HAS_BRANCH:
+        total = (value + tl.load(branch + place, inside, 0.0).to(tl.float32)).to(branch.dtype.element_ty)
+        tl.store(branch + place, total, inside)
+        value = total.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, 0) / columns + eps)
+    tl.store(y + place, (value * rstd).to(y.dtype.element_ty), inside)
+    tl.store(rstd_out + row, rstd)
+
+
+@triton.jit
+def _norm_backward(dy, x, rstd_in, stream, out, columns, HAS_STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    place, inside = row * columns + column, column < columns
+    gradient = tl.load(dy + place, inside, 0.0).to(tl.float32)
+    rstd = tl.load(rstd_in + row)
+    normal = tl.load(x + place, inside, 0.0).to(tl.float32) * rstd
+    change = (gradient - normal * (tl.sum(gradient * normal, 0) / columns)) * rstd
+    if HAS_STREAM:
+        change += tl.load(stream + place, inside, 0.0).to(tl.float32)
+    tl.store(dy + place, normal.to(dy.dtype.element_ty), inside)
+    tl.store(out + place, change.to(out.dtype.element_ty), inside)
+
+
+def norm_forward(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x + branch (N, C), written over `branch`; its RMSNorm; and 1 / RMS (N,) fp32."""
+    rows, columns = x.shape
+    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    total, block = x if branch is None else branch, triton.next_power_of_2(columns)
+    _norm_forward[(rows,)](
+        x, total, y, rstd, columns, EPS, HAS_BRANCH=branch is not None, BLOCK=block, num_warps=max(1, block // 1024)
+    )
+    return total, y, rstd
+
+
+def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None) -> Tensor:
+    """The gradient of x (N, C) plus that of the residual stream, written over `stream`; dy becomes RMSNorm's output."""
+    rows, columns = x.shape
+    out, block = torch.empty_like(x) if stream is None else stream, triton.next_power_of_2(columns)
+    _norm_backward[(rows,)](
+        dy, x, rstd, out, out, columns, HAS_STREAM=stream is not None, BLOCK=block, num_warps=max(1, block // 1024)
+    )
+    return out
+
+
+@triton.jit
+def _turn(first, second, cos, sin):
+    return first * cos + second * sin, second * cos - first * sin
+
+
+@triton.jit
+def _rotate_forward(qkv, cos, sin, rstd_out, length, heads, eps, HALF: tl.constexpr):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a head of q, or one of k behind those of q
+    pair = tl.arange(0, HALF)
+    place = qkv + (token * 3 * heads + head) * 2 * HALF + pair
+    angle = (token % length) * HALF + pair
+    first, second = _turn(
+        tl.load(place).to(tl.float32), tl.load(place + HALF).to(tl.float32), tl.load(cos + angle), tl.load(sin + angle)
+    )
+    rstd = 1.0 / tl.sqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / (2 * HALF) + eps)
+    tl.store(place, (first * rstd).to(qkv.dtype.element_ty))
+    tl.store(place + HALF, (second * rstd).to(qkv.dtype.element_ty))
+    tl.store(rstd_out + token * 2 * heads + head, rstd)
+
+
+@triton.jit
+def _rotate_backward(grad, qkv, cos, sin, rstd_in, length, heads, HALF: tl.constexpr):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair = tl.arange(0, HALF)
+    place = (token * 3 * heads + head) * 2 * HALF + pair
+    angle = (token % length) * HALF + pair
+    rstd = tl.load(rstd_in + token * 2 * heads + head)
+    first, second = tl.load(grad + place).to(tl.float32), tl.load(grad + place + HALF).to(tl.float32)
+    normal_1, normal_2 = tl.load(qkv + place).to(tl.float32), tl.load(qkv + place + HALF).to(tl.float32)
+    along = (tl.sum(first * normal_1, 0) + tl.sum(second * normal_2, 0)) / (2 * HALF)
+    first, second = (first - normal_1 * along) * rstd, (second - normal_2 * along) * rstd
+    first, second = _turn(first, second, tl.load(cos + angle), 0.0 - tl.load(sin + angle))
+    tl.store(grad + place, first.to(grad.dtype.element_ty))
+    tl.store(grad + place + HALF, second.to(grad.dtype.element_ty))
+
+
+def rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate and normalize queries and keys of qkv (B, T, 3, H, D) in place -> 1 / RMS (B T, 2 H) fp32.
+
+    cos and sin: (T, D / 2) fp32. D must be a power of two.
+    """
+    B, T, _, H, D = qkv.shape
+    rstd = torch.empty(B * T, 2 * H, dtype=torch.float32, device=qkv.device)
+    _rotate_forward[(B * T, 2 * H)](qkv, cos, sin, rstd, T, H, EPS, HALF=D // 2, num_warps=1)
+    return rstd
+
+
+def rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor) -> None:
+    """The gradients of queries and keys in `grad`, behind `rotate_forward` -> before it, in place."""
+    B, T, _, H, D = qkv.shape
+    _rotate_backward[(B * T, 2 * H)](grad, qkv, cos, sin, rstd, T, H, HALF=D // 2, num_warps=1)
+
+
+@triton.jit
+def _relu2_forward(h, g, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    value = tl.maximum(tl.load(h + place, inside, 0.0).to(tl.float32), 0.0)
+    tl.store(g + place, (value * value).to(g.dtype.element_ty), inside)
+
+
+@triton.jit
+def _relu2_backward(dg, h, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    value = tl.maximum(tl.load(h + place, inside, 0.0).to(tl.float32), 0.0)
+    gradient = tl.load(dg + place, inside, 0.0).to(tl.float32)
+    tl.store(dg + place, (2.0 * value * gradient).to(dg.dtype.element_ty), inside)
+    tl.store(h + place, (value * value).to(h.dtype.element_ty), inside)
+
+
+def relu2_forward(h: Tensor) -> Tensor:
+    g = torch.empty_like(h)
+    _relu2_forward[(triton.cdiv(h.numel(), 2048),)](h, g, h.numel(), BLOCK=2048, num_warps=8)
+    return g
+
+
+def relu2_backward(dg: Tensor, h: Tensor) -> None:
+    """The gradient of squared ReLU's output -> of its input, in place; h becomes the output."""
+    _relu2_backward[(triton.cdiv(h.numel(), 2048),)](dg, h, h.numel(), BLOCK=2048, num_warps=8)
+
+
+def reference_norm_forward(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    total = x if branch is None else branch.copy_(x.float() + branch.float())
+    rstd = (total.float().square().mean(1) + EPS).rsqrt()
+    return total, norm(total.float()).to(x.dtype), rstd
+
+
+def reference_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().float().requires_grad_()
+        y = norm(leaf)
+        (dx,) = torch.autograd.grad(y, leaf, dy.float())
+    dy.copy_(y.detach())
+    out = (dx if stream is None else dx + stream.float()).to(x.dtype)
+    return out if stream is None else stream.copy_(out)
+
+
+def reference_rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = [rotate(qkv[:, :, i].float(), cos, sin) for i in (0, 1)]
+    rstd = torch.stack([(t.square().mean(-1) + EPS).rsqrt() for t in turned], 2)  # (B, T, 2, H)
+    for i, each in enumerate(turned):
+        qkv[:, :, i] = norm(each).to(qkv.dtype)
+    return rstd.flatten(2).flatten(0, 1)
+
+
+def reference_rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor) -> None:
+    B, T, _, H, _ = qkv.shape
+    scales = rstd.view(B, T, 2, H, 1)
+    for i in (0, 1):
+        normal, change = qkv[:, :, i].float(), grad[:, :, i].float()
+        change = (change - normal * (change * normal).mean(-1, keepdim=True)) * scales[:, :, i]
+        grad[:, :, i] = rotate(change, cos, -sin).to(grad.dtype)
+
+
+def reference_relu2_forward(h: Tensor) -> Tensor:
+    return F.relu(h.float()).square().to(h.dtype)
+
+
+def reference_relu2_backward(dg: Tensor, h: Tensor) -> None:
+    value = F.relu(h.float())
+    dg.copy_(2.0 * value * dg.float())
+    h.copy_(value.square())
