@@ -80,10 +80,11 @@ def test_column_sums_are_added(dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_cross_entropy_and_its_gradient(dtype: torch.dtype, scale: float | None) -> None:
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+def test_cross_entropy_and_its_gradient(dtype: torch.dtype, scale: float | None, cap: float) -> None:
     targets = torch.tensor([0, 5, 4999, 17], device=DEVICE)
     value = draw(4, 5120, dtype=dtype, scale=3.0)
-    compare_cross_entropy(value, targets, 5000, scale, dtype, torch.float32)
+    compare_cross_entropy(value, targets, 5000, scale, dtype, torch.float32, cap)
     assert scale is None or not value[:, 5000:].any()
 
 
@@ -97,11 +98,17 @@ def test_cross_entropy_of_logits_far_above_the_target(dtype: torch.dtype, scale:
 
 
 def compare_cross_entropy(
-    value: Tensor, targets: Tensor, vocab: int, scale: float | None, dtype: torch.dtype, of_losses: torch.dtype
+    value: Tensor,
+    targets: Tensor,
+    vocab: int,
+    scale: float | None,
+    dtype: torch.dtype,
+    of_losses: torch.dtype,
+    cap: float = 0.0,
 ) -> None:
     expected = value.clone()
-    losses, factors = kernels_loss.cross_entropy(value, targets, vocab, scale)
-    expected_losses, expected_factors = kernels_loss.reference_cross_entropy(expected, targets, vocab, scale)
+    losses, factors = kernels_loss.cross_entropy(value, targets, vocab, scale, cap)
+    expected_losses, expected_factors = kernels_loss.reference_cross_entropy(expected, targets, vocab, scale, cap)
     assert_near(losses, expected_losses, of_losses)
     if scale is None:
         assert torch.equal(value, expected)

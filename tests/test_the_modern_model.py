@@ -21,8 +21,7 @@ def pair() -> tuple[Modern, NanoChatForCausalLM]:
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         )
     )  # fmt: skip
-    names = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj"}
-    names |= {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     state = {"model.embed_tokens.weight": ours.wte.weight[:200], "lm_head.weight": ours.head.weight[:200]}
     with torch.no_grad():
         for i, weight in enumerate(ours.parameters()):
@@ -30,7 +29,11 @@ def pair() -> tuple[Modern, NanoChatForCausalLM]:
     for name, weight in ours.named_parameters():
         if name.startswith("blocks."):
             _, layer, part = name.removesuffix(".weight").split(".", 2)
-            state[f"model.layers.{layer}.{names[part]}.weight"] = weight
+            if part == "attn.c_attn":
+                for letter, third in zip("qkv", weight.chunk(3), strict=True):
+                    state[f"model.layers.{layer}.self_attn.{letter}_proj.weight"] = third
+            else:
+                state[f"model.layers.{layer}.{names[part]}.weight"] = weight
     theirs.load_state_dict(state)
     return ours, theirs.eval()
 
@@ -50,7 +53,7 @@ def test_the_update_is_the_nearest_orthogonal_matrix(shape: tuple[int, int]) -> 
     u, _, vt = torch.linalg.svd(matrices.double(), full_matrices=False)
     update = orthogonalize(matrices).double()
     values = torch.linalg.svdvals(update)
-    assert values.min() > 0.85 and values.max() < 1.15
+    assert values.min() > 0.8 and values.max() < 1.2
     error = (update - u @ vt).norm() / (u @ vt).norm()
     assert error < 0.12, error
     assert not orthogonalize(torch.zeros(1, *shape)).any()

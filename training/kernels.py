@@ -37,14 +37,20 @@ class Kernels:
     add_column_sums: Callable[[Tensor, Tensor], None]
     add_scaled: Callable[[Tensor, Tensor, Tensor], None]
     scale_rows: Callable[[Tensor, Tensor, Tensor], Tensor]
-    cross_entropy: Callable[[Tensor, Tensor, int, float | None], tuple[Tensor, Tensor]]
+    cross_entropy: Callable[[Tensor, Tensor, int, float | None, float], tuple[Tensor, Tensor]]
     embed: Callable[[Tensor, Tensor, Tensor], Tensor]
-    add_embedding_gradients: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    add_embedding_gradients: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
     attention: Callable[[int, int, int, int], AttentionKernel]
     quantize: Callable[..., Any]
     quantize_transposed: Callable[[Tensor], Any]
     gelu_fp8: Callable[[Tensor], Any]
     gelu_backward_fp8: Callable[[Tensor, Tensor, Tensor], Any]
+    rms_forward: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+    rms_backward: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    rotate_forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotate_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    relu2_forward: Callable[[Tensor], Tensor]
+    relu2_backward: Callable[[Tensor, Tensor], None]
 
 
 def accelerate(
@@ -98,6 +104,7 @@ def fused(device: int) -> Kernels:
         kernels_gelu,
         kernels_loss,
         kernels_matmul,
+        kernels_modern,
         kernels_norm,
         kernels_reduce,
     )
@@ -118,6 +125,12 @@ def fused(device: int) -> Kernels:
         quantize_transposed=kernels_fp8.quantize_transposed,
         gelu_fp8=kernels_fp8.gelu,
         gelu_backward_fp8=kernels_fp8.gelu_backward,
+        rms_forward=kernels_modern.norm_forward,
+        rms_backward=kernels_modern.norm_backward,
+        rotate_forward=kernels_modern.rotate_forward,
+        rotate_backward=kernels_modern.rotate_backward,
+        relu2_forward=kernels_modern.relu2_forward,
+        relu2_backward=kernels_modern.relu2_backward,
     )
 
 
@@ -143,6 +156,7 @@ def references() -> Kernels:
         kernels_gelu,
         kernels_loss,
         kernels_matmul,
+        kernels_modern,
         kernels_norm,
         kernels_reduce,
     )
@@ -163,4 +177,10 @@ def references() -> Kernels:
         quantize_transposed=kernels_fp8.reference_quantize_transposed,
         gelu_fp8=kernels_fp8.reference_gelu,
         gelu_backward_fp8=kernels_fp8.reference_gelu_backward,
+        rms_forward=kernels_modern.reference_norm_forward,
+        rms_backward=kernels_modern.reference_norm_backward,
+        rotate_forward=kernels_modern.reference_rotate_forward,
+        rotate_backward=kernels_modern.reference_rotate_backward,
+        relu2_forward=kernels_modern.reference_relu2_forward,
+        relu2_backward=kernels_modern.reference_relu2_backward,
     )

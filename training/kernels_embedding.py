@@ -106,8 +106,8 @@ def embed(tokens: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tens
     return out
 
 
-def add_gradients(dx: Tensor, tokens: Tensor, token_grad: Tensor, position_grad: Tensor) -> None:
-    """Add dx (B T, C) to the rows of the gradients (V, C) and (T, C) that it came from."""
+def add_gradients(dx: Tensor, tokens: Tensor, token_grad: Tensor, position_grad: Tensor | None) -> None:
+    """Add dx (B T, C) to the rows of the gradients (V, C) and, where there are positions, (T, C) that it came from."""
     (batch, length), columns = tokens.shape, dx.shape[1]
     ordered, order = torch.sort(tokens.flatten().int(), stable=True)  # half the radix passes of int64
     parts, blocks = triton.cdiv(len(ordered), ROWS), triton.cdiv(columns, COLUMNS)
@@ -118,16 +118,18 @@ def add_gradients(dx: Tensor, tokens: Tensor, token_grad: Tensor, position_grad:
         num_warps=WARPS,
     )  # fmt: skip
     _add_edges[(2 * parts, blocks)](edges, edge_tokens, token_grad, 2 * parts, columns, ROWS=8, COLUMNS=COLUMNS)
-    grid = (length, triton.cdiv(columns, 1024))
-    _add_positions[grid](dx, position_grad, batch, length, columns, COLUMNS=1024, num_warps=4)
+    if position_grad is not None:
+        grid = (length, triton.cdiv(columns, 1024))
+        _add_positions[grid](dx, position_grad, batch, length, columns, COLUMNS=1024, num_warps=4)
 
 
 def reference_embed(tokens: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
     return (token_weight[tokens] + position_weight[: tokens.shape[1]]).flatten(0, 1)
 
 
-def reference_add_gradients(dx: Tensor, tokens: Tensor, token_grad: Tensor, position_grad: Tensor) -> None:
+def reference_add_gradients(dx: Tensor, tokens: Tensor, token_grad: Tensor, position_grad: Tensor | None) -> None:
     wide = torch.zeros_like(token_grad, dtype=torch.float32).index_add_(0, tokens.flatten(), dx.float())
     token_grad.copy_(token_grad.float() + wide)
-    positions = dx.float().view(*tokens.shape, -1).sum(0)
-    position_grad[: tokens.shape[1]] = (position_grad[: tokens.shape[1]].float() + positions).to(dx.dtype)
+    if position_grad is not None:
+        positions = dx.float().view(*tokens.shape, -1).sum(0)
+        position_grad[: tokens.shape[1]] = (position_grad[: tokens.shape[1]].float() + positions).to(dx.dtype)

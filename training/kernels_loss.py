@@ -18,21 +18,31 @@ BLOCK, WARPS = 4096, 8
 
 @triton.jit
 def _cross_entropy(
-    logits, targets, losses, factors, vocab, columns, scale, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
-):
+    logits, targets, losses, factors, vocab, columns, scale, cap, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * columns
     target = tl.load(targets + row)
     # The target's own logit serves as the peak, which spares the search for the highest one.
     peak, top = tl.load(base + target).to(tl.float32), 0.0
+    slope = 1.0
+    if CAPPED:
+        peak, slope = _capped(peak, cap)
     tl.debug_barrier()  # every warp has read it before any overwrites it
     lanes = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        above = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32) - peak
+        value = tl.load(base + column, column < vocab, float("-inf")).to(tl.float32)
+        if CAPPED:
+            value, slopes = _capped(value, cap)
+            value = tl.where(column < vocab, value, float("-inf"))
+        above = value - peak
         far = above > 85.0
         power = tl.exp(above)
         lanes += tl.where(far, float("inf"), power)
+        if CAPPED:
+            power *= slopes
         if GRADIENT:  # a negative number stands for the exponent itself, where the power is too large a number
             tl.store(base + column, tl.where(far, -above, power).to(logits.dtype.element_ty), column < columns)
     total = tl.sum(lanes, 0)
@@ -54,8 +64,15 @@ def _cross_entropy(
         total = tl.sum(lanes, 0)
     tl.store(losses + row, tl.log(total) + top)
     if GRADIENT:
-        tl.store(base + target, (tl.exp(0.0 - top) - total).to(logits.dtype.element_ty))
+        tl.store(base + target, ((tl.exp(0.0 - top) - total) * slope).to(logits.dtype.element_ty))
         tl.store(factors + row, scale / total)
+
+
+@triton.jit
+def _capped(value, cap):
+    """cap tanh(value / cap), and its derivative."""
+    part = 2.0 / (1.0 + tl.exp(-2.0 / cap * value)) - 1.0
+    return cap * part, 1.0 - part * part
 
 
 @triton.jit
@@ -67,8 +84,12 @@ def _above(base, column, inside, peak, GRADIENT: tl.constexpr):
     return value - peak
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, vocab: int, scale: float | None) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, vocab: int, scale: float | None, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The losses (N,) fp32 of logits (N, Vp), of which columns from `vocab` on are padding, and factors (N,) fp32.
+
+    With a cap, they are softly capped first: cap tanh(logits / cap).
 
     With a scale, the logits become numbers which, each row times its factor, are that many times their own
     gradient; zero in the padding. Without one they stay, and the factors mean nothing.
@@ -76,17 +97,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab: int, scale: float | No
     rows, columns = logits.shape
     losses, factors = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     _cross_entropy[(rows,)](
-        logits, targets, losses, factors, vocab, columns, scale or 0.0, BLOCK=BLOCK, GRADIENT=scale is not None,
-        num_warps=WARPS,
+        logits, targets, losses, factors, vocab, columns, scale or 0.0, cap, BLOCK=BLOCK,
+        GRADIENT=scale is not None, CAPPED=cap > 0.0, num_warps=WARPS,
     )  # fmt: skip
     return losses, factors
 
 
-def reference_cross_entropy(logits: Tensor, targets: Tensor, vocab: int, scale: float | None) -> tuple[Tensor, Tensor]:
-    log_probabilities = logits[:, :vocab].float().log_softmax(1)
+def reference_cross_entropy(
+    logits: Tensor, targets: Tensor, vocab: int, scale: float | None, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    values = logits[:, :vocab].float()
+    capped = cap * torch.tanh(values / cap) if cap else values
+    log_probabilities = capped.log_softmax(1)
     losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     if scale is not None:
         gradient = log_probabilities.exp().scatter_add_(1, targets[:, None], torch.full_like(losses, -1.0)[:, None])
-        logits[:, :vocab] = gradient
+        logits[:, :vocab] = gradient * (1.0 - (capped / cap) ** 2) if cap else gradient
         logits[:, vocab:] = 0.0
     return losses, torch.full_like(losses, scale or 0.0)

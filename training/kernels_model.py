@@ -48,7 +48,6 @@ class FusedModel:
         self.model, self.ops, self.recompute, self.gelu_epilogue = model, kernels, recompute, gelu_epilogue
         self.blocks = cast("list[Block]", list(model.blocks))
         self.attention: dict[tuple[int, int], AttentionKernel] = {}
-        self.unused = torch.empty(0)
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd call our backward
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -140,23 +139,7 @@ class FusedModel:
         return self.ops.norm_backward(dy, x, norm.weight, norm.bias, mean, rstd, stream, grads)
 
     def head(self, x: Tensor, targets: Tensor, gradients: bool) -> Head:
-        """The mean loss, and the gradients of x (N, C) and of the head's weight if wanted."""
-        weight, vocab = self.model.wte.weight, self.model.config.vocab
-        grad_x = torch.empty_like(x) if gradients else self.unused
-        grad_weight = torch.zeros_like(weight) if gradients else self.unused
-        losses, factors = [], []
-        for rows in chunks(len(x), len(weight)):
-            logits = self.ops.multiply(x[rows], weight, transpose_b=True)  # (n, Vp)
-            scale = 1.0 / len(x) if gradients else None
-            loss, factor = self.ops.cross_entropy(logits, targets[rows], vocab, scale)
-            losses.append(loss)
-            factors.append(factor)
-            if gradients:
-                self.ops.multiply(logits, weight, out=grad_x[rows])
-                scaled = self.ops.scale_rows(x[rows], factor, torch.empty_like(x[rows]))
-                self.ops.multiply(logits, scaled, transpose_a=True, out=grad_weight, add=grad_weight)
-            del logits  # before the next chunk's are made
-        return Head(torch.cat(losses).mean(), grad_x, torch.cat(factors), grad_weight)
+        return head_loss(self.ops, x, self.model.wte.weight, targets, self.model.config.vocab, gradients)
 
 
 class _Loss(torch.autograd.Function):
@@ -179,9 +162,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         fused, kept, head, last = ctx.fused, ctx.kept, ctx.head, ctx.last
         model, blocks = fused.model, fused.blocks
-        for parameter in model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        give_gradients(model)
         fused.ops.add_scaled(grad_of(model.wte.weight), head.grad_weight, grad)
         fused.ops.scale_rows(head.grad_x, head.factors * grad, head.grad_x)
         biases = [torch.empty_like(blocks[0].mlp.c_proj.bias), *(grad_of(b.mlp.c_proj.bias) for b in blocks)]
@@ -191,11 +172,32 @@ class _Loss(torch.autograd.Function):
             if fused.recompute == 3:
                 kept.append(fused.block_forward(block, kept.pop(), None, ctx.tokens.shape)[2])
             dx = fused.block_backward(block, kept, dx, biases.pop())
-            _announce(block)
+            announce(block)
         fused.ops.add_embedding_gradients(dx, ctx.tokens, grad_of(model.wte.weight), grad_of(model.wpe.weight))
         for module in (model.wte, model.wpe, model.ln_f):
-            _announce(module)
+            announce(module)
         return None, None, None, None
+
+
+def head_loss(
+    ops: Kernels, x: Tensor, weight: Tensor, targets: Tensor, vocab: int, gradients: bool, cap: float = 0.0
+) -> Head:
+    """The mean loss of logits x weight', capped, and the gradients of x (N, C) and the weight (Vp, C) if wanted."""
+    grad_x = torch.empty_like(x if gradients else x[:0])
+    grad_weight = torch.zeros_like(weight if gradients else weight[:0])
+    scale = 1.0 / len(x) if gradients else None
+    losses, factors = [], []
+    for rows in chunks(len(x), len(weight)):
+        logits = ops.multiply(x[rows], weight, transpose_b=True)  # (n, Vp)
+        loss, factor = ops.cross_entropy(logits, targets[rows], vocab, scale, cap)
+        losses.append(loss)
+        factors.append(factor)
+        if gradients:
+            ops.multiply(logits, weight, out=grad_x[rows])
+            scaled = ops.scale_rows(x[rows], factor, torch.empty_like(x[rows]))
+            ops.multiply(logits, scaled, transpose_a=True, out=grad_weight, add=grad_weight)
+        del logits  # before the next chunk's are made
+    return Head(torch.cat(losses).mean(), grad_x, torch.cat(factors), grad_weight)
 
 
 def grad_of(parameter: Tensor) -> Tensor:
@@ -203,7 +205,14 @@ def grad_of(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _announce(module: nn.Module) -> None:
+def give_gradients(model: nn.Module) -> None:
+    """Zeros where a parameter has no gradient yet: ours are added in place."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def announce(module: nn.Module) -> None:
     """Call the hooks that autograd would have called when these parameters' gradients were whole."""
     for parameter in module.parameters():
         for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]

@@ -42,12 +42,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        C = config.channels
-        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.c_attn = nn.Linear(config.channels, 3 * config.channels, bias=False)
+        self.c_proj = nn.Linear(config.channels, config.channels, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (layer(x).view(B, T, self.heads, -1) for layer in (self.c_q, self.c_k, self.c_v))
+        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).unbind(2)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
