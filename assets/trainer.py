@@ -25,7 +25,7 @@ from storage.items import FILES
 from storage.records import Record
 from training import launch, plan
 from training.arrival import stage_as_they_come
-from training.config import RunConfig, to_dict
+from training.config import RunConfig, defining, to_dict
 
 VERSION = "1"
 WEIGHTS_VERSION = "1"
@@ -36,9 +36,9 @@ OnEvent = Callable[[Event], None]
 
 def trained_output(name: str, run: RunConfig, tokens: Record | Output) -> Output:
     """Made from its tokens, and from the weights that it starts from, if it does."""
-    defining = {"model": to_dict(run.model), "train": to_dict(run.train)}
+    settings = {"model": defining(run.model), "train": defining(run.train)}
     given = [starting_output(run)] if run.train.init_from else []
-    return Output("trained_model", f"runs/{name}", VERSION, defining, [tokens, *given])
+    return Output("trained_model", f"runs/{name}", VERSION, settings, [tokens, *given])
 
 
 def starting_output(run: RunConfig) -> Output:

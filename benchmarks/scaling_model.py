@@ -11,7 +11,6 @@ the rest is taken as exposed.
 from dataclasses import dataclass
 
 from training.config import ModelConfig, model_from_descriptor
-from training.plan import padded_parameters
 
 NVLINK = 360e9  # bytes/s a GPU within a machine: what NCCL reaches of 450
 NETWORK = 45e9  # between machines: of one 400 Gbit/s adapter a GPU
@@ -33,7 +32,7 @@ class Step:
 
 def step(name: str, gpus: int, shard: int, micro_steps: int) -> Step:
     model: ModelConfig = model_from_descriptor(name)
-    size = 2 * padded_parameters(model)
+    size = 2 * model.padded_parameters
     micro_step = MEASURED[name][0] / 1e3
     rate = NVLINK if shard <= MACHINE else NETWORK
     one_way = size * (shard - 1) / shard / rate

@@ -1,6 +1,6 @@
 """How fast does this machine train a model? Tokens/s, MFU and memory of whole optimizer steps.
 
-    python -m training.bench RECIPE|d48 [--micro-batch 16] [--batch-tokens 131072] [--steps 10] [--profile] [--fp8]
+    python -m training.bench RECIPE|d48|modern:d12 [--micro-batch 16] [--batch-tokens 131072] [--steps 10] [--profile]
 
 Random tokens, the trainer's own model and optimizer, clipping included; the median of the steps after a warm-up.
 MFU by llm.c's formula. `--profile` adds one step's time by kind of operation.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from training.assemble import assemble
 from training.config import MachineConfig, RunConfig, TrainConfig, model_from_descriptor
 from training.distributed import World
 from training.metrics import utilization
+from training.optim import clip_scale
 from training.recipes import RECIPES, recipe
 
 WARM_UP = 3
@@ -34,11 +36,12 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
     "matmul": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
     "quantization": r"quantize|column_peaks",  # in fp8, GELU is part of it
     "LayerNorm and residual": r"norm_forward|norm_backward|layer_norm",
-    "GELU": r"gelu",
+    "rotary queries and keys": r"rotate_",
+    "GELU or squared ReLU": r"gelu|relu2",
     "bias gradients": r"sum_columns|add_sums",
     "head's loss": r"cross_entropy|softmax|scale_rows",
     "embeddings": r"embed|add_runs|add_edges|add_positions|[Ss]ort|[Rr]adix",
-    "optimizer and clipping": r"_update|adam|norm|multi_tensor",
+    "optimizer and clipping": r"_update|_accumulate|_apply|adam|norm|multi_tensor",
 }
 
 
@@ -65,11 +68,14 @@ def configure(name: str, micro_batch: int, batch_tokens: int, fp8: bool = False)
     """The run of that recipe, or of a model such as "d48". Raises ValueError for neither."""
     if name in RECIPES:
         config = recipe(name)
-    elif re.fullmatch(r"d\d+|gpt3:c\d+", name):
-        train = TrainConfig(steps=1000, batch_tokens=131_072, lr=6e-4)
-        config = RunConfig(name, "random tokens", model_from_descriptor(name), train)
+    elif re.match(r"d\d|gpt3:|modern:", name):
+        model = model_from_descriptor(name)
+        muon: dict[str, Any] = {"optimizer": "muon", "clip": 0.0} if model.family == "nanochat" else {}
+        config = RunConfig(name, "random tokens", model, TrainConfig(steps=1000, batch_tokens=131_072, lr=6e-4, **muon))
     else:
-        raise ValueError(f"{name!r} is no recipe and no model: choose from {', '.join(RECIPES)}, or d12 … d48")
+        raise ValueError(
+            f"{name!r} is no recipe and no model: choose from {', '.join(RECIPES)}, or d12 … d48, or modern:d12"
+        )
     train = replace(config.train, batch_tokens=batch_tokens or config.train.batch_tokens, fp8=fp8)
     return replace(config, train=train, machine=MachineConfig(micro_batch=micro_batch))
 
@@ -98,7 +104,7 @@ class Bench:
             loss.backward()
             total += loss.detach()
         value, squared = self.world.sums([total, self.optimizer.squared_norm()])
-        self.optimizer.step(number, self.config.train.lr, min(1.0, self.config.train.clip / squared**0.5))
+        self.optimizer.step(number, self.config.train.lr, clip_scale(self.config.train.clip, squared**0.5))
         return value
 
     def run(self, steps: int, started: float, profile: bool) -> Result:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from storage import objects
-from training.config import TRAINER_VERSION, RunConfig, to_dict
+from training.config import TRAINER_VERSION, RunConfig, defining
 from training.distributed import World
 from training.metrics import LOGS
 from training.optim import ShardedAdamW
@@ -87,8 +87,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def definition(config: RunConfig, device: str, shard_tokens: Sequence[int]) -> dict[str, str]:
     """What a run has to share with its checkpoint, to go on from it as if it had never stopped."""
-    settings = {f"model.{key}": value for key, value in to_dict(config.model).items()}
-    settings |= {f"train.{k}": v for k, v in to_dict(config.train).items() if k not in WITHOUT_EFFECT}
+    settings = {f"model.{key}": value for key, value in defining(config.model).items()}
+    settings |= {f"train.{k}": v for k, v in defining(config.train).items() if k not in WITHOUT_EFFECT}
     settings["tokens"] = f"{shard_tokens[0]:,} in the first shard"  # later ones may be still to come
     made_by = {"trainer": TRAINER_VERSION, "torch": torch.__version__, "device": device}
     if not config.machine.gelu_epilogue:  # it changes the last bits
@@ -118,23 +118,32 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
 def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW) -> None:
     """Read this rank's part of the optimizer's state, whatever number of ranks wrote it."""
     files = sorted(checkpoint.glob("optimizer_*.safetensors"))
-    for bucket in optimizer.buckets:
+    for bucket in filter(lambda bucket: bucket.own, optimizer.buckets):
         for key in bucket.state:
-            part = _read_range(files, f"{bucket.name}.{key}", bucket.start, min(bucket.stop, bucket.size))
+            part = _read_range(files, f"{bucket.stored}.{key}", bucket.offset, bucket.offset + bucket.own)
             optimizer.load_state(bucket.name, key, part)
 
 
 def _read_range(files: list[Path], name: str, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a flat tensor whose consecutive parts lie in `files`."""
+    """Elements [start, stop) of a flat tensor whose consecutive parts lie in those of `files` that have its name.
+
+    Raises ValueError where they are not all there.
+    """
     parts, at = [torch.empty(0)], 0
     for path in files:
         with safe_open(path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118
+                continue
             part = file.get_slice(name)
             size = part.get_shape()[0]
             low, high = max(start, at), min(stop, at + size)
             if low < high:
                 parts.append(part[low - at : high - at])
             at += size
+    if at < stop:
+        raise ValueError(
+            f"{files[0].parent} holds {at:,} elements of {name}, where {stop:,} are wanted: another optimizer's"
+        )
     return torch.cat(parts)
 
 
@@ -200,9 +209,10 @@ class Checkpointer:
     def _moments(self, optimizer: ShardedAdamW) -> dict[str, Tensor]:
         """This rank's state, without the padding, so that any number of ranks can read it."""
         return {
-            f"{bucket.name}.{key}": self._host(f"{bucket.name}.{key}", tensor)[: bucket.own]
+            f"{bucket.stored}.{key}": self._host(f"{bucket.name}.{key}", tensor)[: bucket.own]
             for bucket in optimizer.buckets
             for key, tensor in bucket.state.items()
+            if bucket.own
         }
 
     def _host(self, name: str, tensor: Tensor) -> Tensor:

@@ -15,13 +15,16 @@ TRAINER_VERSION = "2"  # raise it when the same configuration gives other weight
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-2 or GPT-3 shaped decoder; the two families differ in their widths and their context."""
+    """The sizes of a decoder: GPT-2 or GPT-3 shaped, or of the speed recipe's architecture."""
 
     layers: int
     channels: int
     heads: int
     context: int = 1024  # -t: tokens a sequence, T; also the number of learned positions
     vocab: int = GPT2_VOCABULARY
+    family: Literal["gpt2", "nanochat"] = (
+        "gpt2"  # the architecture; nanochat is transformers' name of the speed recipe's
+    )
 
     def __post_init__(self) -> None:
         if min(self.layers, self.channels, self.heads, self.context, self.vocab) < 1:
@@ -39,16 +42,32 @@ class ModelConfig:
         return -(-self.vocab // 128) * 128
 
     @property
+    def block_matrices(self) -> int:
+        """Elements of all blocks' matrices: 84,934,656 for d12."""
+        return 12 * self.layers * self.channels**2
+
+    @property
     def parameters(self) -> int:
         """Trained parameters, padding rows left out: 124,439,808 for d12."""
-        per_layer = 12 * self.channels**2 + 13 * self.channels
-        return (self.vocab + self.context) * self.channels + self.layers * per_layer + 2 * self.channels
+        if self.family == "nanochat":  # matrices alone, and a head of its own
+            return self.block_matrices + 2 * self.vocab * self.channels
+        vectors = (13 * self.layers + 2) * self.channels
+        return self.block_matrices + vectors + (self.vocab + self.context) * self.channels
+
+    @property
+    def padded_parameters(self) -> int:
+        """With the padding rows of the embedding, and of the head where it has its own."""
+        tables = 2 if self.family == "nanochat" else 1
+        return self.parameters + tables * (self.padded_vocab - self.vocab) * self.channels
 
     @property
     def flops_per_token(self) -> int:
-        """Forward and backward, by llm.c's formula 6N + 6LCT with N over the padded vocabulary."""
-        padded = self.parameters + (self.padded_vocab - self.vocab) * self.channels
-        return 6 * padded + 6 * self.layers * self.channels * self.context
+        """Forward and backward, by llm.c's formula 6N + 6LCT with N over the padded vocabulary.
+
+        An embedding that is not the head, too, is only looked up: it does not count.
+        """
+        looked_up = self.padded_vocab * self.channels if self.family == "nanochat" else 0
+        return 6 * (self.padded_parameters - looked_up) + 6 * self.layers * self.channels * self.context
 
 
 # llm.c's tables: GPT-2 by depth -> (channels, heads); GPT-3 by channels -> (layers, head size).
@@ -62,15 +81,26 @@ GPT3_BY_CHANNELS = {
     2560: (32, 80),
     4096: (32, 128),
 }
+# The speed recipe's by depth -> channels, where the rule would not give a GPT-2's class. 48 layers of 1536 channels are
+# the nearest to 1558M (1,514M): 1600 channels are no multiple of the head size.
+MODERN_BY_DEPTH = {24: 1024, 48: 1536}
+MODERN_HEAD_SIZE = 128
 
 
 def model_from_descriptor(text: str) -> ModelConfig:
-    """Read llm.c's `-e`: "d48" is GPT-2 by depth, "gpt3:c1536" is GPT-3 by channels."""
+    """Read llm.c's `-e`: "d48" is GPT-2 by depth, "gpt3:c1536" is GPT-3 by channels.
+
+    "modern:d12" is the speed recipe's model by depth, "modern:d12c384" by depth and channels.
+    """
     if match := re.fullmatch(r"d(\d+)", text):
         return _gpt2(int(match[1]))
     if match := re.fullmatch(r"gpt3:c(\d+)", text):
         return _gpt3(int(match[1]))
-    raise ValueError(f"unknown model {text!r}: write d12, d24, d36 or d48, or gpt3:c768 … gpt3:c4096")
+    if match := re.fullmatch(r"modern:d(\d+)(?:c(\d+))?", text):
+        return _modern(int(match[1]), int(match[2] or 0))
+    raise ValueError(
+        f"unknown model {text!r}: write d12, d24, d36 or d48, gpt3:c768 … gpt3:c4096, or modern:d12, modern:d24 …"
+    )
 
 
 def _gpt2(depth: int) -> ModelConfig:
@@ -87,6 +117,17 @@ def _gpt3(channels: int) -> ModelConfig:
     return ModelConfig(layers=layers, channels=channels, heads=channels // head_size, context=2048)
 
 
+def _modern(depth: int, channels: int) -> ModelConfig:
+    """64 channels a layer, in whole heads, where the table says nothing else."""
+    size = MODERN_HEAD_SIZE
+    channels = channels or MODERN_BY_DEPTH.get(depth, -(-64 * depth // size) * size)
+    if channels % size:
+        raise ValueError(
+            f"{channels} channels are not whole heads of {size}: write modern:d{depth}c{-(-channels // size) * size}"
+        )
+    return ModelConfig(layers=depth, channels=channels, heads=channels // size, family="nanochat")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines the trained weights, given the tokens. The comment names llm.c's flag."""
@@ -96,12 +137,19 @@ class TrainConfig:
     lr: float  # -l: the schedule's maximum
     final_lr_fraction: float = 0.1  # -q: of lr, at the last step
     warmup_steps: int = 700  # -u
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # -k
-    weight_decay: float = 0.1  # -c: on 2-D weights only
+    schedule: Literal["cosine", "linear", "constant", "wsd", "trapezoid"] = "cosine"  # -k
+    cooldown: float = 0.4  # of `trapezoid`: the share of the run, at its end, in which the rate falls
+    weight_decay: float = 0.1  # -c: on 2-D weights only; with Muon on the blocks' matrices only
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    clip: float = 1.0  # largest global gradient norm
+    clip: float = 1.0  # largest global gradient norm; 0: any
+    # muon: the blocks' matrices by Muon at `lr`, embedding and head by AdamW at their own rates; the schedule is one
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    embedding_lr: float = 0.3
+    head_lr: float = 0.004
+    momentum: float = 0.95  # Muon's
+    momentum_warmup_steps: int = 0  # in which the momentum rises to that from 0.85
     dtype: Literal["bf16", "fp32"] = "bf16"
     master_weights: bool = True  # -w: fp32 masters behind bf16 weights; false: stochastic rounding
     fp8: bool = False  # fp8 operands in the blocks' products, but those of weight gradients: H100 or newer
@@ -129,11 +177,16 @@ class TrainConfig:
         for name in ("steps", "batch_tokens", *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("warmup_steps", "val_every", "sample_every", "sample_tokens", "health_every", "keep_every"):
+        least_zero = ("warmup_steps", "val_every", "sample_every", "sample_tokens", "health_every", "keep_every")
+        for name in (*least_zero, "clip", "momentum_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.lr <= 0:
-            raise ValueError(f"lr={self.lr} must be above 0")
+        for name in ("lr", "embedding_lr", "head_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("cooldown", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
 
 # The prompt of GPT-2's best-known sample, and how its texts were drawn: 20 of them are made of every run.
@@ -227,6 +280,12 @@ class RunConfig:
                 f"{self.model.context} tokens: the nearest that are "
                 f"{' and '.join(map(str, _nearest_multiples(self.train.batch_tokens, self.model.context)))}"
             )
+        if self.model.family != "nanochat" and self.train.optimizer == "muon":
+            raise ValueError("optimizer=muon is for the speed recipe's models: take one (model=modern:d12), or adamw")
+        if self.model.family == "nanochat" and self.train.fp8:
+            raise ValueError("fp8=true is for GPT-2 and GPT-3 models: set fp8=false")
+        if self.model.family == "nanochat" and self.machine.recompute > 0:
+            raise ValueError(f"recompute={self.machine.recompute} is for GPT-2 and GPT-3 models: set it to 0 or -1")
 
     @property
     def tokens(self) -> int:
@@ -246,6 +305,16 @@ def _nearest_multiples(value: int, unit: int) -> list[int]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON-ready dicts."""
     return dataclasses.asdict(config)
+
+
+# Settings that came after the first runs: at their defaults they define nothing, so that these runs stay what they are.
+LATER = {"family", "optimizer", "embedding_lr", "head_lr", "momentum", "momentum_warmup_steps", "cooldown"}
+
+
+def defining(section: ModelConfig | TrainConfig) -> dict[str, Any]:
+    """The settings that tell a run from others."""
+    defaults = {f.name: f.default for f in dataclasses.fields(section)}
+    return {k: v for k, v in to_dict(section).items() if not (k in LATER and v == defaults[k])}
 
 
 def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:

@@ -23,7 +23,7 @@ import torch
 from storage import events
 from storage.shards import open_shard
 from storage.tokenizer import EOT, VOCABULARY
-from training.gpt2 import GPT2
+from training.models import Model
 from training.weights import load_any, load_run, to_huggingface, write_llmc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4  # largest absolute difference of fp32 logits; times the logits
 log = logging.getLogger("gpt2.export")
 
 
-def write_folder(model: GPT2, out: str, dtype: torch.dtype) -> None:
+def write_folder(model: Model, out: str, dtype: torch.dtype) -> None:
     """Weights, configuration and tokenizer as transformers expects them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -66,7 +66,7 @@ def _write_tokenizer(out: str, context: int) -> None:
 
 
 @torch.no_grad()
-def check(model: GPT2, out: str, shard: str, dtype: torch.dtype) -> dict[str, Any]:
+def check(model: Model, out: str, shard: str, dtype: torch.dtype) -> dict[str, Any]:
     """Compare stock transformers' logits of the exported folder with ours, both computed in fp32."""
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return export_folder(model, o.out, o.tokens, DTYPES[o.dtype])
 
 
-def export_folder(model: GPT2, out: str, shard: str, dtype: torch.dtype) -> int:
+def export_folder(model: Model, out: str, shard: str, dtype: torch.dtype) -> int:
     write_folder(model, out, dtype)
     result = check(model, out, shard, dtype)
     Path(out, CHECK).write_text(json.dumps(result, indent=2) + "\n")

@@ -90,7 +90,11 @@ class GPT2(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V), for sampling and evals."""
-        return self.hidden(tokens) @ self.wte.weight[: self.config.vocab].t()
+        return self.head_logits(self.hidden(tokens))
+
+    def head_logits(self, x: Tensor) -> Tensor:
+        """(…, C), after the last LayerNorm -> (…, V)."""
+        return x @ self.wte.weight[: self.config.vocab].t()
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, C), after the last LayerNorm."""

@@ -1,7 +1,7 @@
 """Which kernels serve the model on this machine? Chosen once, logged with the reason, passed as a value.
 
 With CUDA, bf16 weights and Triton the whole model runs through the fused kernels of `kernels_*.py`; anywhere else
-the modules of `gpt2.py` run as they are. Both compute the same function.
+the modules of `gpt2.py` and `modern.py` run as they are. Both compute the same function.
 """
 
 import functools
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from training.gpt2 import GPT2
+from training.models import Model
+from training.modern import Modern
 
 log = logging.getLogger("gpt2.kernels")
 
@@ -54,7 +55,7 @@ class Kernels:
 
 
 def accelerate(
-    model: GPT2, device: torch.device, recompute: int = 0, fp8: bool = False, gelu_epilogue: bool = True
+    model: Model, device: torch.device, recompute: int = 0, fp8: bool = False, gelu_epilogue: bool = True
 ) -> bool:
     """Let the fused kernels run `model` where they can -> whether they do.
 
@@ -69,6 +70,11 @@ def accelerate(
     if reason:
         (log.warning if device.type == "cuda" else log.info)("plain PyTorch kernels: %s", reason)
         return False
+    if isinstance(model, Modern):
+        from training.kernels_model_modern import FusedModern
+
+        model.runner = FusedModern(model, fused(device.index or 0))
+        return True
     from training.kernels_model import FusedModel
     from training.kernels_model_fp8 import Fp8Model
 
@@ -77,7 +83,7 @@ def accelerate(
     return True
 
 
-def _obstacle(model: GPT2, device: torch.device) -> str:
+def _obstacle(model: Model, device: torch.device) -> str:
     """Why the fused kernels cannot run this model here; "" where they can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
@@ -87,6 +93,8 @@ def _obstacle(model: GPT2, device: torch.device) -> str:
         return "Triton is not installed"
     if model.config.channels % 16 or model.config.head_size % 8:
         return "the kernels want channels in multiples of 16 and heads in multiples of 8"
+    if isinstance(model, Modern) and model.config.head_size & (model.config.head_size - 1):
+        return f"the kernels want heads of a power of two, not of {model.config.head_size}"
     return ""
 
 

@@ -46,11 +46,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.channels, config.channels, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).unbind(2)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        q, k, v = (t.transpose(1, 2) for t in self.qkv(x, cos, sin))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> queries, keys and values (B, T, H, D), the first two rotated and normalized."""
+        q, k, v = self.c_attn(x).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
+        return norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v
 
 
 class MLP(nn.Module):
@@ -113,11 +116,16 @@ class Modern(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V)."""
-        out = F.linear(self.hidden(tokens), self.head.weight[: self.config.vocab])
-        return CAP * torch.tanh(out / CAP)
+        return self.head_logits(self.hidden(tokens))
+
+    def head_logits(self, x: Tensor) -> Tensor:
+        """(…, C), after the last norm -> (…, V)."""
+        return CAP * torch.tanh(F.linear(x, self.head.weight[: self.config.vocab]) / CAP)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, C), after the last norm."""
+        if tokens.shape[1] > self.config.context:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
         cos, sin = rotations(tokens.shape[1], self.config.head_size, tokens.device)
         x = norm(self.wte(tokens))
         for block in self.blocks:

@@ -1,13 +1,23 @@
-"""How does Muon change a matrix? By its momentum's nearest orthogonal matrix, so that all directions move alike.
+"""How does Muon change the blocks' matrices? By their momentum's nearest orthogonal matrix: all directions move alike.
 
 Muon (Keller Jordan, 2024): the update is U V' of the momentum's singular value decomposition U S V', taken without
 decomposing anything, by a few steps of an odd polynomial that sends every singular value to one. The polynomials are
 those of Polar Express (Amsel et al., 2025), which are each optimal for what the step before has left. Matrices of one
-shape go through together.
+shape go through together. Embedding and head are AdamW's.
+
+A matrix must be whole where it is orthogonalized. So the blocks are taken S at a time, S being the number of ranks that
+share the optimizer's state, and each of these ranks gets a block's summed gradients, and changes that block.
 """
 
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from training.optim import ROUNDING_STRIDE, Bucket, ShardedAdamW, round_into_weights
+from training.schedule import momentum
 
 # Of a x + b x^3 + c x^5, step by step: best for singular values from 1e-3 to 1, with a margin for bf16.
 COEFFICIENTS = (
@@ -18,14 +28,12 @@ COEFFICIENTS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 MARGIN = 1.02  # bf16 may let the norm be a little larger than computed
+AT_ONCE = 2**27  # elements that are orthogonalized together: beyond that only memory grows
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) of any type -> in bf16, each with its singular values brought near one.
-
-    Zero stays zero.
-    """
-    x = matrices.bfloat16()
+    """(N, rows, columns) -> each with its singular values brought near one, in the same type. Zero stays zero."""
+    x = matrices
     tall = x.shape[1] > x.shape[2]
     if tall:  # the products are of the shorter side
         x = x.mT
@@ -34,3 +42,109 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def orthogonalize_blocks(flat: Tensor, channels: int) -> None:
+    """(N, 12 C^2): N blocks' matrices one behind the other, each replaced by its update's direction.
+
+    Queries', keys' and values' weights count as a matrix each. A matrix of more rows than columns is scaled by
+    sqrt(rows / columns), so that all change their outputs alike (Jordan; Bernstein and Newhouse, 2024).
+    """
+    n, C = len(flat), channels
+    squares = flat[:, : 4 * C * C].view(n, 4, C, C)
+    rising = flat[:, 4 * C * C : 8 * C * C].view(n, 4 * C, C)
+    falling = flat[:, 8 * C * C :].view(n, C, 4 * C)
+    squares.copy_(orthogonalize(squares.flatten(0, 1)).view(squares.shape))
+    wide = orthogonalize(torch.cat([rising.mT, falling]))
+    torch.mul(wide[:n].mT, 4**0.5, out=rising)
+    falling.copy_(wide[n:])
+
+
+class ShardedMuon(ShardedAdamW):
+    """Muon for the blocks of a Modern, AdamW for its embedding and its head."""
+
+    def layout(self, model: nn.Module) -> list[Bucket]:
+        """The head's bucket, the blocks' from the last, the embedding's: as their gradients come."""
+        blocks: dict[int, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters():
+            if name.startswith("blocks."):
+                blocks.setdefault(int(name.split(".")[1]), []).append((name, parameter))
+        ranks = self.world.shard.size
+        self.channels = blocks[0][0][1].shape[1]
+        self.blocks = [
+            self._bucket_of(first, [blocks[n] for n in range(first, min(first + ranks, len(blocks)))])
+            for first in reversed(range(0, len(blocks), ranks))
+        ]
+        head, embedding = (
+            self.bucket(name, len(blocks) + i, [(f"{name}.weight", model.get_parameter(f"{name}.weight"))])
+            for i, name in enumerate(("head", "wte"))
+        )
+        self.tables = [(head, self.config.head_lr), (embedding, self.config.embedding_lr)]
+        self.passes = _passes(self.world.device)
+        return [head, *self.blocks, embedding]
+
+    def _bucket_of(self, first: int, blocks: list[list[tuple[str, nn.Parameter]]]) -> Bucket:
+        """Consecutive blocks, one a rank; ranks for which none is left hold padding."""
+        C, mine = self.channels, first + self.world.shard.rank
+        shapes = [tuple(p.shape) for _, p in blocks[0]]
+        assert shapes == [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)], shapes
+        name = f"blocks.{first}-{first + len(blocks) - 1}"
+        bucket = self.bucket(name, mine, [pair for block in blocks for pair in block], ("momentum",), 12 * C * C)
+        bucket.stored, bucket.offset, bucket.whole = f"blocks.{mine}", 0, 12 * C * C
+        return bucket
+
+    def step(self, step: int, lr: float, scale: float) -> None:
+        for bucket, rate in self.tables:
+            self.adamw(bucket, step, rate * lr / self.config.lr, scale, decay=0.0)
+            self.share(bucket)
+        count = max(1, AT_ONCE // (12 * self.channels**2))
+        for start in range(0, len(self.blocks), count):
+            buckets = self.blocks[start : start + count]
+            self._muon([bucket for bucket in buckets if bucket.own], step, lr, scale)
+            for bucket in buckets:
+                self.share(bucket)
+        self.settle()
+
+    def _muon(self, buckets: list[Bucket], step: int, lr: float, scale: float) -> None:
+        """Update this rank's block of each bucket."""
+        flat = torch.empty(len(buckets), 12 * self.channels**2, dtype=self.dtype, device=self.world.device)
+        for bucket, update in zip(buckets, flat, strict=True):
+            self.passes.accumulate(
+                bucket.gradient, bucket.state["momentum"], update, momentum(self.config, step), scale
+            )
+        orthogonalize_blocks(flat, self.channels)
+        for bucket, update in zip(buckets, flat, strict=True):
+            precise = self.precise(bucket)
+            weights = bucket.part if self.masters else precise
+            self.passes.apply(weights, precise, update, lr, self.config.weight_decay)
+            if not self.masters and self.dtype == torch.bfloat16:
+                round_into_weights(bucket, precise, seed=step * ROUNDING_STRIDE + bucket.number)
+
+
+class Passes(NamedTuple):
+    """The two sweeps over memory before and after the products."""
+
+    accumulate: Callable[[Tensor, Tensor, Tensor, float, float], None]
+    apply: Callable[[Tensor, Tensor, Tensor, float, float], None]
+
+
+def _passes(device: torch.device) -> Passes:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from training import kernels_muon
+
+        return Passes(kernels_muon.accumulate, kernels_muon.apply)
+    return Passes(plain_accumulate, plain_apply)
+
+
+def plain_accumulate(gradients: Tensor, momenta: Tensor, updates: Tensor, momentum: float, scale: float) -> None:
+    """As `kernels_muon.accumulate`."""
+    gradient = gradients.float() * scale
+    momenta.lerp_(gradient, 1.0 - momentum)
+    updates.copy_(gradient.lerp(momenta, momentum))
+
+
+def plain_apply(weights: Tensor, masters: Tensor, updates: Tensor, lr: float, decay: float) -> None:
+    """As `kernels_muon.apply`."""
+    masters.mul_(1.0 - lr * decay).sub_(updates.float(), alpha=lr)
+    if weights.data_ptr() != masters.data_ptr():
+        weights.copy_(masters)

@@ -29,6 +29,7 @@ class Bucket:
     """Parameters that are reduced and updated together: matrices first, then vectors, then padding."""
 
     name: str
+    number: int  # tells its random numbers from those of others
     parameters: list[tuple[str, nn.Parameter]]
     decayed: int  # leading elements that weight decay applies to
     size: int  # elements without the padding
@@ -38,6 +39,9 @@ class Bucket:
     stop: int
     gradient: Tensor  # this rank's part of the summed gradients
     state: dict[str, Tensor]  # this rank's part, fp32: exp_avg, exp_avg_sq, and master behind bf16 weights
+    stored: str  # name that checkpoints keep the state under
+    offset: int  # of this rank's part in what is kept under that name
+    whole: int  # elements that are kept under that name
     missing: int = 0  # parameters whose gradient is still to come in this micro-step
     left: bool = False  # whether the gradients are on their way to the other ranks
     pending: list[dist.Work | None] = field(default_factory=list)
@@ -68,27 +72,40 @@ class ShardedAdamW:
         self.config, self.world, self.overlap = config, world, overlap
         self.dtype = DTYPES[config.dtype]
         self.masters = config.dtype == "bf16" and config.master_weights
-        self.buckets = [self._bucket(name, group) for name, group in _groups(model)]
+        self.buckets = self.layout(model)
         self.kernel = _kernel(world.device)
         self.last_micro_step = False
         for bucket in self.buckets:
             for _, parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda _, b=bucket: self._arrived(b))
 
-    def _bucket(self, name: str, parameters: list[tuple[str, nn.Parameter]]) -> Bucket:
+    def layout(self, model: nn.Module) -> list[Bucket]:
+        """Every parameter in one bucket."""
+        return [self.bucket(name, number, group) for number, (name, group) in enumerate(_groups(model))]
+
+    def bucket(
+        self,
+        name: str,
+        number: int,
+        parameters: list[tuple[str, nn.Parameter]],
+        keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq"),
+        part: int = 0,
+    ) -> Bucket:
+        """Flat buffers that hold the parameters; each rank's part has `part` elements (0: as few as will do)."""
         group, device = self.world.shard, self.world.device
         parameters = sorted(parameters, key=lambda p: p[1].dim() < 2)
         size = sum(p.numel() for _, p in parameters)
-        part = -(-size // group.size)
+        part = part or -(-size // group.size)
         start, stop = group.rank * part, (group.rank + 1) * part
         flat = torch.zeros(part * group.size)
         torch.cat([p.detach().flatten().float().cpu() for _, p in parameters], out=flat[:size])
         gradients = torch.zeros(len(flat), dtype=self.dtype, device=device)
-        state = {key: torch.zeros(part, device=device) for key in ("exp_avg", "exp_avg_sq")}
+        state = {key: torch.zeros(part, device=device) for key in keys}
         if self.masters:
             state["master"] = flat[start:stop].to(device, copy=True)
         bucket = Bucket(
             name=name,
+            number=number,
             parameters=parameters,
             decayed=sum(p.numel() for _, p in parameters if p.dim() >= 2),
             size=size,
@@ -98,6 +115,9 @@ class ShardedAdamW:
             stop=stop,
             gradient=gradients if group.size == 1 else torch.zeros(part, dtype=self.dtype, device=device),
             state=state,
+            stored=name,
+            offset=start,
+            whole=size,
         )
         _point_into(bucket)
         return bucket
@@ -141,24 +161,36 @@ class ShardedAdamW:
 
     def step(self, step: int, lr: float, scale: float) -> None:
         """Update number `step` (the first is 0) with the gradients times `scale`."""
-        for index, bucket in enumerate(self.buckets):
-            precise = self._precise(bucket)
-            for rows, decayed in bucket.segments():
-                self._update(bucket, precise, rows, step, lr, scale, decayed)
-            if not self.masters and self.dtype == torch.bfloat16:
-                _round_into_weights(bucket, precise, seed=step * ROUNDING_STRIDE + index)
-            bucket.pending = [self.world.shard.all_gather(bucket.weights, bucket.part)]
-            if not self.overlap:
-                _wait(bucket)
+        for bucket in self.buckets:
+            self.adamw(bucket, step, lr, scale, self.config.weight_decay)
+            self.share(bucket)
+        self.settle()
+
+    def adamw(self, bucket: Bucket, step: int, lr: float, scale: float, decay: float) -> None:
+        """Update this rank's part of a bucket."""
+        precise = self.precise(bucket)
+        for rows, decayed in bucket.segments():
+            self._update(bucket, precise, rows, step, lr, scale, decay if decayed else 0.0)
+        if not self.masters and self.dtype == torch.bfloat16:
+            round_into_weights(bucket, precise, seed=step * ROUNDING_STRIDE + bucket.number)
+
+    def share(self, bucket: Bucket) -> None:
+        """Start giving this rank's part of the weights to the others."""
+        bucket.pending = [self.world.shard.all_gather(bucket.weights, bucket.part)]
+        if not self.overlap:
+            _wait(bucket)
+
+    def settle(self) -> None:
+        """Until every rank has all weights."""
         for bucket in self.buckets:
             _wait(bucket)
 
-    def _precise(self, bucket: Bucket) -> Tensor:
+    def precise(self, bucket: Bucket) -> Tensor:
         """This rank's part of the weights in fp32: the masters, the weights themselves, or a copy."""
         return bucket.state["master"] if self.masters else bucket.part.float()
 
     def _update(
-        self, bucket: Bucket, precise: Tensor, rows: slice, step: int, lr: float, scale: float, decayed: bool
+        self, bucket: Bucket, precise: Tensor, rows: slice, step: int, lr: float, scale: float, decay: float
     ) -> None:
         self.kernel(
             (bucket.part if self.masters else precise)[rows],
@@ -170,7 +202,7 @@ class ShardedAdamW:
             lr,
             (self.config.beta1, self.config.beta2),
             self.config.eps,
-            self.config.weight_decay if decayed else 0.0,
+            decay,
             scale,
         )
 
@@ -223,14 +255,19 @@ def torch_update(
         weights.copy_(masters)
 
 
-def _round_into_weights(bucket: Bucket, precise: Tensor, seed: int) -> None:
+def clip_scale(clip: float, norm: float) -> float:
+    """What gradients of that global norm are multiplied by, so that it is at most `clip` (0: any)."""
+    return min(1.0, clip / norm) if clip and norm > 0 else 1.0
+
+
+def round_into_weights(bucket: Bucket, precise: Tensor, seed: int) -> None:
     """Without masters, rounding to the nearest would lose most updates: round at random.
 
-    The noise is drawn for the whole bucket, so that it does not depend on how many ranks share it.
+    The noise is drawn for the whole of what ranks share, so that it does not depend on how many do.
     """
     generator = torch.Generator(precise.device)
     generator.manual_seed(seed)
-    noise = rounding_noise(bucket.size, generator)[bucket.start : bucket.stop]
+    noise = rounding_noise(bucket.whole, generator)[bucket.offset : bucket.offset + bucket.own]
     bucket.part[: len(noise)].copy_(round_stochastically(precise[: len(noise)], noise))
 
 

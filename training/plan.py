@@ -96,7 +96,7 @@ def _letters(name: str) -> str:
 def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> dict[str, float]:
     """Bytes a GPU needs at the peak of a step, by line."""
     model, train = config.model, config.train
-    parameters = padded_parameters(model)
+    parameters = model.padded_parameters
     width = 2 if train.dtype == "bf16" else 4
     shard = config.machine.shard_ranks or ranks
     tokens = micro_batch * model.context
@@ -104,7 +104,7 @@ def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> d
     lines = {
         "weights": parameters * width,
         "gradients": parameters * width * (1 + (1 / shard if shard > 1 else 0)),
-        "optimizer state": parameters * _state_bytes(config) / shard,
+        "optimizer state": _state_bytes(config) / shard,
         "activations": tokens * model.layers * _kept_bytes(model, recompute, train.fp8) * width / 2,
         # As measured: 10 of the 13 tensors are cuDNN's workspace for the deterministic backward pass of attention.
         "head or one block's backward": max(
@@ -118,12 +118,11 @@ def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> d
 
 
 def _state_bytes(config: RunConfig) -> int:
-    """A parameter: two moments, and the fp32 master behind bf16 weights."""
-    return 12 if config.train.dtype == "bf16" and config.train.master_weights else 8
-
-
-def padded_parameters(model: ModelConfig) -> int:
-    return model.parameters + (model.padded_vocab - model.vocab) * model.channels
+    """AdamW's two moments, or Muon's one, and the fp32 master behind bf16 weights."""
+    model, train = config.model, config.train
+    masters = 4 if train.dtype == "bf16" and train.master_weights else 0
+    moments = 8 * model.padded_parameters - (4 * model.block_matrices if train.optimizer == "muon" else 0)
+    return moments + masters * model.padded_parameters
 
 
 def _kept_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
@@ -136,13 +135,15 @@ def _kept_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
     C = model.channels
     if recompute == 3:
         return 2 * C
+    if model.family == "nanochat":  # squared ReLU is always computed again; one statistic a norm, three a head
+        return 2 * (2 * C + 3 * C + C + 4 * C) + 4 * (2 + 3 * model.heads)
     output = 4 * C if recompute == 0 and not fp8 else 0
     return 2 * (2 * C + 3 * C + C + 4 * C + output) + 4 * (4 + model.heads)
 
 
 def _block_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
     """Bytes a token that are computed again for one block's backward pass."""
-    again = 0 if recompute == 0 and not fp8 else 8 * model.channels
+    again = 0 if recompute == 0 and not fp8 and model.family == "gpt2" else 8 * model.channels
     return again + (_kept_bytes(model, 1, fp8) if recompute == 3 else 0)
 
 
@@ -182,7 +183,8 @@ def _plans(config: RunConfig, ranks: int) -> Iterator[Plan]:
     sequences = train.batch_tokens // config.model.context // ranks
     for masters in [True, False] if train.master_weights and train.dtype == "bf16" else [train.master_weights]:
         changed = replace(config, train=replace(train, master_weights=masters))
-        for recompute in (0, 1, 3) if machine.recompute < 0 else (machine.recompute,):
+        levels = (0, 1, 3) if config.model.family == "gpt2" else (0,)
+        for recompute in levels if machine.recompute < 0 else (machine.recompute,):
             for micro in [machine.micro_batch] if machine.micro_batch else micro_batches(config, ranks):
                 yield Plan(micro, sequences // micro, recompute, masters, memory(changed, ranks, micro, recompute))
 
@@ -219,7 +221,7 @@ def _cost(config: RunConfig, mfu: float | None, seconds: float, dollars_an_hour:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     width = 2 if config.train.dtype == "bf16" else 4
-    return padded_parameters(config.model) * (width + _state_bytes(config))
+    return config.model.padded_parameters * width + _state_bytes(config)
 
 
 def shutdown_seconds(config: RunConfig, ranks: int) -> float:

@@ -1,10 +1,11 @@
 """Which runs are ready-made? Each recipe is a function that returns a whole configuration.
 
 The GPT-2 recipes follow llm.c's scripts and its discussion 677; where llm.c has no script for a size of
-the GPT-3 family, learning rate and batch are the GPT-3 paper's (table 2.1).
+the GPT-3 family, learning rate and batch are the GPT-3 paper's (table 2.1). The speedrun recipes are our own.
 """
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -155,6 +156,66 @@ def _gpt3_like_125m(name: str, model: str, lr: float) -> RunConfig:
     return replace(base, recipe=name, model=model_from_descriptor(model), train=replace(base.train, lr=lr))
 
 
+# The speed recipe's rates at 12 layers of 768 channels and 131,072 tokens a step, from which the rules below go on.
+BASE_CHANNELS, BASE_BATCH = 768, 131_072
+MATRIX_LR, EMBEDDING_LR, HEAD_LR = 0.02, 0.3, 0.004
+TOKENS_PER_PARAMETER = 12  # of the blocks' matrices and the head: nanochat's horizon
+
+
+def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 0) -> RunConfig:
+    """The speed recipe for any size: every hyperparameter follows from the model's (docs/recipe.md).
+
+    Steps: 12 tokens a parameter of the blocks' matrices and the head. Batch: grows as the square root of these tokens,
+    in powers of two. Rates: Muon's is the same at every width, since its updates have the same effect there; those of
+    embedding and head fall as 1 / sqrt(channels); all grow as the square root of the batch.
+    """
+    tokens = _horizon(model)
+    batch_tokens = batch_tokens or _power_of_two(
+        BASE_BATCH * (tokens / _horizon(model_from_descriptor("modern:d12"))) ** 0.5
+    )
+    batch, width = (batch_tokens / BASE_BATCH) ** 0.5, (BASE_CHANNELS / model.channels) ** 0.5
+    train = TrainConfig(
+        steps=steps or round(tokens / batch_tokens),
+        batch_tokens=batch_tokens,
+        optimizer="muon",
+        lr=MATRIX_LR * batch,
+        embedding_lr=EMBEDDING_LR * batch * width,
+        head_lr=HEAD_LR * batch * width,
+        schedule="trapezoid",
+        final_lr_fraction=0.0,
+        warmup_steps=0,
+        weight_decay=0.0,
+        beta1=0.8,
+        clip=0.0,
+    )
+    return RunConfig(
+        name, "fineweb-edu-10B" if tokens < 10e9 else "fineweb-edu-100B", model, train, evals=PUBLISHED_HELLASWAG
+    )
+
+
+def _horizon(model: ModelConfig) -> int:
+    return TOKENS_PER_PARAMETER * (model.block_matrices + model.vocab * model.channels)
+
+
+def _power_of_two(value: float) -> int:
+    return 2 ** round(math.log2(value))
+
+
+def speedrun_124m() -> RunConfig:
+    """The speed recipe, 12 layers of 768 channels: 1.5B tokens."""
+    return speedrun("speedrun-124m", model_from_descriptor("modern:d12"))
+
+
+def speedrun_350m() -> RunConfig:
+    """The speed recipe, 24 layers of 1024 channels: 4.2B tokens."""
+    return speedrun("speedrun-350m", model_from_descriptor("modern:d24"))
+
+
+def speedrun_1558m() -> RunConfig:
+    """The speed recipe, 48 layers of 1536 channels: 17.2B tokens."""
+    return speedrun("speedrun-1558m", model_from_descriptor("modern:d48"))
+
+
 # What llm.c's scripts and its discussion 677 say that their runs took.
 REPORTED = {
     "gpt2-124m": "94 min, $20 on 8 A100",
@@ -176,6 +237,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "gpt3-350m": gpt3_350m,
     "gpt3-760m": gpt3_760m,
     "gpt3-1.3b": gpt3_1_3b,
+    "speedrun-124m": speedrun_124m,
+    "speedrun-350m": speedrun_350m,
+    "speedrun-1558m": speedrun_1558m,
 }
 
 

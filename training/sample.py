@@ -20,6 +20,8 @@ from torch import Tensor
 from storage import events, objects, tokenizer
 from training.config import TEMPERATURE, TOP_K, UNICORN
 from training.gpt2 import GPT2
+from training.models import Model
+from training.modern import Modern, norm, rotations
 from training.weights import load_any
 
 SAMPLES = "samples.txt"
@@ -28,8 +30,9 @@ SAMPLES = "samples.txt"
 class Cache:
     """What the model has seen of some rows of text: each block's keys and values, so that a new token costs one."""
 
-    def __init__(self, model: GPT2) -> None:
+    def __init__(self, model: Model) -> None:
         self.model, self.seen = model, 0
+        self.read = self._read_modern if isinstance(model, Modern) else self._read_gpt2
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def next_logits(self, text: Tensor) -> Tensor:
@@ -41,13 +44,14 @@ class Cache:
         if text.shape[1] > context:
             last = self.model.hidden(text[:, -context:].to(wte.device))[:, -1]
         else:
-            last = self._read(text[:, self.seen :].to(wte.device))
+            last = self.read(text[:, self.seen :].to(wte.device))
             self.seen = text.shape[1]
-        return (last @ wte[: self.model.config.vocab].t()).float().cpu()
+        return self.model.head_logits(last).float().cpu()
 
-    def _read(self, tokens: Tensor) -> Tensor:
+    def _read_gpt2(self, tokens: Tensor) -> Tensor:
         """(B, n) -> (B, C), the last position's, after the last LayerNorm."""
         model, start, heads = self.model, self.seen, self.model.config.heads
+        assert isinstance(model, GPT2)
         x = model.wte(tokens) + model.wpe.weight[start : start + tokens.shape[1]]
         blocks: list[Any] = list(model.blocks)
         for number, block in enumerate(blocks):
@@ -58,6 +62,19 @@ class Cache:
             x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
         return model.ln_f(x[:, -1])  # type: ignore[no-any-return]
+
+    def _read_modern(self, tokens: Tensor) -> Tensor:
+        model, start = self.model, self.seen
+        cos, sin = rotations(start + tokens.shape[1], model.config.head_size, tokens.device)
+        x = norm(model.wte(tokens))
+        blocks: list[Any] = list(model.blocks)
+        for number, block in enumerate(blocks):
+            q, k, v = (t.transpose(1, 2) for t in block.attn.qkv(norm(x), cos[start:], sin[start:]))
+            k, v = self._extend(number, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(norm(x))
+        return norm(x[:, -1])
 
     def _extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if block == len(self.pairs):
@@ -70,7 +87,7 @@ class Cache:
 
 @torch.no_grad()
 def stream(
-    model: GPT2,
+    model: Model,
     prompt: Sequence[int],
     tokens: int,
     temperature: float = 1.0,
@@ -92,7 +109,7 @@ def stream(
         yield drawn
 
 
-def generate(model: GPT2, prompt: Sequence[int], tokens: int, **options: Any) -> list[int]:
+def generate(model: Model, prompt: Sequence[int], tokens: int, **options: Any) -> list[int]:
     """The tokens of one row; options are those of `stream`."""
     return [drawn[0] for drawn in stream(model, prompt, tokens, **options)]
 
@@ -126,7 +143,7 @@ def text_of(tokens: Sequence[int]) -> str:
     return tokenizer.decode(np.array(tokens, dtype=np.uint16))
 
 
-def write(model: GPT2, prompt: str, options: dict[str, Any]) -> None:
+def write(model: Model, prompt: str, options: dict[str, Any]) -> None:
     """Write a text to the terminal token by token; a character may need several of them."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     sys.stdout.write(prompt)
@@ -136,7 +153,7 @@ def write(model: GPT2, prompt: str, options: dict[str, Any]) -> None:
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
 
 
-def several(model: GPT2, prompt: str, count: int, options: dict[str, Any]) -> str:
+def several(model: Model, prompt: str, count: int, options: dict[str, Any]) -> str:
     """Texts in blocks headed by their number."""
     steps = list(stream(model, tokenizer.encode(prompt).tolist(), **options, rows=count))
     texts = [text_of(line) for line in zip(*steps, strict=True)]

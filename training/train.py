@@ -47,6 +47,7 @@ from training.health import examine
 from training.launch import INTERRUPTED, die_with_parent, is_restart, report_status
 from training.loader import training_loader, validation_loader
 from training.metrics import RunLog, utilization
+from training.optim import clip_scale
 from training.outliers import OutlierWindow, divergence, is_outlier
 from training.schedule import learning_rate
 
@@ -219,7 +220,7 @@ class Trainer:
             self.log.skip(p.step, max(loss_z, norm_z))
         else:
             p.skips_in_a_row = 0
-            self.optimizer.step(p.step, lr, scale=min(1.0, train.clip / norm) if norm > 0 else 1.0)
+            self.optimizer.step(p.step, lr, clip_scale(train.clip, norm))
         self.log.training(p.step, loss, lr, norm)
         self.report(loss, lr, norm, time.perf_counter() - started, None if math.isnan(energy) else energy)
         p.step += 1

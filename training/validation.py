@@ -11,14 +11,14 @@ from torch import Tensor
 
 from storage.shards import Choice
 from training.distributed import World
-from training.gpt2 import GPT2
 from training.loader import Loader
+from training.models import Model
 
 ITEMS = 4  # multiple-choice items scored at once: 16 rows
 
 
 @torch.no_grad()
-def mean_loss(model: GPT2, load: Loader, sequences: int, micro_batch: int, world: World) -> float:
+def mean_loss(model: Model, load: Loader, sequences: int, micro_batch: int, world: World) -> float:
     """Over the split's first `sequences` sequences, or all of it where it holds fewer."""
     count = min(sequences, load.order.sequences_per_epoch)
     mine = range(world.rank, count, world.size)
@@ -30,7 +30,7 @@ def mean_loss(model: GPT2, load: Loader, sequences: int, micro_batch: int, world
 
 
 @torch.no_grad()
-def choice_accuracy(model: GPT2, items: Sequence[Choice], world: World) -> float:
+def choice_accuracy(model: Model, items: Sequence[Choice], world: World) -> float:
     """Share of items whose right ending has the lowest mean loss a token: llm.c's `eval:` figure."""
     longest = max(len(item.context) + max(map(len, item.endings)) for item in items)
     width = min(-(-longest // 64) * 64, model.config.context)
@@ -43,7 +43,7 @@ def choice_accuracy(model: GPT2, items: Sequence[Choice], world: World) -> float
     return world.sums([right])[0] / len(items)
 
 
-def _ending_losses(model: GPT2, items: Sequence[Choice], width: int, device: torch.device) -> Tensor:
+def _ending_losses(model: Model, items: Sequence[Choice], width: int, device: torch.device) -> Tensor:
     """Mean loss of each ending's tokens (items, 4); contexts too long lose their start."""
     tokens = torch.zeros(ITEMS * 4, width, dtype=torch.int64)
     counted = torch.zeros(ITEMS * 4, width - 1)
@@ -58,7 +58,7 @@ def _ending_losses(model: GPT2, items: Sequence[Choice], width: int, device: tor
     return means.view(ITEMS, 4)[: len(items)]
 
 
-def _token_losses(model: GPT2, tokens: Tensor) -> Tensor:
+def _token_losses(model: Model, tokens: Tensor) -> Tensor:
     """(B, T) -> the loss of each token after the first, (B, T - 1) fp32."""
     logits = model.logits(tokens)[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.checkpoint import checkpoint_folder, complete, load_model, newest, read_state
 from training.config import ModelConfig, from_dict
-from training.gpt2 import GPT2
+from training.models import Model, build_model
 
 Weights = dict[str, Tensor]
 
@@ -138,7 +138,7 @@ def write_llmc(path: str, weights: Weights, config: ModelConfig) -> None:
     partial.replace(path)
 
 
-def load_any(source: str) -> GPT2:
+def load_any(source: str) -> Model:
     """The model of a run folder (its newest checkpoint), an llm.c .bin, or a Hugging Face folder or hub name.
 
     The weights are fp32. Raises ValueError where there is no model.
@@ -151,7 +151,7 @@ def load_any(source: str) -> GPT2:
     return load_huggingface(source)
 
 
-def load_run(run: str, step: int | None = None) -> GPT2:
+def load_run(run: str, step: int | None = None) -> Model:
     """The model of a run's checkpoint, the newest or that of a step. Raises ValueError where there is none."""
     checkpoint = newest(run) if step is None else checkpoint_folder(run, step)
     if checkpoint is None:
@@ -163,7 +163,7 @@ def load_run(run: str, step: int | None = None) -> GPT2:
     return model
 
 
-def load_huggingface(source: str) -> GPT2:
+def load_huggingface(source: str) -> Model:
     """Raises ValueError for a folder without a GPT-2."""
     if Path(source).is_dir() and not Path(source, "config.json").exists():
         raise ValueError(f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder")
@@ -174,15 +174,15 @@ def load_huggingface(source: str) -> GPT2:
     return _model(config, from_huggingface(theirs.state_dict(), config))
 
 
-def _model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> GPT2:
+def _model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Model:
     model = empty_model(config)
     model.load_state_dict({name: w.float() for name, w in weights.items()})
     return model
 
 
-def empty_model(config: ModelConfig) -> GPT2:
+def empty_model(config: ModelConfig) -> Model:
     """A model on the CPU whose weights hold anything: torch's own initialization would be thrown away."""
     with torch.device("meta"):
-        model = GPT2(config)
+        model = build_model(config)
     model.to_empty(device="cpu")
     return model
