@@ -15,6 +15,8 @@ from torch import Tensor
 
 from training.modern import EPS, norm, rotate
 
+HEADS = 16  # of queries and keys, a program
+
 
 @triton.jit
 def _norm_forward(x, branch, y, rstd_out, columns, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr):
@@ -73,34 +75,42 @@ def _turn(first, second, cos, sin):
 
 
 @triton.jit
-def _rotate_forward(qkv, cos, sin, rstd_out, length, heads, eps, HALF: tl.constexpr):
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a head of q, or one of k behind those of q
-    pair = tl.arange(0, HALF)
-    place = qkv + (token * 3 * heads + head) * 2 * HALF + pair
-    angle = (token % length) * HALF + pair
-    first, second = _turn(
-        tl.load(place).to(tl.float32), tl.load(place + HALF).to(tl.float32), tl.load(cos + angle), tl.load(sin + angle)
-    )
-    rstd = 1.0 / tl.sqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / (2 * HALF) + eps)
-    tl.store(place, (first * rstd).to(qkv.dtype.element_ty))
-    tl.store(place + HALF, (second * rstd).to(qkv.dtype.element_ty))
-    tl.store(rstd_out + token * 2 * heads + head, rstd)
+def _heads(count, length, heads, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """Of a program's rows, each a head of q or one of k behind those of q: number, place of the first half, angle."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // (2 * heads), row % (2 * heads)
+    pair, inside = tl.arange(0, HALF)[None, :], (row < count)[:, None]
+    place = ((token * 3 * heads + head) * 2 * HALF)[:, None] + pair
+    return row, place, ((token % length) * HALF)[:, None] + pair, inside
 
 
 @triton.jit
-def _rotate_backward(grad, qkv, cos, sin, rstd_in, length, heads, HALF: tl.constexpr):
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pair = tl.arange(0, HALF)
-    place = (token * 3 * heads + head) * 2 * HALF + pair
-    angle = (token % length) * HALF + pair
-    rstd = tl.load(rstd_in + token * 2 * heads + head)
-    first, second = tl.load(grad + place).to(tl.float32), tl.load(grad + place + HALF).to(tl.float32)
-    normal_1, normal_2 = tl.load(qkv + place).to(tl.float32), tl.load(qkv + place + HALF).to(tl.float32)
-    along = (tl.sum(first * normal_1, 0) + tl.sum(second * normal_2, 0)) / (2 * HALF)
+def _rotate_forward(qkv, cos_in, sin_in, rstd_out, count, length, heads, eps, HALF: tl.constexpr, ROWS: tl.constexpr):
+    row, place, angle, inside = _heads(count, length, heads, HALF, ROWS)
+    cos, sin = tl.load(cos_in + angle, inside, 0.0), tl.load(sin_in + angle, inside, 0.0)
+    first = tl.load(qkv + place, inside, 0.0).to(tl.float32)
+    second = tl.load(qkv + place + HALF, inside, 0.0).to(tl.float32)
+    first, second = _turn(first, second, cos, sin)
+    rstd = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
+    tl.store(qkv + place, (first * rstd[:, None]).to(qkv.dtype.element_ty), inside)
+    tl.store(qkv + place + HALF, (second * rstd[:, None]).to(qkv.dtype.element_ty), inside)
+    tl.store(rstd_out + row, rstd, row < count)
+
+
+@triton.jit
+def _rotate_backward(grad, qkv, cos_in, sin_in, rstd_in, count, length, heads, HALF: tl.constexpr, ROWS: tl.constexpr):
+    row, place, angle, inside = _heads(count, length, heads, HALF, ROWS)
+    cos, sin = tl.load(cos_in + angle, inside, 0.0), tl.load(sin_in + angle, inside, 0.0)
+    rstd = tl.load(rstd_in + row, row < count, 0.0)[:, None]
+    first = tl.load(grad + place, inside, 0.0).to(tl.float32)
+    second = tl.load(grad + place + HALF, inside, 0.0).to(tl.float32)
+    normal_1 = tl.load(qkv + place, inside, 0.0).to(tl.float32)
+    normal_2 = tl.load(qkv + place + HALF, inside, 0.0).to(tl.float32)
+    along = ((tl.sum(first * normal_1, 1) + tl.sum(second * normal_2, 1)) / (2 * HALF))[:, None]
     first, second = (first - normal_1 * along) * rstd, (second - normal_2 * along) * rstd
-    first, second = _turn(first, second, tl.load(cos + angle), 0.0 - tl.load(sin + angle))
-    tl.store(grad + place, first.to(grad.dtype.element_ty))
-    tl.store(grad + place + HALF, second.to(grad.dtype.element_ty))
+    first, second = _turn(first, second, cos, 0.0 - sin)
+    tl.store(grad + place, first.to(grad.dtype.element_ty), inside)
+    tl.store(grad + place + HALF, second.to(grad.dtype.element_ty), inside)
 
 
 def rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -110,14 +120,18 @@ def rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     B, T, _, H, D = qkv.shape
     rstd = torch.empty(B * T, 2 * H, dtype=torch.float32, device=qkv.device)
-    _rotate_forward[(B * T, 2 * H)](qkv, cos, sin, rstd, T, H, EPS, HALF=D // 2, num_warps=1)
+    _rotate_forward[(triton.cdiv(B * T * 2 * H, HEADS),)](
+        qkv, cos, sin, rstd, B * T * 2 * H, T, H, EPS, HALF=D // 2, ROWS=HEADS, num_warps=4
+    )
     return rstd
 
 
 def rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor) -> None:
     """The gradients of queries and keys in `grad`, behind `rotate_forward` -> before it, in place."""
     B, T, _, H, D = qkv.shape
-    _rotate_backward[(B * T, 2 * H)](grad, qkv, cos, sin, rstd, T, H, HALF=D // 2, num_warps=1)
+    _rotate_backward[(triton.cdiv(B * T * 2 * H, HEADS),)](
+        grad, qkv, cos, sin, rstd, B * T * 2 * H, T, H, HALF=D // 2, ROWS=HEADS, num_warps=4
+    )
 
 
 @triton.jit
