@@ -68,7 +68,7 @@ def together(case: Case, ranks: int, place: Path) -> dict[str, Any]:
 def start_bench(case: Case, ranks: int, file: Path, gpu: int | None = None) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", "training.bench", case.model]
     line += [f"--micro-batch={case.micro_batch}", f"--batch-tokens={case.batch_tokens(ranks)}"]
-    line += [f"--steps={2 if case in TINY else 10}", "--profile", f"--json={file}"]
+    line += [f"--steps={2 if case in TINY else 6}", "--profile", f"--json={file}"]
     only = {} if gpu is None or not gpu_count() else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     return subprocess.Popen(line, cwd=ROOT, env=os.environ | only)
 
