@@ -1,0 +1,102 @@
+"""Which shards does a benchmark train on and validate on? Given or made from parquet, and named by their content."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage import sources
+from storage.batch_tokenizer import batch_tokenizer
+from storage.shards import Split, open_shard, shard_name, shard_paths, write_shard
+
+BATCH_BYTES = 4 * 2**20  # of text encoded at once
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """A folder that the trainer takes, and what tells its content from any other."""
+
+    folder: str
+    train: str  # sha256 over the shards' bytes, in order
+    val: str
+    train_tokens: int
+    val_tokens: int
+
+    def named(self) -> dict[str, Any]:
+        """For a table of results: wherever the shards lie, equal names mean equal tokens."""
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+
+def prepare(corpus: str, val: str, held_out: int, runs: Path) -> Corpora:
+    """Bring a training and a validation corpus together in a folder below `runs`, made once.
+
+    Each is a shard, a folder of shards (of which one takes the training, the other the validation shards), a parquet
+    file or a folder of them, read in the order of their names, EOT before each document. `held_out` > 0: there is no
+    `val`; the last so many training tokens are cut off and validated on.
+    Raises ValueError where a corpus is missing or too small.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    train = shards_of(corpus, "train", runs)
+    validation = [] if held_out else shards_of(val, "val", runs)
+    rest = f"less-{held_out}" if held_out else fingerprint(validation)[:12]
+    folder = runs / f"tokens-{fingerprint(train)[:12]}-{rest}"
+    if not folder.exists():
+        partial = Path(f"{folder}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _fill(partial, train, validation, held_out)
+        partial.rename(folder)
+    there = {split: shard_paths(str(folder), split) for split in ("train", "val")}
+    counts = [sum(len(open_shard(path)) for path in paths) for paths in there.values()]
+    return Corpora(str(folder), fingerprint(there["train"]), fingerprint(there["val"]), *counts)
+
+
+def _fill(folder: Path, train: Sequence[str], validation: Sequence[str], held_out: int) -> None:
+    links = [*train[:-1]] if held_out else train
+    for index, path in enumerate(links, start=1):
+        os.symlink(os.path.abspath(path), folder / shard_name("corpus", "train", index))
+    for index, path in enumerate(validation):
+        os.symlink(os.path.abspath(path), folder / shard_name("corpus", "val", index))
+    if held_out:
+        last = open_shard(train[-1])
+        if len(last) <= held_out:
+            raise ValueError(f"--split {held_out} leaves nothing of {train[-1]}, which holds {len(last)} tokens")
+        write_shard(str(folder / shard_name("corpus", "train", len(train))), last[:-held_out])
+        write_shard(str(folder / shard_name("corpus", "val", 0)), last[-held_out:])
+
+
+def shards_of(place: str, split: Split, scratch: Path) -> list[str]:
+    """The shards at `place`; those of a parquet corpus are made in `scratch`, one for all of its documents."""
+    if place.endswith(".bin"):
+        return [place]
+    if found := (shard_paths(place, split) if os.path.isdir(place) else []):
+        return found
+    parquet = [place] if place.endswith(".parquet") else sorted(map(str, Path(place).glob("*.parquet")))
+    if not parquet:
+        raise ValueError(f"{place} holds neither {split} shards (*_{split}_*.bin) nor parquet files")
+    shard = scratch / f"encoded-{fingerprint(parquet)[:12]}.bin"
+    if not shard.exists():
+        write_shard(str(shard), encode(parquet))
+    return [str(shard)]
+
+
+def encode(files: Sequence[str]) -> np.ndarray:
+    """All documents of parquet files as one stream of tokens."""
+    encoder = batch_tokenizer()
+    batches = sources.text_batches(sources.documents(files), BATCH_BYTES)
+    return np.concatenate([encoder.encode(texts)[0] for texts, _ in batches])
+
+
+def fingerprint(files: Iterable[str]) -> str:
+    """sha256 over the bytes of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
