@@ -1,6 +1,6 @@
 """How many tokens and seconds does a recipe take to a loss? The trainer itself, over seeds and over variants.
 
-    python -m benchmarks.time_to_loss --corpus TOKENS_OR_PARQUET --val TOKENS_OR_PARQUET [--recipe gpt2-124m]
+    python -m benchmarks.time_to_loss --corpus TOKENS_OR_PARQUET --val TOKENS_OR_PARQUET [--recipe speedrun-124m]
         [--seeds 5] [--steps 600] [--set lr=1e-3 …] [--variant NAME:key=value,key=value …] [--json FILE]
     python -m benchmarks.time_to_loss --corpus TOKENS_OR_PARQUET --split 500000 …      to choose settings
 
@@ -32,9 +32,9 @@ from typing import Any
 
 from benchmarks.token_corpora import Corpora, prepare
 from storage.records import code_state
-from training.config import MachineConfig, RunConfig, override, to_dict
+from training.config import MachineConfig, RunConfig, model_from_descriptor, override, to_dict
 from training.launch import gpu_count, gpu_names
-from training.recipes import recipe
+from training.recipes import recipe, speedrun
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 4.789  # llm.c's d12 after the same 78.6M tokens
@@ -61,7 +61,7 @@ class Job:
 
 def configure(name: str, settings: Sequence[str], seed: int, options: argparse.Namespace) -> RunConfig:
     """The recipe, cut to the benchmark's steps and batch; `settings` come last."""
-    base = recipe(name)
+    base = rescaled(name, options.batch_tokens, options.steps)
     train = replace(
         base.train,
         steps=options.steps, batch_tokens=options.batch_tokens, init_seed=seed, order_seed=seed,
@@ -72,6 +72,14 @@ def configure(name: str, settings: Sequence[str], seed: int, options: argparse.N
     )  # fmt: skip
     machine = MachineConfig(gpus=1, micro_batch=options.micro_batch)
     return override(replace(base, train=train, machine=machine), settings)
+
+
+def rescaled(name: str, batch_tokens: int, steps: int) -> RunConfig:
+    """Of the speed recipe, at a model's descriptor too, the rates follow from the batch; others are as they are."""
+    if name.startswith("modern:"):
+        return speedrun(name, model_from_descriptor(name), batch_tokens, steps)
+    base = recipe(name)
+    return speedrun(name, base.model, batch_tokens, steps) if name.startswith("speedrun-") else base
 
 
 def variant_jobs(text: str, options: argparse.Namespace, corpora: Corpora) -> list[Job]:
@@ -231,7 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", required=True, help="shards or parquet to train on: a file or a folder")
     parser.add_argument("--val", default="", help="the same to validate on; default: the corpus's validation shards")
     parser.add_argument("--split", type=int, default=0, help="validate on the last so many training tokens instead")
-    parser.add_argument("--recipe", default="gpt2-124m")
+    parser.add_argument("--recipe", default="speedrun-124m", help="a name, or modern:d8c512: the speed recipe there")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=600)
