@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from training.models import build_model
-from training.muon import ShardedMuon, orthogonalize, plain_accumulate, plain_apply
+from training.muon import ShardedMuon, even_out, orthogonalize, plain_accumulate, plain_apply
+from training.train import Trainer
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -54,8 +55,9 @@ def test_a_step_is_the_momentum_s_orthogonal_part() -> None:
         optimizer.step(step, lr=0.01, scale=0.5)
         mean = 0.9 * mean + 0.1 * gradient
         u, _, vt = torch.linalg.svd(0.1 * gradient + 0.9 * mean, full_matrices=False)
-        masters = masters * (1 - 0.01 * 0.1) - 0.01 * 2.0 * (u @ vt)  # sqrt(4C / C)
-        change = (weight.detach().double() - masters).norm() / (0.02 * (u @ vt).norm())
+        update = 2.0 * (u @ vt)  # sqrt(4C / C)
+        masters = masters - 0.01 * (update + 0.1 * masters * (update * masters > 0))
+        change = (weight.detach().double() - masters).norm() / (0.01 * update.norm())
         assert change < 0.15 * (step + 1)  # the polynomials bring singular values near one, not to it
 
 
@@ -93,6 +95,17 @@ def test_the_update_is_near_the_nearest_orthogonal_matrix(shape: tuple[int, int]
     assert not orthogonalize(torch.zeros(1, *shape)).any()
 
 
+def test_evened_out_neurons_move_alike_and_the_matrix_keeps_its_norm() -> None:
+    directions = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 6)[:, None]
+    neurons, before = torch.zeros(2, 6), directions.norm(dim=(1, 2))
+    for _ in range(3):
+        even = directions.clone()
+        even_out(even, neurons, 0.9, dim=-1)
+    torch.testing.assert_close(neurons, directions.square().mean(-1) * (1 - 0.9**3))
+    torch.testing.assert_close(even.norm(dim=(1, 2)), before)
+    torch.testing.assert_close(even.norm(dim=2) * 6**0.5, before[:, None].expand(2, 6))
+
+
 @pytest.mark.slow
 def test_ranks_give_the_same_losses_also_in_groups_and_with_a_block_left_over(shards: str, tmp_path: Path) -> None:
     one = losses(tmp_path, shards, 1)
@@ -109,7 +122,7 @@ def test_in_bf16_without_masters_they_agree_to_its_precision(shards: str, tmp_pa
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_resumed_run_ends_in_the_same_bits(shards: str, tmp_path: Path, dtype: str) -> None:
-    config = tiny_run.speedrun(steps=8, dtype=dtype, momentum_warmup_steps=6, skip_loss_z=5.0)
+    config = tiny_run.speedrun(steps=8, dtype=dtype, momentum_warmup_steps=6, neuron_beta2=0.9, weight_decay=0.1)
     whole, parts = (tiny_run.folder(tmp_path / name, config) for name in ("whole", "parts"))
     tiny_run.steps(whole, shards)
     tiny_run.steps(parts, shards, until=3)
@@ -118,9 +131,22 @@ def test_a_resumed_run_ends_in_the_same_bits(shards: str, tmp_path: Path, dtype:
     assert tiny_run.losses(whole) == tiny_run.losses(parts)
 
 
+def test_outliers_are_skipped_and_leave_no_trace(shards: str, tmp_path: Path) -> None:
+    config = tiny_run.speedrun(steps=150, skip_loss_z=0.1, val_every=0)
+    run = tiny_run.folder(tmp_path / "run", config)
+    trainer = tiny_run.steps(run, shards, until=129)
+    p, weights = trainer.progress, trainer.optimizer.buckets[1].weights
+    while True:
+        before, momenta, skipped = weights.clone(), trainer.optimizer.buckets[1].state["momentum"].clone(), p.skipped
+        Trainer.step(trainer)
+        if p.skipped > skipped:
+            break
+    assert torch.equal(before, weights) and torch.equal(momenta, trainer.optimizer.buckets[1].state["momentum"])
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_by_four(shards: str, tmp_path: Path) -> None:
-    config = tiny_run.speedrun(steps=8, checkpoint_every=4, keep_checkpoints=9)
+    config = tiny_run.speedrun(steps=8, checkpoint_every=4, keep_checkpoints=9, neuron_beta2=0.9)
     two = tiny_run.folder(tmp_path / "two", config)
     assert tiny_run.train(two, shards, 2).returncode == 0
     for ranks in (1, 4):

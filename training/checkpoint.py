@@ -120,7 +120,8 @@ def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW) -> None:
     files = sorted(checkpoint.glob("optimizer_*.safetensors"))
     for bucket in filter(lambda bucket: bucket.own, optimizer.buckets):
         for key in bucket.state:
-            part = _read_range(files, f"{bucket.stored}.{key}", bucket.offset, bucket.offset + bucket.own)
+            count = min(bucket.own, bucket.state[key].numel())
+            part = _read_range(files, f"{bucket.stored}.{key}", bucket.offset, bucket.offset + count)
             optimizer.load_state(bucket.name, key, part)
 
 

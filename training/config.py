@@ -139,7 +139,7 @@ class TrainConfig:
     warmup_steps: int = 700  # -u
     schedule: Literal["cosine", "linear", "constant", "wsd", "trapezoid"] = "cosine"  # -k
     cooldown: float = 0.4  # of `trapezoid`: the share of the run, at its end, in which the rate falls
-    weight_decay: float = 0.1  # -c: on 2-D weights only; with Muon on the blocks' matrices only
+    weight_decay: float = 0.1  # -c: on 2-D weights only; with Muon on the blocks' only, where it goes the update's way
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -150,6 +150,9 @@ class TrainConfig:
     head_lr: float = 0.004
     momentum: float = 0.95  # Muon's
     momentum_warmup_steps: int = 0  # in which the momentum rises to that from 0.85
+    neuron_beta2: float = (
+        0.0  # Muon's updates are evened out over neurons, by mean squares of that decay; 0: they are not
+    )
     dtype: Literal["bf16", "fp32"] = "bf16"
     master_weights: bool = True  # -w: fp32 masters behind bf16 weights; false: stochastic rounding
     fp8: bool = False  # fp8 operands in the blocks' products, but those of weight gradients: H100 or newer
@@ -184,7 +187,7 @@ class TrainConfig:
         for name in ("lr", "embedding_lr", "head_lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("cooldown", "momentum"):
+        for name in ("cooldown", "momentum", "neuron_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
@@ -308,7 +311,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # Settings that came after the first runs: at their defaults they define nothing, so that these runs stay what they are.
-LATER = {"family", "optimizer", "embedding_lr", "head_lr", "momentum", "momentum_warmup_steps", "cooldown"}
+LATER = {
+    "family",
+    "optimizer",
+    "embedding_lr",
+    "head_lr",
+    "momentum",
+    "momentum_warmup_steps",
+    "neuron_beta2",
+    "cooldown",
+}
 
 
 def defining(section: ModelConfig | TrainConfig) -> dict[str, Any]:

@@ -39,13 +39,14 @@ def _apply(weights, masters, updates, size, lr, decay, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     value = tl.load(masters + place, inside, 0.0)
-    value -= lr * decay * value
-    value -= lr * tl.load(updates + place, inside, 0.0).to(tl.float32)
+    update = tl.load(updates + place, inside, 0.0).to(tl.float32)
+    value -= lr * (update + tl.where(update * value > 0.0, decay * value, 0.0))
     tl.store(masters + place, value, inside)
     tl.store(weights + place, value.to(weights.dtype.element_ty), inside)
 
 
 def apply(weights: Tensor, masters: Tensor, updates: Tensor, lr: float, decay: float) -> None:
-    """Decay the fp32 masters and take the update off; weights, which may be the masters, get these rounded."""
+    """Take the update off the fp32 masters, and their decay where it has the same sign; weights, which may be the
+    masters, get these rounded."""
     size = weights.numel()
     _apply[(triton.cdiv(size, BLOCK),)](weights, masters, updates, size, lr, decay, BLOCK=BLOCK, num_warps=8)

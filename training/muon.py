@@ -44,20 +44,39 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def orthogonalize_blocks(flat: Tensor, channels: int) -> None:
+def orthogonalize_blocks(flat: Tensor, channels: int, neurons: Tensor, beta2: float) -> None:
     """(N, 12 C^2): N blocks' matrices one behind the other, each replaced by its update's direction.
 
     Queries', keys' and values' weights count as a matrix each. A matrix of more rows than columns is scaled by
     sqrt(rows / columns), so that all change their outputs alike (Jordan; Bernstein and Newhouse, 2024).
+    neurons: (N, 12 C) fp32, mean squares from step to step, to even out the updates; not used with a beta2 of 0.
     """
     n, C = len(flat), channels
     squares = flat[:, : 4 * C * C].view(n, 4, C, C)
     rising = flat[:, 4 * C * C : 8 * C * C].view(n, 4 * C, C)
     falling = flat[:, 8 * C * C :].view(n, C, 4 * C)
-    squares.copy_(orthogonalize(squares.flatten(0, 1)).view(squares.shape))
+    equal = orthogonalize(squares.flatten(0, 1)).view(squares.shape)
     wide = orthogonalize(torch.cat([rising.mT, falling]))
+    if beta2:
+        even_out(equal, neurons[:, : 4 * C].view(n, 4, C), beta2, dim=-1)
+        even_out(wide[:n], neurons[:, 4 * C : 8 * C], beta2, dim=-2)
+        even_out(wide[n:], neurons[:, 8 * C :], beta2, dim=-2)
+    squares.copy_(equal)
     torch.mul(wide[:n].mT, 4**0.5, out=rising)
     falling.copy_(wide[n:])
+
+
+def even_out(directions: Tensor, neurons: Tensor, beta2: float, dim: int) -> None:
+    """Divide each neuron's update by the root of its mean square over the steps; each matrix keeps its norm.
+
+    After NorMuon (Li et al., 2025). `dim` is the one within a neuron: the shorter, along which an orthogonal matrix
+    leaves the sums of squares open. directions: (…, rows, columns); neurons: (…, rows or columns) fp32.
+    """
+    squares = directions.float().square().mean(dim)
+    neurons.lerp_(squares, 1.0 - beta2)
+    factors = neurons.clamp(min=1e-12).rsqrt()
+    lost = (squares.sum(-1, keepdim=True) / (squares * factors.square()).sum(-1, keepdim=True).clamp(min=1e-12)).sqrt()
+    directions.mul_((factors * lost).unsqueeze(dim))
 
 
 class ShardedMuon(ShardedAdamW):
@@ -80,6 +99,11 @@ class ShardedMuon(ShardedAdamW):
             for i, name in enumerate(("head", "wte"))
         )
         self.tables = [(head, self.config.head_lr), (embedding, self.config.embedding_lr)]
+        self.own = [bucket for bucket in self.blocks if bucket.own]
+        self.neurons = torch.zeros(len(self.own), 12 * self.channels, device=self.world.device)
+        if self.config.neuron_beta2:
+            for bucket, row in zip(self.own, self.neurons, strict=True):
+                bucket.state["neurons"] = row
         self.passes = _passes(self.world.device)
         return [head, *self.blocks, embedding]
 
@@ -98,25 +122,22 @@ class ShardedMuon(ShardedAdamW):
             self.adamw(bucket, step, rate * lr / self.config.lr, scale, decay=0.0)
             self.share(bucket)
         count = max(1, AT_ONCE // (12 * self.channels**2))
-        for start in range(0, len(self.blocks), count):
-            buckets = self.blocks[start : start + count]
-            self._muon([bucket for bucket in buckets if bucket.own], step, lr, scale)
-            for bucket in buckets:
-                self.share(bucket)
+        for start in range(0, len(self.own), count):
+            self._muon(slice(start, start + count), step, lr, scale)
+        for bucket in self.blocks:
+            self.share(bucket)
         self.settle()
 
-    def _muon(self, buckets: list[Bucket], step: int, lr: float, scale: float) -> None:
-        """Update this rank's block of each bucket."""
+    def _muon(self, some: slice, step: int, lr: float, scale: float) -> None:
+        """Update some of this rank's blocks."""
+        buckets, config = self.own[some], self.config
         flat = torch.empty(len(buckets), 12 * self.channels**2, dtype=self.dtype, device=self.world.device)
         for bucket, update in zip(buckets, flat, strict=True):
-            self.passes.accumulate(
-                bucket.gradient, bucket.state["momentum"], update, momentum(self.config, step), scale
-            )
-        orthogonalize_blocks(flat, self.channels)
+            self.passes.accumulate(bucket.gradient, bucket.state["momentum"], update, momentum(config, step), scale)
+        orthogonalize_blocks(flat, self.channels, self.neurons[some], config.neuron_beta2)
         for bucket, update in zip(buckets, flat, strict=True):
             precise = self.precise(bucket)
-            weights = bucket.part if self.masters else precise
-            self.passes.apply(weights, precise, update, lr, self.config.weight_decay)
+            self.passes.apply(bucket.part if self.masters else precise, precise, update, lr, config.weight_decay)
             if not self.masters and self.dtype == torch.bfloat16:
                 round_into_weights(bucket, precise, seed=step * ROUNDING_STRIDE + bucket.number)
 
@@ -145,6 +166,7 @@ def plain_accumulate(gradients: Tensor, momenta: Tensor, updates: Tensor, moment
 
 def plain_apply(weights: Tensor, masters: Tensor, updates: Tensor, lr: float, decay: float) -> None:
     """As `kernels_muon.apply`."""
-    masters.mul_(1.0 - lr * decay).sub_(updates.float(), alpha=lr)
+    change = updates.float()
+    masters.sub_(change + torch.where(change * masters > 0, decay * masters, 0.0), alpha=lr)
     if weights.data_ptr() != masters.data_ptr():
         weights.copy_(masters)
