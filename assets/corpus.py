@@ -1,21 +1,19 @@
 """Which texts does a run read: the documents it trains on, and the items it is asked."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
 
 from assets import shown
+from assets.ahead import tokenized_ahead
 from assets.items import ITEMS_VERSION, hellaswag_items
-from assets.making import Check, Maker, Output, Produced, StageConfig, chosen, materialize
+from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event, NewRun
-from assets.tokens import tokens_key, validation_shard, work_folder
+from assets.tokens import validation_shard
 from evals import completion_items
 from storage import hub, items, objects, records, sources
 from storage.records import Record
-from training import tokenization
 from training.config import EvalConfig, RunConfig, from_dict
 
 DOCUMENTS_VERSION = "1"
@@ -53,10 +51,10 @@ def documents(
         if source.kind == "tokens":  # there is no text: the shards are fetched where the tokens go
             return Produced(rows=len(source.identity["files"]), metrics={"text_bytes": 0, **source.details})
         folder = records.folder_url(maker.places.store, output.key)
-        with _encoded_ahead(context, maker, source, folder):
+        with tokenized_ahead(context, maker, source, output) as tokenized:
             files = source.fetch(
                 folder,
-                lambda done, total: progress({"event": "bytes", "done": done, "total": total}),
+                lambda done, total: progress(tokenized | {"event": "bytes", "done": done, "total": total}),
                 scratch=str(maker.places.home / "downloads" / source.name),
             )
         urls = [records.file_url(maker.places.store, output.key, f.path) for f in files]
@@ -68,28 +66,6 @@ def documents(
     maker.remember_input(context.partition_key, documents=output.key)
     columns = {} if source.kind == "tokens" else shown.parquet_columns(_url(maker, made.record, 0))
     return materialize(made, checks, columns | dict(source.details))
-
-
-@contextmanager
-def _encoded_ahead(
-    context: dg.AssetExecutionContext, maker: Maker, source: sources.Source, folder: str
-) -> Iterator[None]:
-    """Within this, files that have come from the hub are tokenized while others are fetched, if this job does both."""
-    run = maker.run_config(context.partition_key)
-    alone = run.tokenize.engine == "processes" and not run.tokenize.shared
-    if not (isinstance(source, sources.Hub) and alone and chosen(context, "token_shards")):
-        yield
-        return
-    ended = threading.Event()
-    work = work_folder(maker, tokens_key(run, source.name))
-    arguments = (lambda: source.whole(folder), work, run.machine.workers or maker.cores, ended, maker.places.store)
-    ahead = threading.Thread(target=tokenization.encode_ahead, args=arguments, daemon=True)
-    ahead.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        ahead.join()
 
 
 @dg.asset(

@@ -70,7 +70,7 @@ def stages(maker: Maker, name: str) -> list[Stage]:
     """Every stage that a run's configuration asks for, from documents to report."""
     run, config = _Run(maker, name), maker.run_config(name)
     run.look("documents", lambda: corpus.documents_output(sources.resolve(config.corpus)))
-    run.look("token_shards", lambda: tokens.tokens_output(config, run.last("documents")))
+    run.look("token_shards", lambda: _tokens(config, run.last("documents")))
     if config.evals.hellaswag:
         run.look("eval_items", lambda: items.hellaswag_output(config.evals))
     run.look("eval_items", lambda: _items(run, config))
@@ -87,6 +87,10 @@ def stages(maker: Maker, name: str) -> list[Stage]:
     run.look("inspection", partial(_inspection, run, config))
     run.look("report", partial(_report, run), f"runs/{name}/report")
     return run.found
+
+
+def _tokens(config: RunConfig, documents: Record) -> Output:
+    return tokens.tokens_output(config, documents, documents.metrics["text_bytes"])
 
 
 def _items(run: _Run, config: RunConfig) -> Output:

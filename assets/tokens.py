@@ -53,12 +53,13 @@ def token_shards(
     """GPT-2 tokens in uint16 shards: EOT before each document, shard 0 for validation, an index beside each."""
     run = maker.run_config(context.partition_key)
     documents = maker.input(context.partition_key, "documents", "documents")
-    output = tokens_output(run, documents)
+    output = tokens_output(run, documents, documents.metrics["text_bytes"])
     if documents.metrics["text_bytes"]:
         produce = partial(_tokenize, maker, run, documents, output)
     else:
         produce = partial(_fetch, maker, run, output)
-    if config.recompute:  # the shards that are there say that they are complete
+    begun = context.partition_key in maker.trainings  # on shards that this job has made while it fetched documents
+    if config.recompute and not begun:  # the shards that are there say that they are complete
         objects.remove_tree(records.folder_url(maker.places.store, output.key))
 
     def produce_while_training(progress: Callable[[Event], None]) -> Produced:
@@ -95,11 +96,11 @@ def work_folder(maker: Maker, key: str) -> str:
     return str(maker.places.home / "work" / key)
 
 
-def tokens_output(run: RunConfig, documents: Record) -> Output:
+def tokens_output(run: RunConfig, documents: Record | Output, text_bytes: int) -> Output:
     """The shards of a corpus, made here or fetched as they are; a folder's name tells a size that was asked for."""
-    if not documents.metrics["text_bytes"]:
+    if not text_bytes:
         return Output("token_shards", f"tokens/{documents.key.split('/')[1]}", VERSION, {}, [documents])
-    size = run.tokenize.shard_tokens or tokenization.automatic_shard_tokens(documents.metrics["text_bytes"])
+    size = run.tokenize.shard_tokens or tokenization.automatic_shard_tokens(text_bytes)
     return Output(
         "token_shards",
         tokens_key(run, documents.key.split("/")[1]),
@@ -113,7 +114,7 @@ def _tokenize(
     maker: Maker, run: RunConfig, documents: Record, output: Output, progress: Callable[[Event], None]
 ) -> Produced:
     size = output.config["shard_tokens"]
-    pace = _Pace(progress)
+    pace = Pace(progress)
     made = tokenization.tokenize(
         [records.file_url(maker.places.store, documents.key, f.path) for f in documents.files],
         out=records.folder_url(maker.places.store, output.key),
@@ -130,7 +131,7 @@ def _tokenize(
     return Produced(files=made.files, rows=made.documents, tokens=made.tokens, metrics=metrics)
 
 
-class _Pace:
+class Pace:
     """Tells how far the tokens are, and how many a second this process has seen made."""
 
     def __init__(self, progress: Callable[[Event], None]):

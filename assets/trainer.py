@@ -171,15 +171,17 @@ def begun_early(
     If making them fails, training stops with a checkpoint, and the failure is that of the tokens.
     """
     name = context.partition_key
-    wanted = _wanted(context, maker, name, run, tokens)
+    wanted = name not in maker.trainings and _wanted(context, maker, name, run, tokens)
     if wanted and run.train.hellaswag:
         hellaswag_items(maker, StageConfig(), run.evals)
     turn = threading.Lock()  # progress is told by the threads of downloads
 
     def begin() -> None:
+        nonlocal wanted
         with turn:
-            if wanted and name not in maker.trainings:
+            if wanted and _claimed(context):
                 maker.trainings[name] = Training(maker, name, run, tokens)
+            wanted = False
 
     try:
         yield begin
@@ -196,11 +198,10 @@ def stop_early(maker: Maker, name: str) -> None:
 
 
 def _wanted(context: dg.AssetExecutionContext, maker: Maker, name: str, run: RunConfig, tokens: Output) -> bool:
-    """Whether this job trains the run, has to, and may: the cards are free, and held for it from now on."""
+    """Whether this job trains the run, has to, and can do so before all shards are there."""
     output = trained_output(name, run, tokens)
     there, _ = output.reusable(maker.places.store)
-    wanted = chosen(context, "trained_model")
-    return wanted and there is None and run.machine.nnodes == 1 and _claimed(context)
+    return chosen(context, "trained_model") and there is None and run.machine.nnodes == 1
 
 
 def _claimed(context: dg.AssetExecutionContext) -> bool:

@@ -1,15 +1,19 @@
 """How fast do documents become shards, beside plain tiktoken on the same texts, on one and two workers?
 
-    python benchmarks/tokenization.py FOLDER_OF_PARQUET [--rounds 3] [--times 1] [--items HELLASWAG_JSONL]
+    python benchmarks/tokenization.py FOLDER_OF_PARQUET [--rounds 3] [--times 4] [--items HELLASWAG_JSONL]
 
 Each round runs all variants one after the other. Seconds are the wall's and, in brackets, the processors' (all
-processes): on a machine that does other work only the second can be compared. Reading parquet, the indexes and
-the shards are included, but in plain tiktoken's and riptoken's own lines, which only encode texts in memory. With
-items, also how long it takes to look for them in the corpus, with one planted, on two workers.
+processes): on a machine that does other work only the second can be compared. Shards are made by a process of their
+own, which has learned no words yet, from parquet files to shards, indexes and sha256; the lines of plain tiktoken and
+riptoken only encode texts in memory. A second worker starts in half a second and learns its words anew, so how the
+speed scales shows on several copies of a small corpus, one after the other. With items, also how long it takes to
+look for them in the corpus, with one planted, on two workers.
 """
 
 import argparse
+import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -17,19 +21,38 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from interruptions import digest
 
 from storage import inspection, items, sources, tokenizer
 from training import tokenization
 from training.workers import process_pool
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What one run took."""
+
+    tokens: int
+    wall: float  # seconds
+    cpu: float  # seconds of all processes
+    peak: int = 0  # MiB of the largest process
+    sha256: str = ""  # over all shards and indexes
+
+
 def clock() -> tuple[float, float]:
     """(wall, processor) seconds, of this process and of the children that have ended."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.monotonic(), own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def timed(run: Callable[[], int]) -> Taken:
+    before = clock()
+    tokens = run()
+    return Taken(tokens, clock()[0] - before[0], clock()[1] - before[1])
 
 
 def plain_tiktoken(files: list[str]) -> Callable[[], int]:
@@ -49,30 +72,26 @@ def riptoken(files: list[str]) -> Callable[[], int] | None:
     return lambda: sum(len(encode(text)) + 1 for text in texts)
 
 
-def shards(files: list[str], workers: int) -> Callable[[], int]:
+def shards(files: list[str], workers: int) -> Taken:
+    """Of a process of its own."""
+    command = [sys.executable, __file__, "shards", str(workers), *files]
+    return Taken(**json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+
+
+def make_shards(workers: int, files: list[str]) -> None:
+    """What that process does."""
     size = tokenization.automatic_shard_tokens(sources.total_text_bytes(files))
-
-    def run() -> int:
-        with tempfile.TemporaryDirectory() as folder:
-            out, work = f"{folder}/out", f"{folder}/work"
-            return tokenization.tokenize(files, out, "c", size, work, workers, lambda *_: None).tokens
-
-    return run
+    with tempfile.TemporaryDirectory() as folder:
+        out, work = f"{folder}/out", f"{folder}/work"
+        taken = timed(lambda: tokenization.tokenize(files, out, "c", size, work, workers, lambda *_: None).tokens)
+        print(json.dumps(asdict(taken) | {"peak": peak_memory(), "sha256": digest(Path(out))}))
 
 
-PEAK = """
-import re, sys, tempfile
-from training import pieces
-with tempfile.TemporaryDirectory() as place:
-    for piece in pieces.plan_pieces(sys.argv[1:]):
-        pieces.encode_piece(place, piece)
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
-"""
-
-
-def peak_memory(files: list[str]) -> int:
-    """MiB that a process of its own takes at most while it encodes all pieces."""
-    return int(subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout)
+def peak_memory() -> int:
+    """MiB of this process or of the largest that has worked for it; the first's ru_maxrss would be its parent's."""
+    own = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert own
+    return max(int(own[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) // 1024
 
 
 def contamination(files: list[str], location: str) -> None:
@@ -105,50 +124,64 @@ def project(tokens: int, text_bytes: int, file_bytes: int, cpu: float, cores: in
         )
 
 
+def tell(name: str, runs: list[Taken], base: float) -> None:
+    """A line of a variant, by the medians of its runs; `base`: tokens a processor second of plain tiktoken."""
+    each = ", ".join(f"{run.wall:.1f} ({run.cpu:.1f})" for run in runs)
+    speed, rate = (runs[0].tokens / median(runs, seconds) for seconds in ("wall", "cpu"))
+    print(
+        f"{name:24} {each} s: {speed / 1e6:.2f} Mtok/s, {rate / 1e6:.2f} a core second, "
+        f"{rate / base:.2f} times plain tiktoken" + (f"; {max(r.peak for r in runs)} MiB" if runs[0].peak else "")
+    )
+
+
+def tell_scaling(what: str, one: list[Taken], two: list[Taken]) -> None:
+    faster = median(one, "wall") / median(two, "wall")
+    print(f"scaling 1 -> 2 workers: {faster / 2:.0%} of twice the speed on {what}, by the wall's seconds")
+
+
+def median(runs: list[Taken], name: str) -> float:
+    return statistics.median(getattr(run, name) for run in runs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--times", type=int, default=1, help="shards of so many copies: starting a worker takes a second"
-    )
+    parser.add_argument("--times", type=int, default=4, help="copies of the corpus on which scaling is measured, too")
     parser.add_argument("--items", default="", help="HellaSwag's validation jsonl: how long it takes to look for them")
     options = parser.parse_args()
     files = sorted(map(str, options.folder.rglob("*.parquet")))
-    variants = {
-        "plain tiktoken": plain_tiktoken(files),
-        "riptoken": riptoken(files),
-        "shards, 1 worker": shards(files * options.times, 1),
-        "shards, 2 workers": shards(files * options.times, 2),
-    }
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    tokens: dict[str, int] = {}
+    in_memory = {"plain tiktoken": plain_tiktoken(files), "riptoken": riptoken(files)}
+    variants = {name: lambda run=run: timed(run) for name, run in in_memory.items() if run}
+    copies = {"": 1} | ({f", {options.times} copies": options.times} if options.times > 1 else {})
+    for label, times in copies.items():
+        variants[f"shards, 1 worker{label}"] = lambda times=times: shards(files * times, 1)
+        variants[f"shards, 2 workers{label}"] = lambda times=times: shards(files * times, 2)
+    found: dict[str, list[Taken]] = {name: [] for name in variants}
     for _ in range(options.rounds):
         for name, run in variants.items():
-            if run:
-                before = clock()
-                tokens[name] = run()
-                seconds[name].append((clock()[0] - before[0], clock()[1] - before[1]))
-    rows = sum(pq.ParquetFile(f).metadata.num_rows for f in files)
-    once, load = tokens["plain tiktoken"], os.getloadavg()[0]
-    print(f"{rows:,} documents, {once:,} tokens, {options.times} times in shards; load {load:.1f} on {os.cpu_count()}")
-    base = tokens["plain tiktoken"] / statistics.median(cpu for _, cpu in seconds["plain tiktoken"])
-    for name, runs in seconds.items():
-        if runs:
-            wall, cpu = (statistics.median(values) for values in zip(*runs, strict=True))
-            each = ", ".join(f"{w:.1f} ({c:.1f})" for w, c in runs)
-            rate = tokens[name] / cpu
-            print(f"{name:18} {each} s: {tokens[name] / wall / 1e6:.2f} Mtok/s, {rate / 1e6:.2f} per core", end="")
-            print(f", {rate / base:.2f} times plain tiktoken")
-    one, two = (statistics.median(wall for wall, _ in seconds[f"shards, {n}"]) for n in ("1 worker", "2 workers"))
-    print(f"from 1 to 2 workers: {one / two:.2f} times as fast, {one / two / 2:.0%} of twice")
-    print(f"memory of one worker at its highest: {peak_memory(files):,} MiB")
+            found[name].append(run())
+    rows, plain = sum(pq.ParquetFile(f).metadata.num_rows for f in files), found["plain tiktoken"]
+    print(f"{rows:,} documents, {plain[0].tokens:,} tokens; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    for name, runs in found.items():
+        tell(name, runs, plain[0].tokens / median(plain, "cpu"))
+    for label in copies:
+        tell_scaling(
+            label.removeprefix(", ") or "the corpus",
+            found[f"shards, 1 worker{label}"],
+            found[f"shards, 2 workers{label}"],
+        )
+        digests = {run.sha256 for workers in ("1 worker", "2 workers") for run in found[f"shards, {workers}{label}"]}
+        print(f"sha256 of the shards{label}, all runs: {', '.join(sorted(digests))}")
     if options.items:
         contamination(files, options.items)
-    cpu = statistics.median(cpu for _, cpu in seconds["shards, 2 workers"])
-    made, sizes = tokens["shards, 2 workers"], sum(os.path.getsize(f) for f in files) * options.times
-    project(made, sources.total_text_bytes(files) * options.times, sizes, cpu)
+    two = found[f"shards, 2 workers{list(copies)[-1]}"]
+    sizes = sum(os.path.getsize(f) for f in files) * options.times
+    project(two[0].tokens, sources.total_text_bytes(files) * options.times, sizes, median(two, "cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["shards"]:
+        make_shards(int(sys.argv[2]), sys.argv[3:])
+    else:
+        main()

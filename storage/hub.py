@@ -116,8 +116,7 @@ def fetch(
 
     def one(entry: Entry) -> str:
         local = os.path.join(folder, os.path.basename(entry.path))
-        url = f"{endpoint()}/datasets/{repo}/resolve/{commit}/{urllib.parse.quote(entry.path)}"
-        fetch_file(url, local, entry, counter.of(entry.path))
+        fetch_file(_place(repo, commit, entry), local, entry, counter.of(entry.path))
         done(entry, local)
         return local
 
@@ -127,6 +126,17 @@ def fetch(
             return [future.result() for future in futures]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def fetch_end(repo: str, commit: str, entry: Entry, local: str, count: int) -> None:
+    """Make `local` a file of the entry's size that holds its last `count` bytes; those before are a hole."""
+    Path(local).touch()
+    os.truncate(local, max(0, entry.bytes - count))
+    _fetch_part(_place(repo, commit, entry), Path(local), entry, lambda _: None)
+
+
+def _place(repo: str, commit: str, entry: Entry) -> str:
+    return f"{endpoint()}/datasets/{repo}/resolve/{commit}/{urllib.parse.quote(entry.path)}"
 
 
 class _Counter:

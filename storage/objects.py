@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-
 CHUNK = 16 * 2**20  # bytes read at once when hashing or copying
 
 
@@ -293,4 +291,6 @@ def _remote(url: str) -> Any:
     protocol = url.split("://", 1)[0]
     if protocol != "s3":
         raise ValueError(f"{url}: only local paths and s3:// locations are supported")
+    import fsspec  # a fifth of the time in which a worker of tokenization starts
+
     return fsspec.filesystem("s3", use_listings_cache=False)

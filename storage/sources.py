@@ -235,6 +235,28 @@ class Hub:
         hub.fetch(self.place.repo, self.commit, missing, folder, lambda n: progress(here + n, total), keep)
         return [self._describe(out, entry) for entry in self.entries]
 
+    def text_bytes(self, enough: int) -> int:
+        """Bytes of text in all files, by their ends alone, before they are fetched; counting stops at `enough`.
+
+        Raises ValueError where a file is no parquet with text.
+        """
+        total = 0
+        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(hub.PARALLEL) as pool:
+            for here in pool.map(lambda entry: self._text_bytes_of(entry, scratch), self.entries):
+                total += here
+                if total >= enough:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+        return total
+
+    def _text_bytes_of(self, entry: hub.Entry, scratch: str) -> int:
+        local = os.path.join(scratch, objects.name_of(entry.path))
+        hub.fetch_end(self.place.repo, self.commit, entry, local, FOOTER_BYTES)
+        if (footer := _footer_bytes(local)) > FOOTER_BYTES:
+            hub.fetch_end(self.place.repo, self.commit, entry, local, footer)
+        _check_file(local)
+        return sum(group_text_bytes(read_metadata(local)))
+
     def whole(self, out: str) -> list[str]:
         """The files in `out`, in corpus order, up to the first that is not there yet."""
         there = {s.path: s.bytes for s in objects.list_files(out)}
@@ -281,6 +303,14 @@ def _check_file(url: str) -> str:
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
+
+
+def _footer_bytes(local: str) -> int:
+    """Bytes at a parquet file's end that hold its metadata, by its last eight: their length, and the format's name."""
+    with open(local, "rb") as f:
+        f.seek(max(0, os.path.getsize(local) - 8))
+        length, name = f.read(4), f.read(4)
+    return int.from_bytes(length, "little") + 8 if name == b"PAR1" else 0
 
 
 def read_metadata(url: str) -> pq.FileMetaData:

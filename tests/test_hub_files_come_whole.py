@@ -229,19 +229,41 @@ def test_pretokenized_shards_come_validation_first_and_checked(local, tmp_path):
         fetch("fineweb-edu-100B-tokens", tmp_path / "broken")
 
 
+def test_bytes_of_text_are_known_before_the_files_come(local, tmp_path):
+    """From their ends alone, also where metadata are longer than what was asked for first."""
+    rows = pa.table({"text": [f"number {n} " * 9 for n in range(3000)]})
+    pq.write_table(rows, tmp_path / "many_groups.parquet", row_group_size=4)
+    data = (tmp_path / "many_groups.parquet").read_bytes()
+    assert int.from_bytes(data[-8:-4], "little") > 2 * sources.FOOTER_BYTES
+    local.publish("o/n", "1", {"a.parquet": data, "b.parquet": parquet(["x" * 100_000])})
+    source = sources.resolve("hf://datasets/o/n")
+    found = source.text_bytes(10**12)
+    asked = [int(r.removeprefix("bytes=").rstrip("-")) for r in ranges(local) if r]
+    assert min(asked) > 0 and len(ranges(local)) == 3
+    files = [f"{tmp_path}/fetched/{f.path}" for f in source.fetch(f"{tmp_path}/fetched", lambda *_: None)]
+    assert found == sources.total_text_bytes(files)
+    assert 0 < source.text_bytes(1) < found
+    local.publish("o/none", "1", {"a.parquet": parquet(["x" * 100_000], column="content")})
+    with pytest.raises(ValueError, match=r"a.parquet has no column `text`"):
+        sources.resolve("hf://datasets/o/none").text_bytes(1)
+
+
 @pytest.mark.slow
-def test_files_are_tokenized_while_others_are_fetched(local, tmp_path, monkeypatch):
-    """What is encoded ahead is used, and changes nothing."""
+def test_files_become_shards_while_others_are_fetched(local, tmp_path, monkeypatch):
+    """What is made ahead is used, and changes nothing."""
     held = local.held["sample/10BT/002_00000.parquet"] = threading.Event()
     source = sources.resolve("fineweb-edu-10B")
     out, work, ended = str(tmp_path / "documents"), tmp_path / "work", threading.Event()
-    ahead = threading.Thread(target=tokenization.encode_ahead, args=(lambda: source.whole(out), str(work), 1, ended))
+    given = (lambda: source.whole(out), str(tmp_path / "work-out"), "c", 10_000, str(work), 1, lambda *_: None, ended)
+    ahead = threading.Thread(target=tokenization.tokenize_ahead, args=given)
     ahead.start()
     fetching = threading.Thread(target=source.fetch, args=(out, lambda *_: None))
     fetching.start()
-    while len(list(work.glob("*.json"))) < 2:
+    made = tmp_path / "work-out" / "c_train_000001.bin"
+    while not made.exists():
         time.sleep(0.05)
-    assert len(source.whole(out)) == 2
+    assert len(source.whole(out)) == 2 and not (made.parent / tokenization.COMPLETE).exists()
+    written = made.stat().st_mtime_ns
     held.set()
     fetching.join()
     ended.set()
@@ -252,8 +274,8 @@ def test_files_are_tokenized_while_others_are_fetched(local, tmp_path, monkeypat
     files = source.whole(out)
     for place in (work, tmp_path / "other-work"):
         folder = str(tmp_path / f"{place.name}-out")
-        tokenization.tokenize(files, folder, "c", 20_000, str(place), 1, lambda *_: None)
-    assert encoded in ([2, 0, 1, 2], [0, 1, 2])
+        tokenization.tokenize(files, folder, "c", 10_000, str(place), 1, lambda *_: None)
+    assert encoded in ([2, 0, 1, 2], [0, 1, 2]) and made.stat().st_mtime_ns == written
     one, other = (tmp_path / name for name in ("work-out", "other-work-out"))
     names = [p.name for p in one.iterdir() if p.suffix in (".bin", ".parquet")]
     assert len(names) > 4 and all((one / n).read_bytes() == (other / n).read_bytes() for n in names)

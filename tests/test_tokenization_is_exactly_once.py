@@ -5,7 +5,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +106,10 @@ def test_the_number_of_workers_changes_no_byte(corpus, tmp_path, workers):
     assert digests(tmp_path / "many" / "out") == digests(tmp_path / "one" / "out")
 
 
-@pytest.mark.parametrize("piece_text", [1, 10_000_000])
-def test_the_size_of_pieces_changes_no_byte(corpus, tmp_path, monkeypatch, piece_text):
+@pytest.mark.parametrize(("setting", "size"), [("PIECE_TEXT", 1), ("PIECE_TEXT", 10_000_000), ("BATCH_TEXT", 5_000)])
+def test_the_size_of_pieces_and_batches_changes_no_byte(corpus, tmp_path, monkeypatch, setting, size):
     run(corpus[0], tmp_path / "one")
-    monkeypatch.setattr(pieces, "PIECE_TEXT", piece_text)
+    monkeypatch.setattr(pieces, setting, size)
     run(corpus[0], tmp_path / "other")
     assert digests(tmp_path / "other" / "out") == digests(tmp_path / "one" / "out")
 
@@ -213,6 +215,37 @@ def test_killed_before_it_said_that_all_is_complete(corpus, tmp_path, monkeypatc
     run(corpus[0], tmp_path)
     assert (tmp_path / "out" / "complete.json").exists()
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["lock"]
+
+
+def ahead(files: list[str], folder: Path, until: Callable[[list[int]], bool]) -> list[int]:
+    """Tokenize files that come one by one, until what has been seen is enough -> tokens after each piece."""
+    ended, seen, here = threading.Event(), [0], iter(range(1, len(files) + 1))
+
+    def whole() -> list[str]:
+        if until(seen):
+            ended.set()
+        return files[: next(here, len(files))]
+
+    places = (str(folder / "out"), "c", SHARD_TOKENS, str(folder / "work"))
+    tokenization.tokenize_ahead(whole, *places, 1, lambda tokens, *_: seen.append(tokens), ended)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_corpus_that_grows_ends_as_one_that_was_there(corpus, tmp_path):
+    """Ended and gone on with: what is made stays, and no shard is cut before it is full."""
+    files = corpus[0]
+    whole = run(files, tmp_path / "whole")
+    first = tmp_path / "out" / "c_val_000000.bin"
+    ahead(files[:1], tmp_path, lambda _: first.exists())
+    written = first.stat().st_mtime_ns
+    seen = ahead(files, tmp_path, lambda seen: seen[-1] == whole.tokens)
+    assert seen[1] >= SHARD_TOKENS and seen == sorted(seen)
+    assert not (tmp_path / "out" / "complete.json").exists()
+    assert {shards.read_header(p) for p in shards.shard_paths(str(tmp_path / "out"), "train")} == {SHARD_TOKENS}
+    made = run(files, tmp_path)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole" / "out") == {f.path: f.sha256 for f in made.files}
+    assert first.stat().st_mtime_ns == written
 
 
 def test_workers_end_with_a_killed_parent(corpus, tmp_path):

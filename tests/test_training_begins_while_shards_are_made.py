@@ -1,18 +1,19 @@
 """Training begins with the first shard, waits for later ones, and ends as if all had been there from the start."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_run
 from local_hub import LocalHub
-from test_hub_files_come_whole import shard
+from test_hub_files_come_whole import parquet, shard
 from tiny_pipeline import ROOT, TINY_SETTINGS, gpt2
 
 from storage import records, shards
@@ -20,9 +21,6 @@ from training.checkpoint import complete
 from training.tokenization import COMPLETE, PLAN
 
 pytestmark = pytest.mark.slow
-
-REPO = "karpathy/fineweb-edu-100B-gpt2-token-shards"
-LATE = "edu_fineweb_train_000002.bin"
 
 
 def waiting(run: str) -> bool:
@@ -54,25 +52,56 @@ def test_batches_are_the_same_on_two_ranks_that_had_to_wait(tmp_path: Path) -> N
     assert tiny_run.final_files(run) == tiny_run.final_files(at_once)
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Three shards that somebody else has tokenized, the last of which comes when it is let go."""
+def token_shards() -> tuple[str, dict[str, bytes]]:
+    """Three that somebody else has tokenized."""
     words = np.random.default_rng(0).integers(0, 50256, size=(3, 1800))
-    names = ["edu_fineweb_val_000000.bin", "edu_fineweb_train_000001.bin", LATE]
-    with LocalHub(held={LATE: threading.Event()}) as server:
-        server.publish(REPO, "1", {n: shard([50256, *w.tolist()]) for n, w in zip(names, words, strict=True)})
+    names = ["edu_fineweb_val_000000.bin", "edu_fineweb_train_000001.bin", "edu_fineweb_train_000002.bin"]
+    return (
+        "karpathy/fineweb-edu-100B-gpt2-token-shards",
+        {n: shard([50256, *w.tolist()]) for n, w in zip(names, words, strict=True)},
+    )
+
+
+def documents() -> tuple[str, dict[str, bytes]]:
+    """Three files of parquet, of which the first two give the validation shard and one for training."""
+    sizes = {"000": 50, "001": 10, "002": 200}
+    texts = {name: [f"file {name} document {d} " * 20 for d in range(size)] for name, size in sizes.items()}
+    return "HuggingFaceFW/fineweb-edu", {f"sample/10BT/{n}_00000.parquet": parquet(t) for n, t in texts.items()}
+
+
+KINDS = {"fineweb-edu-100B-tokens": token_shards, "fineweb-edu-10B": documents}
+
+
+ONLY = [word for stage in ("documents", "token_shards", "trained_model") for word in ("--only", stage)]
+
+
+@dataclass
+class SlowHub:
+    """A hub that keeps the last file of a corpus until it is let go."""
+
+    server: LocalHub
+    corpus: str
+    last: threading.Event
+
+    def run(self, name: str = "early") -> list[str]:
+        """A command that makes documents, tokens and a model."""
+        return ["run", "--name", name, "--corpus", self.corpus, *TINY_SETTINGS, *ONLY]
+
+
+@pytest.fixture(params=KINDS)
+def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowHub]:
+    repo, files = KINDS[request.param]()
+    last = threading.Event()
+    with LocalHub(held={list(files)[-1]: last}) as server:
+        server.publish(repo, "1", files)
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
-        server.held[LATE].set()
+        yield SlowHub(server, request.param, last)
+        last.set()
 
 
-RUN = ["run", "--name", "early", "--corpus", "fineweb-edu-100B-tokens", *TINY_SETTINGS]
-TOKENS, MODEL = ["--only", "documents", "--only", "token_shards"], ["--only", "trained_model"]
-
-
-def begin(store: Path) -> subprocess.Popen[str]:
-    """The command, once the run that it trains waits for the shard that is held."""
-    command = [sys.executable, "-m", "pipeline.commands.main", *RUN, *TOKENS, *MODEL, "--store", str(store)]
+def begin(hub: SlowHub, store: Path) -> subprocess.Popen[str]:
+    """The command, once the run that it trains waits for what the hub keeps."""
+    command = [sys.executable, "-m", "pipeline.commands.main", *hub.run(), "--store", str(store)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=store.parent, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)  # type: ignore[call-overload]
     tiny_run.wait_for(lambda: process.poll() is not None or waiting(f"{store}/runs/early"))
@@ -80,41 +109,39 @@ def begin(store: Path) -> subprocess.Popen[str]:
     return process  # type: ignore[no-any-return]
 
 
-def tokens_record(store: Path) -> records.Record | None:
-    key = json.loads((store / "runs/early/inputs.json").read_text())["documents"].split("/")[1]
-    return records.read_record(str(store), f"tokens/{key}")
+def recorded(store: Path, place: str) -> list[records.Record]:
+    found = store.glob(f"{place}/record.json")
+    return [r for path in found if (r := records.read_record(str(store), str(path.parent.relative_to(store))))]
 
 
-def test_a_run_steps_before_the_last_shard_has_come_and_its_record_stands_on_all(hub: LocalHub, tmp_path: Path) -> None:
+def test_a_run_steps_before_the_last_file_has_come_and_its_record_stands_on_all(hub: SlowHub, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    process = begin(store)
-    assert " trl:" in (store / "runs/early/main.log").read_text() and tokens_record(store) is None
-    hub.held[LATE].set()
+    process = begin(hub, store)
+    assert " trl:" in (store / "runs/early/main.log").read_text() and not recorded(store, "tokens/*")
+    hub.last.set()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    tokens, model = tokens_record(store), records.read_record(str(store), "runs/early")
-    assert tokens is not None and model is not None and tokens.tokens == 3 * 1801
+    (documents,), (tokens,), (model,) = (recorded(store, p) for p in ("corpora/*/documents", "tokens/*", "runs/early"))
     assert [p.fingerprint for p in model.parents] == [tokens.fingerprint]
-    assert tokens.ended <= model.ended
-    other = tmp_path / "other"
-    for part in (TOKENS, MODEL):
-        done = gpt2(*RUN, *part, "--store", str(other), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    assert [p.fingerprint for p in tokens.parents] == [documents.fingerprint]
+    assert documents.ended <= tokens.ended <= model.ended
+    done = gpt2(*hub.run("late"), "--store", str(store), cwd=tmp_path)  # all shards are there
+    assert done.returncode == 0 and "waiting" not in (store / "runs/late/train.log").read_text(), done.stderr
     for name in ("main.log", "checkpoints/step_000006/model.safetensors"):
-        assert (store / "runs/early" / name).read_bytes() == (other / "runs/early" / name).read_bytes()
+        assert (store / "runs/early" / name).read_bytes() == (store / "runs/late" / name).read_bytes()
 
 
-def test_shards_that_fail_stop_the_training_at_a_checkpoint_and_say_why(hub: LocalHub, tmp_path: Path) -> None:
+def test_a_file_that_fails_stops_the_training_at_a_checkpoint_and_says_why(hub: SlowHub, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    process = begin(store)
-    hub.wrong_bytes = 2
-    hub.held[LATE].set()
+    process = begin(hub, store)
+    hub.server.wrong_bytes = 2
+    hub.last.set()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2 and "twice came with sha256" in said
-    assert complete(str(store / "runs/early"))[-1] == 3 and tokens_record(store) is None
+    assert complete(str(store / "runs/early"))[-1] == 3 and not recorded(store, "tokens/*")
     folder = next((store / "tokens").iterdir())
     assert len(shards.shard_paths(str(folder), "train")) == 1
-    done = gpt2(*RUN, *TOKENS, *MODEL, "--store", str(store), cwd=tmp_path)
+    done = gpt2(*hub.run(), "--store", str(store), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     steps = [line for line in (store / "runs/early/main.log").read_text().splitlines() if " trl:" in line]
-    assert len(steps) == 6 and tokens_record(store) is not None
+    assert len(steps) == 6 and recorded(store, "tokens/*")

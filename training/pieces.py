@@ -67,8 +67,8 @@ def named(url: str, root: str) -> str:
     return url.removeprefix(f"{root.rstrip('/')}/") if root else url
 
 
-def plan_pieces(files: Sequence[str], root: str = "") -> list[Piece]:
-    """The pieces of a corpus in its order, from the files' metadata alone."""
+def plan_pieces(files: Sequence[str], root: str = "", first: int = 0) -> list[Piece]:
+    """The pieces of files in corpus order, from their metadata alone; `first` counts the pieces before them."""
     pieces: list[Piece] = []
     with ThreadPoolExecutor(16) as pool:
         described = list(pool.map(lambda url: (url, sources.read_metadata(url), objects.stat(url)), files))
@@ -78,7 +78,7 @@ def plan_pieces(files: Sequence[str], root: str = "") -> list[Piece]:
         row = 0
         for groups, text_bytes in _group_runs(sources.group_text_bytes(metadata)):
             key = hashlib.sha256(f"{content} {groups}".encode()).hexdigest()[:16]
-            pieces.append(Piece(len(pieces), url, file, groups, row, text_bytes, key))
+            pieces.append(Piece(first + len(pieces), url, file, groups, row, text_bytes, key))
             row += sum(metadata.row_group(g).num_rows for g in groups)
     return pieces
 

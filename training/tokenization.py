@@ -28,14 +28,15 @@ from storage.records import File
 from training.claims import Claims
 from training.cuts import Cut, cut_shard, document_at, index_name, record_name
 from training.pieces import KINDS, Encoded, Piece, encode_piece, plan_pieces, read_encoded
-from training.workers import Engine, engine, process_pool
+from training.workers import Engine, Processes, engine, process_pool
 
-__all__ = ["Tokenized", "automatic_shard_tokens", "document_at", "encode_ahead", "index_name", "tokenize"]
+__all__ = ["Tokenized", "automatic_shard_tokens", "document_at", "index_name", "tokenize", "tokenize_ahead"]
 
 log = logging.getLogger(__name__)
 
 FULL_SHARD = 100_000_000  # tokens, as in llm.c
 SHARDS_OF_SMALL = 20  # a small corpus gives one validation shard and about this many for training
+ENOUGH_TEXT = 4 * SHARDS_OF_SMALL * FULL_SHARD  # bytes: a corpus that has so many is cut into full shards
 SMALLEST_SHARD = 2048  # tokens: the longest context, so that a validation shard holds a sequence
 PLAN = "plan.json"  # what a folder of shards is being made from
 COMPLETE = "complete.json"  # that it is: all counts and files
@@ -84,32 +85,40 @@ def tokenize(
         claims = stack.enter_context(Claims(objects.join(place, "claims"))) if shared else None
         if not shared:
             stack.enter_context(_lock(work))
-        pieces = plan_pieces(files, root)
-        plan = {"corpus": corpus, "shard_tokens": shard_tokens, "pieces": [p.key for p in pieces]}
-        _start(out, place, plan, shared, {p.name(kind) for p in pieces for kind in KINDS})
-        job = _Job(out, corpus, shard_tokens, place, pieces, progress, claims)
+        job = _Job(out, corpus, shard_tokens, place, progress, claims)
+        job.extend(plan_pieces(files, root))
         if not job.complete:
             job.run(stack.enter_context(engine(engine_name, workers)))
         return job.result()
 
 
-def encode_ahead(
-    whole: Callable[[], list[str]], work: str, workers: int, ended: threading.Event, root: str = ""
+def tokenize_ahead(
+    whole: Callable[[], list[str]],
+    out: str,
+    corpus: str,
+    shard_tokens: int,
+    work: str,
+    workers: int,
+    progress: Progress,
+    ended: threading.Event,
+    root: str = "",
 ) -> None:
-    """Encode the files of a corpus that is still being fetched, until `ended`; `tokenize` finds their pieces done.
+    """Do what `tokenize` does for files of a corpus that is still being fetched, until `ended`; it goes on from there.
 
-    `whole` gives the files that are here, in corpus order up to the first that is not. What fails here fails in
-    `tokenize`, too, which says so.
+    `whole` gives the files that are here, in corpus order up to the first that is not. Only full shards are cut.
     """
     with _lock(work), process_pool(workers) as pool:
-        known, begun = 0, 0
-        while not ended.wait(POLL):
+        processes = Processes(pool, workers)
+        job = _Job(out, corpus, shard_tokens, work, progress, growing=True)
+        known = 0
+        while not ended.is_set():
             files = whole()
             if len(files) > known:
-                pieces = plan_pieces(files, root)
-                for piece in pieces[begun:]:
-                    pool.submit(encode_piece, work, piece)
-                known, begun = len(files), len(pieces)
+                new = plan_pieces(files[known:], root, first=len(job.pieces))
+                known = len(files)
+                job.extend(new)
+            if not job.step(processes):
+                ended.wait(POLL)
 
 
 @contextmanager
@@ -132,13 +141,24 @@ def _start(out: str, place: str, plan: dict[str, Any], shared: bool, pieces: set
     url = objects.join(out, PLAN)
     if shared and not objects.exists(url):
         objects.publish_json(url, plan)  # another machine may do the same now, with the same content
-    if objects.exists(url) and objects.read_json(url) == plan:
+    there = objects.read_json(url) if objects.exists(url) else {}
+    if there == plan:
+        return
+    if there.get("growing") and _goes_on(there, plan):
+        objects.publish_json(url, plan)
         return
     if shared:
         raise ValueError(f"{out} holds shards of another corpus or size: remove it, or tokenize without sharing")
     objects.remove_tree(out)
     _clear(place, keep=pieces)
     objects.publish_json(url, plan)
+
+
+def _goes_on(there: dict[str, Any], plan: dict[str, Any]) -> bool:
+    """Whether a plan is that of the same corpus with more of its files."""
+    known = there["pieces"]
+    sizes = all(there[name] == plan[name] for name in ("corpus", "shard_tokens"))
+    return sizes and plan["pieces"][: len(known)] == known
 
 
 def _clear(place: str, kinds: tuple[str, ...] = ("",), keep: Collection[str] = ()) -> None:
@@ -158,16 +178,25 @@ class _Job:
         corpus: str,
         shard_tokens: int,
         place: str,
-        pieces: list[Piece],
         progress: Progress,
-        claims: Claims | None,
+        claims: Claims | None = None,
+        growing: bool = False,
     ):
         self.out, self.corpus, self.shard_tokens, self.place = out, corpus, shard_tokens, place
-        self.pieces, self.progress, self.claims = pieces, progress, claims
+        self.progress, self.claims, self.growing = progress, claims, growing  # growing: more pieces may come
+        self.pieces: list[Piece] = []
         self.encoded: dict[int, Encoded] = {}  # by the piece's place in the corpus
         self.cut: dict[int, list[File]] = {}  # finished shards
         self.begun: set[str] = set()  # names of the work that this process has begun
         self.complete = False  # said by the output itself
+        self.looked = -POLL
+
+    def extend(self, new: list[Piece]) -> None:
+        """Take in pieces that follow those known so far, and what is there of them already."""
+        self.pieces += new
+        plan = {"corpus": self.corpus, "shard_tokens": self.shard_tokens, "pieces": [p.key for p in self.pieces]}
+        plan |= {"growing": True} if self.growing else {}
+        _start(self.out, self.place, plan, self.claims is not None, {p.name(k) for p in self.pieces for k in KINDS})
         self.looked = -POLL
         self._look()
         if not self.complete:
@@ -175,24 +204,31 @@ class _Job:
         self._report()
 
     def run(self, engine: Engine) -> None:
-        """Keep every worker busy: shards that can be cut go first, since training may wait for them."""
+        """Work until all shards are there."""
         while not self.finished():
-            for cut in self._possible_cuts():
-                if self._begin(f"shard-{cut.index:06d}"):
-                    engine.submit(cut_shard, self.place, self.out, self.corpus, cut)
-            for piece in self.pieces:
-                if not engine.free():
-                    break
-                if piece.index not in self.encoded and self._begin(f"piece-{piece.index:06d}"):
-                    engine.submit(encode_piece, self.place, piece)
-            if engine.busy():
-                self._take_result(engine)
-            else:
+            if not self.step(engine):
                 time.sleep(POLL)
             if self.claims:
                 self._look()
         if not self.complete and (not self.claims or self.claims.take("complete")):
             self._complete()
+
+    def step(self, engine: Engine) -> bool:
+        """Keep every worker busy, and take in one result -> whether any was to come.
+
+        Shards that can be cut go first, since training may wait for them.
+        """
+        for cut in self._possible_cuts():
+            if self._begin(f"shard-{cut.index:06d}"):
+                engine.submit(cut_shard, self.place, self.out, self.corpus, cut)
+        for piece in self.pieces:
+            if not engine.free():
+                break
+            if piece.index not in self.encoded and self._begin(f"piece-{piece.index:06d}"):
+                engine.submit(encode_piece, self.place, piece)
+        if busy := engine.busy():
+            self._take_result(engine)
+        return busy
 
     def _take_result(self, engine: Engine) -> None:
         try:
@@ -288,7 +324,7 @@ class _Job:
     def _possible_cuts(self) -> list[Cut]:
         """Shards that can be cut and are not there yet."""
         starts = self._starts()
-        known, complete = starts[-1], len(starts) == len(self.pieces) + 1
+        known, complete = starts[-1], len(starts) == len(self.pieces) + 1 and not self.growing
         if complete:
             check_size(known, self.shard_tokens)
         count = -(-known // self.shard_tokens) if complete else known // self.shard_tokens
