@@ -115,7 +115,7 @@ def _task(folder: str, entry: dict[str, Any], chances: dict[str, float]) -> Task
         raise ValueError(f"CORE task {label} has no chance level in eval_meta_data.csv")
     data = objects.join(folder, "eval_data", entry["dataset_uri"])
     if not objects.exists(data):
-        raise ValueError(f"CORE task {label} has no data: {data} is missing; fetch the bundle again")
+        raise ValueError(f"CORE task {label} has no data: {data} is missing; remove {folder}, to have it fetched again")
     items = [json.loads(line) for line in io.StringIO(objects.read_text(data)) if line.strip()]
     random.Random(SHUFFLE_SEED).shuffle(items)
     shots = entry["num_fewshot"][0]

@@ -62,8 +62,10 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     transformers_logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
-    fuse_gelu(module)
-    torch.nn.Module.to(module, pick_device(device)).eval().requires_grad_(False)
+    place = pick_device(device)
+    if place.type == "cuda":  # a CPU gains nothing by it, and rounds as lm-eval's model there without it
+        fuse_gelu(module)
+    torch.nn.Module.to(module, place).eval().requires_grad_(False)
     encode, decode, eot = _tokenizer(name)
     config = module.config.get_text_config()
     context: int = config.max_position_embeddings  # GPT-2 maps its n_positions to it

@@ -16,14 +16,15 @@ CAPTION = "How long the documents are, and where their tokens come from"
 
 
 def drawing(page: Page) -> report_plots.Drawing | None:
-    """Documents by length and tokens by crawl; None where nobody has looked at the corpus."""
+    """Documents by length and, of several crawls, their tokens; None where nobody has looked at the corpus."""
     if not page or not page["lengths"]["documents"]:
         return None
     dumps = [(name, tokens) for name, tokens in page["lengths"]["tokens_by_dump"] if name]
     lengths = page["lengths"]
     histogram = [(size, number) for size, number in lengths["histogram"]]
-    shares = [(_short(name), tokens / lengths["tokens"]) for name, tokens in dumps]
-    return report_plots.corpus(histogram, lengths["quantiles"]["median"], shares[:MOST_DUMPS])
+    shares = [(_short(name), tokens / lengths["tokens"]) for name, tokens in dumps[:MOST_DUMPS]]
+    shown = shares if len(shares) > 1 else []  # one bar of 100% says nothing
+    return report_plots.corpus(histogram, lengths["quantiles"]["median"], shown)
 
 
 def _short(name: str) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import tiny_gpt2
 from local_model_hub import ModelHub, serve
+from test_core_centres_its_tasks import write_bundle
 from tiny_pipeline import Finished, gpt2
 
-from evals import reference
+from evals import core, reference
 from storage import models, records
 
 
@@ -109,3 +110,33 @@ def test_published_numbers_come_out_or_do_not() -> None:
     (row,) = reference.against_published(hellaswag(completion_acc_norm=0.3752), "gpt2-medium")
     assert row.source == "llm.c, dev/vislog.ipynb" and reference.reproduces(row)
     assert reference.published_name("openai-community/gpt2-xl") == "gpt2-xl"
+
+
+def whole_core(folder: Path) -> str:
+    """A bundle of as many tasks as CORE has."""
+    write_bundle(folder)
+    task = "dataset_uri: a/sums.jsonl, num_fewshot: [1], icl_task_type: multiple_choice"
+    lines = [f"- {{label: task {n}, {task}}}" for n in range(core.TASKS)]
+    (folder / "core.yaml").write_text("\n".join(["icl_tasks:", *lines]))
+    chances = [f"task {n},math,33.0" for n in range(core.TASKS)]
+    (folder / "eval_meta_data.csv").write_text("\n".join(["Eval Task,Task Category,Random baseline", *chances]))
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_the_command_holds_a_hub_model_against_its_published_numbers(
+    hub: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This hub's GPT-2 is a random one, so that its numbers do not come out."""
+    hub.publish("openai-community/gpt2", Path(tiny_gpt2.save(tmp_path / "model")))
+    for name, value in {"OFFLINE": "0", "CACHE": str(tmp_path / "cache"), "DISABLE_XET": "1"}.items():
+        monkeypatch.setenv(f"HF_HUB_{name}", value)
+    asked = ["--against", "published", "--suite", "core", "--set", f"core={whole_core(tmp_path / 'bundle')}"]
+    command = ["evals", "openai-community/gpt2", *asked, "--store", str(tmp_path / "store")]
+    done = gpt2(*command, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)["models"]
+    (row,) = answer["published"]
+    assert (row["score"], row["reference"], row["source"]) == ("core", 0.1139, "nanochat")
+    assert row["errors"] == pytest.approx((row["value"] - 0.1139) / row["stderr"])
+    assert answer["reproduced"] == row["reproduced"] == (abs(row["errors"]) <= 1)

@@ -8,7 +8,7 @@ import tiny_gpt2
 import torch
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from evals.model import LoadedModel, load
+from evals.model import LoadedModel, fuse_gelu, load
 from evals.scoring import Request, Scored, Scorer
 
 
@@ -138,6 +138,15 @@ def in_bf16(device: str, model: LoadedModel) -> tuple[list[float], list[float]]:
 def test_bf16_logits_are_not_rounded(model: LoadedModel) -> None:
     scored, wanted = in_bf16("cpu", model)
     assert scored == pytest.approx(wanted, abs=1e-3)
+
+
+def test_gelu_in_one_kernel_changes_nothing(model: LoadedModel) -> None:
+    """As on a GPU."""
+    fused = load(model.name, "cpu")
+    fuse_gelu(fused.module)
+    assert {type(block.mlp.act) for block in fused.module.base_model.h} == {torch.nn.GELU}
+    asked = requests()
+    assert values(Scorer(fused).score(asked)) == pytest.approx(values(Scorer(model).score(asked)), abs=1e-5)
 
 
 @pytest.mark.gpu
