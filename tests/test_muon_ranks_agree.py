@@ -110,7 +110,7 @@ def test_evened_out_neurons_move_alike_and_the_matrix_keeps_its_norm() -> None:
 def test_ranks_give_the_same_losses_also_in_groups_and_with_a_block_left_over(shards: str, tmp_path: Path) -> None:
     one = losses(tmp_path, shards, 1)
     assert one[-1] < one[0] - 0.3
-    for ranks, shard_ranks in ((2, 0), (4, 0), (4, 2)):
+    for ranks, shard_ranks in ((2, 0), (4, 2)):
         assert largest_gap(one, losses(tmp_path, shards, ranks, shard_ranks)) < 1e-4
 
 

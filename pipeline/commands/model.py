@@ -60,7 +60,8 @@ def list_recipes(
 
 
 def _row(config: RunConfig) -> dict[str, Any]:
-    with_llm_c = planning.llm_c_cost(config) if config.model.layers >= 12 else None  # it never trained the demo
+    trained = config.model.layers >= 12 and config.model.family == "gpt2"  # by llm.c: not the demo, nor what it has not
+    with_llm_c = planning.llm_c_cost(config) if trained else None
     return {
         "recipe": config.recipe,
         "parameters": config.model.parameters,
