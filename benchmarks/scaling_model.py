@@ -16,7 +16,7 @@ NVLINK = 360e9  # bytes/s a GPU within a machine: what NCCL reaches of 450
 NETWORK = 45e9  # between machines: of one 400 Gbit/s adapter a GPU
 MACHINE = 8  # GPUs
 # Milliseconds of one micro-step on one H200 (benchmarks/gpt2_training.json), and its sequences.
-MEASURED = {"d12": (886.8 / 8, 64), "d48": (2388.2 / 8, 16)}
+MEASURED = {"d12": (848.1 / 8, 64), "d48": (2343.4 / 8, 16)}
 
 
 @dataclass(frozen=True)
