@@ -221,7 +221,8 @@ def main() -> int:
     options = arguments()
     try:
         corpora = prepare(options.corpus, options.val or options.corpus, options.split, options.runs)
-        jobs = [job for text in options.variant or [options.recipe] for job in variant_jobs(text, options, corpora)]
+        variants = options.variant or [options.recipe.replace(":", "-")]
+        jobs = [job for text in variants for job in variant_jobs(text, options, corpora)]
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -22,9 +22,9 @@ import torch
 
 from storage import events
 from storage.shards import open_shard
-from storage.tokenizer import EOT, VOCABULARY
+from storage.tokenizer import VOCABULARY
 from training.models import Model
-from training.weights import load_any, load_run, to_huggingface, write_llmc
+from training.weights import huggingface_config, load_any, load_run, to_huggingface, write_llmc
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHECK = "export_check.json"
@@ -35,16 +35,12 @@ log = logging.getLogger("gpt2.export")
 
 def write_folder(model: Model, out: str, dtype: torch.dtype) -> None:
     """Weights, configuration and tokenizer as transformers expects them."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     c = model.config
-    config = GPT2Config(
-        vocab_size=c.vocab, n_positions=c.context, n_embd=c.channels, n_layer=c.layers, n_head=c.heads,
-        bos_token_id=EOT, eos_token_id=EOT, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
     weights = {n: w.to(dtype) for n, w in to_huggingface(model.state_dict(), c).items()}
     with torch.device("meta"):
-        theirs = GPT2LMHeadModel(config)
+        theirs = AutoModelForCausalLM.from_config(huggingface_config(c))
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
     theirs.config.dtype = dtype
@@ -94,14 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
         model = load_any(o.run) if o.step is None else load_run(o.run, o.step)
+        if o.out.endswith(".bin"):
+            write_llmc(o.out, {n: w.to(DTYPES[o.dtype]) for n, w in model.state_dict().items()}, model.config)
+            return 0
     except ValueError as error:
         log.error("%s", error)
         events.refuse(str(error))
         return 2
-    if o.out.endswith(".bin"):
-        weights = {name: w.to(DTYPES[o.dtype]) for name, w in model.state_dict().items()}
-        write_llmc(o.out, weights, model.config)
-        return 0
     if o.tokens is None:
         parser.error("--tokens SHARD is needed: the exported model's logits are checked on it")
     return export_folder(model, o.out, o.tokens, DTYPES[o.dtype])

@@ -1,6 +1,6 @@
-"""How do weights come in and go out? Our names to and from Hugging Face's GPT-2 and llm.c's `.bin` files.
+"""How do weights come in and go out? Our names to and from Hugging Face's and llm.c's `.bin` files.
 
-Hugging Face stores linear weights as (in, out), and the embedding without padding rows. llm.c's files hold
+Hugging Face stores GPT-2's linear weights as (in, out), and the embedding without padding rows. llm.c's files hold
 a header of 256 int32 (magic, version, context, vocabulary, layers, heads, channels, padded vocabulary), then
 the tensors in a fixed order, each kind for all layers, (out, in) like ours: fp32 in version 3, bf16 in 5.
 """
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storage.tokenizer import EOT
+from training import weights_nanochat
 from training.checkpoint import checkpoint_folder, complete, load_model, newest, read_state
 from training.config import ModelConfig, from_dict
 from training.models import Model, build_model
@@ -52,14 +54,18 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_huggingface(weights: Weights, config: ModelConfig) -> Weights:
-    """Our weights under the names and in the layout of transformers' GPT2LMHeadModel, head included."""
+    """Our weights under the names and in the layout of transformers' model of that family, head included."""
+    if config.family == "nanochat":
+        return weights_nanochat.to_huggingface(weights, config)
     renamed = {_huggingface_name(n): w.t().contiguous() if _is_linear(n) else w for n, w in weights.items()}
     embedding = weights["wte.weight"][: config.vocab].clone()
     return renamed | {"transformer.wte.weight": embedding, "lm_head.weight": embedding}
 
 
 def from_huggingface(found: Weights, config: ModelConfig) -> Weights:
-    """The inverse; padding rows of the embedding are zero. Takes names with and without `transformer.`."""
+    """The inverse; padding rows of the embedding are zero. Takes GPT-2's names with and without `transformer.`."""
+    if config.family == "nanochat":
+        return weights_nanochat.from_huggingface(found, config)
     weights = {}
     for name, shape in shapes(config).items():
         theirs = _huggingface_name(name)
@@ -79,8 +85,10 @@ def _is_linear(name: str) -> bool:
 
 
 def model_config(huggingface: Any) -> ModelConfig:
-    """The sizes in a transformers GPT2Config. Raises ValueError for an architecture that is not GPT-2's."""
+    """The sizes in a transformers configuration. Raises ValueError for an architecture that is none of ours."""
     found = huggingface.to_dict()
+    if found["model_type"] == "nanochat":
+        return weights_nanochat.model_config(found)
     expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     expected |= {"scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, value in expected.items():
@@ -93,6 +101,18 @@ def model_config(huggingface: Any) -> ModelConfig:
         context=found["n_positions"],
         vocab=found["vocab_size"],
     )
+
+
+def huggingface_config(config: ModelConfig) -> Any:
+    """The inverse: what transformers builds the model from."""
+    if config.family == "nanochat":
+        return weights_nanochat.huggingface_config(config)
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=config.vocab, n_positions=config.context, n_embd=config.channels, n_layer=config.layers,
+        n_head=config.heads, bos_token_id=EOT, eos_token_id=EOT, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
 
 
 def read_llmc(path: str) -> tuple[ModelConfig, Weights]:
@@ -123,7 +143,12 @@ def _read_tensors(path: str, config: ModelConfig, dtype: torch.dtype) -> Iterato
 
 
 def write_llmc(path: str, weights: Weights, config: ModelConfig) -> None:
-    """Write version 5 for bf16 weights, version 3 for fp32."""
+    """Write version 5 for bf16 weights, version 3 for fp32. Raises ValueError for a model that is no GPT-2."""
+    if config.family != "gpt2":
+        raise ValueError(
+            f"{path}: llm.c's format holds GPT-2 only, and this is a {config.family} model; name a folder instead, "
+            "for a model that stock transformers loads"
+        )
     dtype = weights["wte.weight"].dtype
     version = next(number for number, kind in LLMC_DTYPES.items() if kind == dtype)
     header = np.zeros(HEADER_INTS, dtype="<i4")
@@ -164,13 +189,13 @@ def load_run(run: str, step: int | None = None) -> Model:
 
 
 def load_huggingface(source: str) -> Model:
-    """Raises ValueError for a folder without a GPT-2."""
+    """Raises ValueError for a folder without a model of our families."""
     if Path(source).is_dir() and not Path(source, "config.json").exists():
         raise ValueError(f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder")
-    from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = model_config(AutoConfig.from_pretrained(source))
-    theirs = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     return _model(config, from_huggingface(theirs.state_dict(), config))
 
 
