@@ -14,7 +14,8 @@ from training.models import build_model
 from training.muon import ShardedMuon, even_out, orthogonalize, plain_accumulate, plain_apply
 from training.train import Trainer
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +68,12 @@ def test_the_kernels_are_their_plain_versions(dtype: torch.dtype) -> None:
     from training import kernels_muon
 
     gradient, momenta, updates = (torch.randn(5000, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    found, expected = ([gradient.to(dtype), momenta.clone(), updates.to(dtype)] for _ in range(2))
+    gradient, momenta, updates = gradient.to(DEVICE, dtype), momenta.to(DEVICE), updates.to(DEVICE, dtype)
+    found, expected = ([gradient.clone(), momenta.clone(), updates.clone()] for _ in range(2))
     kernels_muon.accumulate(*found, 0.9, 0.5)
     plain_accumulate(*expected, 0.9, 0.5)
     near(found, expected)
-    weights: list[list[Tensor]] = [[torch.zeros(5000, dtype=dtype), momenta.clone(), updates.to(dtype)] for _ in "ab"]
+    weights: list[list[Tensor]] = [[torch.zeros_like(gradient), momenta.clone(), updates.clone()] for _ in "ab"]
     kernels_muon.apply(*weights[0], 0.02, 0.1)
     plain_apply(*weights[1], 0.02, 0.1)
     near(*weights)

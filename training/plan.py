@@ -12,7 +12,7 @@ and whoever calls it says so; the trainer refuses to do so by itself.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from training.config import ModelConfig, RunConfig
+from training.config import ModelConfig, RunConfig, TrainConfig
 from training.metrics import PEAK_FLOPS, peak_flops
 
 GIB = 2**30
@@ -96,16 +96,18 @@ def _letters(name: str) -> str:
 def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> dict[str, float]:
     """Bytes a GPU needs at the peak of a step, by line."""
     model, train = config.model, config.train
-    parameters = model.padded_parameters
     width = 2 if train.dtype == "bf16" else 4
     shard = config.machine.shard_ranks or ranks
+    filled = -(-model.layers // shard) * shard if train.optimizer == "muon" else model.layers  # whole blocks a rank
+    model = replace(model, layers=filled)
+    parameters = model.padded_parameters
     tokens = micro_batch * model.context
     unit = tokens * model.channels * width  # one tensor of the residual stream's size
     lines = {
         "weights": parameters * width,
         "gradients": parameters * width * (1 + (1 / shard if shard > 1 else 0)),
-        "optimizer state": _state_bytes(config) / shard,
-        "activations": tokens * model.layers * _kept_bytes(model, recompute, train.fp8) * width / 2,
+        "optimizer state": _state_bytes(model, train) / shard,
+        "activations": tokens * config.model.layers * _kept_bytes(model, recompute, train.fp8) * width / 2,
         # As measured: 10 of the 13 tensors are cuDNN's workspace for the deterministic backward pass of attention.
         "head or one block's backward": max(
             7.5 * unit + min(HEAD_BYTES, tokens * model.padded_vocab * width),
@@ -117,9 +119,8 @@ def memory(config: RunConfig, ranks: int, micro_batch: int, recompute: int) -> d
     return {name: float(size) for name, size in lines.items()}
 
 
-def _state_bytes(config: RunConfig) -> int:
+def _state_bytes(model: ModelConfig, train: TrainConfig) -> int:
     """AdamW's two moments, or Muon's one, and the fp32 master behind bf16 weights."""
-    model, train = config.model, config.train
     masters = 4 if train.dtype == "bf16" and train.master_weights else 0
     moments = 8 * model.padded_parameters - (4 * model.block_matrices if train.optimizer == "muon" else 0)
     return moments + masters * model.padded_parameters
@@ -221,7 +222,7 @@ def _cost(config: RunConfig, mfu: float | None, seconds: float, dollars_an_hour:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     width = 2 if config.train.dtype == "bf16" else 4
-    return config.model.padded_parameters * width + _state_bytes(config)
+    return config.model.padded_parameters * width + _state_bytes(config.model, config.train)
 
 
 def shutdown_seconds(config: RunConfig, ranks: int) -> float:

@@ -1,0 +1,94 @@
+"""On a GPU: do the speed recipe's fused kernels keep the model's function, and do its steps repeat to the bit?"""
+
+import copy
+
+import pytest
+import tiny_run
+import torch
+from torch import Tensor
+
+from training import kernels
+from training.assemble import assemble
+from training.config import model_from_descriptor
+from training.modern import Modern
+from training.muon import orthogonalize
+from training.recipes import speedrun
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DEVICE = torch.device("cuda", 0)
+MODEL = model_from_descriptor("modern:d2c768")
+
+
+def model() -> Modern:
+    made = Modern(MODEL)
+    made.init_weights(seed=1)
+    with torch.no_grad():
+        for i, weight in enumerate(made.parameters()):
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.02)
+    return made.to(DEVICE, torch.bfloat16)
+
+
+def batch(sequences: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 50257, (sequences, 1025), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradients(made: Modern, sequences: int) -> tuple[Tensor, list[Tensor]]:
+    for parameter in made.parameters():
+        parameter.grad = None
+    loss = made(*batch(sequences))
+    loss.backward()
+    return loss.detach(), [p.grad for p in made.parameters()]
+
+
+def test_errors_are_those_of_plain_bf16() -> None:
+    plain = model()
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).float()
+    assert kernels.accelerate(fused, DEVICE)
+    results = [gradients(made, 2) for made in (exact, plain, fused)]
+    torch.testing.assert_close(results[2][0], results[0][0], rtol=1e-3, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(*batch(2)), results[2][0], rtol=1e-5, atol=0)
+    for right, usual, ours in zip(*(grads for _, grads in results), strict=True):
+        error, expected = (((g.float() - right).norm() / right.norm()).item() for g in (ours, usual))
+        assert error < 1.5 * expected + 1e-3
+
+
+def test_the_same_step_gives_the_same_bits() -> None:
+    made = model()
+    assert kernels.accelerate(made, DEVICE)
+    loss, first = gradients(made, 64)
+    for _ in range(5):
+        again, grads = gradients(made, 64)
+        assert torch.equal(loss, again)
+        assert all(torch.equal(a, b) for a, b in zip(first, grads, strict=True))
+
+
+def test_steps_learn_and_repeat_to_the_bit() -> None:
+    config = speedrun("test", MODEL, batch_tokens=8192, steps=20)
+    runs = []
+    for _ in range(2):
+        world = tiny_run.alone(DEVICE)
+        made, optimizer = assemble(config, world, None)
+        losses = []
+        for step in range(10):
+            optimizer.zero_gradients()
+            optimizer.expect(last_micro_step=True)
+            loss = made(*batch(4))
+            loss.backward()
+            assert torch.isfinite(optimizer.squared_norm())
+            optimizer.step(step, config.train.lr, 1.0)
+            losses.append(float(loss))
+        runs.append((losses, [p.detach().clone() for p in made.parameters()]))
+    assert runs[0][0] == runs[1][0] and runs[0][0][-1] < runs[0][0][0] - 1
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_the_polar_factor_in_bf16() -> None:
+    matrices = torch.randn(4, 768, 3072, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    u, _, vt = torch.linalg.svd(matrices[0].double(), full_matrices=False)
+    update = orthogonalize(matrices.bfloat16())[0].double()
+    assert ((update - u @ vt).norm() / (u @ vt).norm()).item() < 0.12
