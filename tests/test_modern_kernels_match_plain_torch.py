@@ -65,9 +65,12 @@ def test_rotation_and_its_gradient(dtype: torch.dtype, which: str) -> None:
 @DTYPES
 def test_squared_relu_both_ways(dtype: torch.dtype) -> None:
     h, dg = draw(5, 600, dtype=dtype), draw(5, 600, dtype=dtype, seed=1)
-    expected_h, expected_dg = h.clone(), dg.clone()
-    assert_near(kernels.relu2_forward(h), kernels.reference_relu2_forward(h), dtype)
-    kernels.relu2_backward(dg, h)
-    kernels.reference_relu2_backward(expected_dg, expected_h)
+    g, expected_g, expected_dg = h.clone(), h.clone(), dg.clone()
+    kernels.relu2_forward(g)
+    kernels.reference_relu2_forward(expected_g)
+    assert_near(g, expected_g, dtype)
+    assert_near(g, h.float().relu().square().to(dtype), dtype)
+    kernels.relu2_backward(dg, g)
+    kernels.reference_relu2_backward(expected_dg, expected_g)
     assert_near(dg, expected_dg, dtype)
-    assert_near(h, expected_h, dtype)
+    assert_near(dg, (2 * h.float().relu() * draw(5, 600, dtype=dtype, seed=1).float()).to(dtype), dtype)

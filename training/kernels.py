@@ -50,7 +50,7 @@ class Kernels:
     rms_backward: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     rotate_forward: Callable[[Tensor, Tensor, Tensor], Tensor]
     rotate_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    relu2_forward: Callable[[Tensor], Tensor]
+    relu2_forward: Callable[[Tensor], None]
     relu2_backward: Callable[[Tensor, Tensor], None]
 
 

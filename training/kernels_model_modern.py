@@ -22,7 +22,7 @@ class Kept(NamedTuple):
     attention: Any
     x2: Tensor  # (N, C), the stream before the MLP
     rstd2: Tensor
-    h: Tensor  # (N, 4C), before the squared ReLU
+    g: Tensor  # (N, 4C), the squared ReLU
 
 
 class FusedModern:
@@ -71,21 +71,22 @@ class FusedModern:
         out, saved = self.kernel(B, T).forward(qkv)
         x2 = ops.multiply(out.view(-1, C), attn.c_proj.weight, transpose_b=True, add=x1)
         _, y, rstd2 = ops.rms_forward(x2, None)
-        h = ops.multiply(y, mlp.c_fc.weight, transpose_b=True)
-        branch = ops.multiply(ops.relu2_forward(h), mlp.c_proj.weight, transpose_b=True)
-        return x2, branch, Kept(x1, rstd1, qkv, rstd_qk, out, saved, x2, rstd2, h)
+        g = ops.multiply(y, mlp.c_fc.weight, transpose_b=True)
+        ops.relu2_forward(g)
+        branch = ops.multiply(g, mlp.c_proj.weight, transpose_b=True)
+        return x2, branch, Kept(x1, rstd1, qkv, rstd_qk, out, saved, x2, rstd2, g)
 
     def block_backward(self, block: Block, states: list[Kept], dx: Tensor) -> Tensor:
         """The stream's gradient behind the block -> before it, in place; the last of `states` is taken off."""
         ops, attn, mlp = self.ops, block.attn, block.mlp
-        x1, rstd1, qkv, rstd_qk, out, saved, x2, rstd2, h = states.pop()
+        x1, rstd1, qkv, rstd_qk, out, saved, x2, rstd2, g = states.pop()
+        self.add_weight_gradient(mlp.c_proj.weight, dx, g)
         dh = ops.multiply(dx, mlp.c_proj.weight)
-        ops.relu2_backward(dh, h)  # h now holds the squared ReLU
-        self.add_weight_gradient(mlp.c_proj.weight, dx, h)
+        ops.relu2_backward(dh, g)
         dy = ops.multiply(dh, mlp.c_fc.weight)
         dx = ops.rms_backward(dy, x2, rstd2, dx)
         self.add_weight_gradient(mlp.c_fc.weight, dh, dy)  # dy now holds RMSNorm's output
-        del x2, h, dh, dy
+        del x2, g, dh, dy
         self.add_weight_gradient(attn.c_proj.weight, dx, out.view(dx.shape))
         dout = ops.multiply(dx, attn.c_proj.weight).view(out.shape)
         dqkv = self.kernel(*out.shape[:2]).backward(dout, qkv, out, saved)

@@ -135,32 +135,30 @@ def rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: T
 
 
 @triton.jit
-def _relu2_forward(h, g, size, BLOCK: tl.constexpr):
+def _relu2_forward(h, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     value = tl.maximum(tl.load(h + place, inside, 0.0).to(tl.float32), 0.0)
-    tl.store(g + place, (value * value).to(g.dtype.element_ty), inside)
-
-
-@triton.jit
-def _relu2_backward(dg, h, size, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    value = tl.maximum(tl.load(h + place, inside, 0.0).to(tl.float32), 0.0)
-    gradient = tl.load(dg + place, inside, 0.0).to(tl.float32)
-    tl.store(dg + place, (2.0 * value * gradient).to(dg.dtype.element_ty), inside)
     tl.store(h + place, (value * value).to(h.dtype.element_ty), inside)
 
 
-def relu2_forward(h: Tensor) -> Tensor:
-    g = torch.empty_like(h)
-    _relu2_forward[(triton.cdiv(h.numel(), 2048),)](h, g, h.numel(), BLOCK=2048, num_warps=8)
-    return g
+@triton.jit
+def _relu2_backward(dg, g, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    value = tl.sqrt(tl.load(g + place, inside, 0.0).to(tl.float32))
+    gradient = tl.load(dg + place, inside, 0.0).to(tl.float32)
+    tl.store(dg + place, (2.0 * value * gradient).to(dg.dtype.element_ty), inside)
 
 
-def relu2_backward(dg: Tensor, h: Tensor) -> None:
-    """The gradient of squared ReLU's output -> of its input, in place; h becomes the output."""
-    _relu2_backward[(triton.cdiv(h.numel(), 2048),)](dg, h, h.numel(), BLOCK=2048, num_warps=8)
+def relu2_forward(h: Tensor) -> None:
+    """Squared ReLU, in place: its backward pass needs its output alone."""
+    _relu2_forward[(triton.cdiv(h.numel(), 2048),)](h, h.numel(), BLOCK=2048, num_warps=8)
+
+
+def relu2_backward(dg: Tensor, g: Tensor) -> None:
+    """The gradient of squared ReLU's output g -> of its input, in place."""
+    _relu2_backward[(triton.cdiv(g.numel(), 2048),)](dg, g, g.numel(), BLOCK=2048, num_warps=8)
 
 
 def reference_norm_forward(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,11 +194,9 @@ def reference_rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tenso
         grad[:, :, i] = rotate(change, cos, -sin).to(grad.dtype)
 
 
-def reference_relu2_forward(h: Tensor) -> Tensor:
-    return F.relu(h.float()).square().to(h.dtype)
+def reference_relu2_forward(h: Tensor) -> None:
+    h.copy_(F.relu(h.float()).square())
 
 
-def reference_relu2_backward(dg: Tensor, h: Tensor) -> None:
-    value = F.relu(h.float())
-    dg.copy_(2.0 * value * dg.float())
-    h.copy_(value.square())
+def reference_relu2_backward(dg: Tensor, g: Tensor) -> None:
+    dg.copy_(2.0 * g.float().sqrt() * dg.float())

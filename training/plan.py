@@ -136,7 +136,7 @@ def _kept_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
     C = model.channels
     if recompute == 3:
         return 2 * C
-    if model.family == "nanochat":  # squared ReLU is always computed again; one statistic a norm, three a head
+    if model.family == "nanochat":  # squared ReLU's input is not kept; one statistic a norm, three a head
         return 2 * (2 * C + 3 * C + C + 4 * C) + 4 * (2 + 3 * model.heads)
     output = 4 * C if recompute == 0 and not fp8 else 0
     return 2 * (2 * C + 3 * C + C + 4 * C + output) + 4 * (4 + model.heads)
@@ -144,7 +144,7 @@ def _kept_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
 
 def _block_bytes(model: ModelConfig, recompute: int, fp8: bool) -> int:
     """Bytes a token that are computed again for one block's backward pass."""
-    again = 0 if recompute == 0 and not fp8 and model.family == "gpt2" else 8 * model.channels
+    again = 8 * model.channels if (recompute or fp8) and model.family == "gpt2" else 0
     return again + (_kept_bytes(model, 1, fp8) if recompute == 3 else 0)
 
 
