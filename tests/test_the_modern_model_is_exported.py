@@ -1,4 +1,4 @@
-"""The speed recipe's model, exported, is a stock transformers model: the same logits, loss and text, no code of ours."""
+"""The speed recipe's model, exported, is stock transformers: the same logits, loss and text, without code of ours."""
 
 import json
 import shutil
