@@ -1,7 +1,7 @@
 """What came of a run, on one page? A self-contained index.html in light and dark, figures as PNG files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evals import reference, report_data, report_page, report_plots
@@ -111,7 +111,7 @@ def pictures(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> list[Pictur
         shown.append(_optimisation(runs, logs))
     if any(run.metrics for run in runs):
         shown.append(_throughput(runs))
-    shown += _score_pictures(runs[0])
+    shown += _score_pictures(_beside_others(runs))
     if corpus := report_data.drawing(runs[0].inspection):
         shown.append(Picture("data", report_data.CAPTION, report_plots.render(corpus)))
     return shown
@@ -121,10 +121,10 @@ def _score_pictures(run: ReportData) -> list[Picture]:
     shown = []
     if bars := score_bars(run):
         levels = [Line("chance, 25%", 0.25)] if all(_four_choices(bar) for bar in bars) else []
-        drawing = report_plots.scores(bars, "Accuracy", levels)
+        drawing = report_plots.scores(run.name, bars, "Accuracy", levels)
         shown.append(Picture("scores", "Accuracies with their standard errors", report_plots.render(drawing)))
     if "core" in run.scores.get("core", {}).get("scores", {}):
-        drawing = report_plots.scores(core_bars(run), "CORE: accuracy centred on chance", core_levels(run))
+        drawing = report_plots.scores(run.name, core_bars(run), "CORE: accuracy centred on chance", core_levels(run))
         shown.append(
             Picture("core", "CORE by task, centred: 0 is a guess, 100% is perfect", report_plots.render(drawing))
         )
@@ -239,7 +239,7 @@ def core_levels(run: ReportData) -> list[Line]:
     same = reference.same_size(parameters(run.config["model"]), "gpt2")
     models = dict.fromkeys([same, "gpt2-xl"] if same else ["gpt2-xl"])
     lines = [Line(f"{reference.NAMES[m]}: {published[m].value:.1%}", published[m].value) for m in models]
-    return [Line(f"this run's CORE: {ours:.1%}", ours), *lines]
+    return [Line(f"CORE of {run.name}: {ours:.1%}", ours), *lines]
 
 
 def _four_choices(bar: Bar) -> bool:
@@ -256,11 +256,15 @@ def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) 
 
 def comparisons(runs: Sequence[ReportData]) -> list[reference.Comparison]:
     """The leading run against published numbers of its size, its baselines and the other runs."""
-    lead = runs[0]
+    lead = _beside_others(runs)
     model = reference.same_size(parameters(lead.config["model"]), "gpt2")
     rows = reference.against_published(lead.scores, model) if model else []
     for baseline in lead.baselines:
         rows += reference.against_run(lead.scores, baseline.scores, baseline.name, lead.items, baseline.items)
-    for run in runs[1:]:
-        rows += reference.against_run(lead.scores, run.scores, run.name, lead.items, run.items)
     return rows
+
+
+def _beside_others(runs: Sequence[ReportData]) -> ReportData:
+    """The leading run, the others standing beside it as its baselines do."""
+    others = [Baseline(run.name, run.scores, run.items) for run in runs[1:]]
+    return replace(runs[0], baselines=[*runs[0].baselines, *others])

@@ -29,7 +29,7 @@ def page(
     records = report_lineage.ordered(lead.records)
     title = " · ".join(run.name for run in runs)
     body = [
-        _header(lead, title),
+        _header(runs),
         _tiles(lead, logs[0]),
         _section("Training", _panes(by_name, ("loss", "hellaswag")) + _panes(by_name, ("optimisation",))),
         _section(
@@ -37,7 +37,7 @@ def page(
             _panes(by_name, ("scores",))
             + _panes(by_name, ("core",))
             + _scores_table(runs)
-            + _comparison_table(comparisons),
+            + _comparison_table(lead.name, comparisons),
         ),
         _section("Samples", _samples(lead)),
         _section("Speed and cost", _panes(by_name, ("throughput",)) + _cost_table(records)),
@@ -62,7 +62,8 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{_text(title)}</h2>\n{content}</section>\n" if content else ""
 
 
-def _header(run: "ReportData", title: str) -> str:
+def _header(runs: "Sequence[ReportData]") -> str:
+    run, title = runs[0], " · ".join(run.name for run in runs)
     model = run.config["model"]
     ended = max((str(r.get("ended") or "") for r in run.records), default="")[:16].replace("T", " ")
     facts = [
@@ -73,6 +74,8 @@ def _header(run: "ReportData", title: str) -> str:
         _commit(run.records),
     ]
     line = " · ".join(_text(fact) for fact in facts if fact)
+    if len(runs) > 1:  # curves and tables of scores name each run
+        line += f"<br>What names no run is of {_text(run.name)}, the first."
     return f"<header><p class='kind'>Training report</p><h1>{_text(title)}</h1><p class='facts'>{line}</p></header>\n"
 
 
@@ -197,7 +200,7 @@ def _scores_table(runs: "Sequence[ReportData]") -> str:
     return _table(head, rows[:MOST_ROWS]) + (more if len(rows) > MOST_ROWS else "")
 
 
-def _comparison_table(comparisons: Sequence[Comparison]) -> str:
+def _comparison_table(name: str, comparisons: Sequence[Comparison]) -> str:
     rows = [
         [_text(f"{c.suite}: {c.score}".replace("_", " ")), value_and_error(c.score, c.value, c.stderr),
          _text(c.against), value_and_error(c.score, c.reference, c.reference_stderr),
@@ -206,7 +209,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> str:
          _text(c.source) + (", on the same items" if c.same_items else "")]
         for c in comparisons
     ]  # fmt: skip
-    head = ["score", "this run", "against", "its value", "standard errors apart", "verdict", "source"]
+    head = ["score", name, "against", "its value", "standard errors apart", "verdict", "source"]
     return ("<h3>Compared</h3>" + _table(head, rows)) if rows else ""
 
 

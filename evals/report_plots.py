@@ -196,8 +196,8 @@ def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
     return draw
 
 
-def scores(bars: Sequence[Bar], title: str, levels: Sequence[Line]) -> Drawing:
-    """Scores as points with error bars of one standard error, references as marks beside them, levels as lines."""
+def scores(run: str, bars: Sequence[Bar], title: str, levels: Sequence[Line]) -> Drawing:
+    """A run's scores, with error bars of one standard error; references as marks beside them, levels as lines."""
 
     def draw(theme: Theme) -> Figure:
         figure, axes = _figure(theme, 10.4, 1.5 + (0.42 if len(bars) < 13 else 0.3) * len(bars))
@@ -209,7 +209,7 @@ def scores(bars: Sequence[Bar], title: str, levels: Sequence[Line]) -> Drawing:
             axes.errorbar(bar.value, place, xerr=bar.stderr, **style)  # type: ignore[arg-type]
             for mark in bar.marks:
                 axes.plot(mark.value, place + 0.24, "d", ms=7, color=colours[mark.name], mec=theme.paper, zorder=6)
-        axes.plot([], [], "o", color=theme.series[0], label="this run, ± 1 standard error")
+        axes.plot([], [], "o", color=theme.series[0], label=f"{run}, ± 1 standard error")
         for name, colour in colours.items():
             axes.plot([], [], "d", color=colour, label=name)
         for level, colour in zip(levels, [theme.muted, theme.series[2], theme.series[1]], strict=False):
@@ -308,13 +308,16 @@ def thin(points: Points, most: int = 4000) -> Points:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-    """Centred mean over a fiftieth of the run (at least 5 values); the window shrinks towards both ends."""
+    """Centred mean over a fiftieth of the run (at least 5 values).
+
+    The window shrinks towards the start, where curves fall, and loses its right half towards the end.
+    """
     data = np.asarray(values, dtype=float)
-    count = len(data)
     sums = np.concatenate([[0.0], np.cumsum(data)])
-    at = np.arange(count)
-    half = np.minimum(np.minimum(at, count - 1 - at), max(2, count // 100))
-    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+    at = np.arange(len(data))
+    half = np.minimum(at, max(2, len(data) // 100))
+    last = np.minimum(at + half, len(data) - 1)
+    return (sums[last + 1] - sums[at - half]) / (last + 1 - at + half)
 
 
 def _fit_loss(axes: Axes, curves: Sequence[Curve], lines: Sequence[Line]) -> None:

@@ -51,12 +51,23 @@ def wikitext(n: int) -> dict[str, Any]:
     return {"page": f" = Heading {n} = \n\n The first @-@ class town has {n} houses . " * 30}
 
 
+def lambada(n: int) -> dict[str, Any]:
+    return {"text": f"She had {n} cups and one small bag, so she put each of the cups into the bag"}
+
+
+def piqa(n: int) -> dict[str, Any]:
+    return {"goal": f"Warm {n} cups.", "sol1": "Put them into the oven.", "sol2": "Sing to them.", "label": n % 2}
+
+
 TASKS = {
     "arc_challenge": (arc, "arc/arc_challenge.yaml", "train", "test"),
     "hellaswag": (hellaswag, "hellaswag/hellaswag.yaml", "train", "validation"),
     "truthfulqa_mc2": (truthful, "truthfulqa/truthfulqa_mc2.yaml", None, "validation"),
     "winogrande": (winogrande, "winogrande/default.yaml", "train", "validation"),
     "gsm8k": (gsm8k, "gsm8k/gsm8k.yaml", "train", "test"),
+    "lambada_openai": (lambada, "lambada/lambada_openai.yaml", None, "test"),
+    "piqa": (piqa, "piqa/piqa.yaml", "train", "validation"),
+    "arc_easy": (arc, "arc/arc_easy.yaml", "train", "test"),
     "wikitext": (wikitext, "wikitext/wikitext.yaml", None, "test"),
 }
 
@@ -99,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [*harness.SUITES["leaderboard-v1"], harness.Part("wikitext", 0)], ids=lambda p: p.task)
+@pytest.mark.parametrize("part", [part for parts in harness.SUITES.values() for part in parts], ids=lambda p: p.task)
 def test_each_task_scores_as_with_lm_evals_own_model(part: harness.Part, model: LoadedModel, folder: str) -> None:
     theirs = lm_eval.simple_evaluate(
         model=HFLM(model.name, device="cpu", dtype="float32", batch_size=2),
@@ -141,10 +152,17 @@ def test_an_unknown_task_is_named(folder: str) -> None:
         harness._manager(["no_such_task"], folder)
 
 
-def test_a_task_that_fails_is_named(model: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("missing, error", [("file", FileNotFoundError), ("split", KeyError)])
+def test_a_task_that_fails_is_named(
+    missing: str, error: type[Exception], model: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_tasks(tmp_path)
-    (tmp_path / "winogrande_validation.jsonl").unlink()
-    with pytest.raises(FileNotFoundError):
+    if missing == "file":
+        (tmp_path / "winogrande_validation.jsonl").unlink()
+    else:
+        page = tmp_path / "winogrande.yaml"
+        page.write_text(page.read_text() + "validation_split: absent\n")
+    with pytest.raises(error):
         harness.evaluate(model, Scorer(model), [harness.Part("winogrande", 0)], folder)
     assert "lm-eval's task winogrande failed" in caplog.text
 

@@ -119,6 +119,7 @@ def test_several_runs_share_the_figures_and_differing_settings_are_marked(tmp_pa
     assert "<h1>first · second</h1>" in text
     assert "<span class='differs'>0.001</span>" in text
     assert text.count("<span class='differs'>") == 2
+    assert "What names no run is of first, the first." in text
 
 
 def test_core_is_shown_by_task_beside_gpt2(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def test_the_exported_folder_loads_in_stock_transformers_with_our_logits(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]
     assert tokenizer.eos_token_id == 50256
+    made = theirs.generate(**tokenizer("Hello world", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert made.shape == (1, 7) and tokenizer.decode(made[0]).startswith("Hello world")
 
 
 def test_a_folder_with_other_logits_fails_the_check(model: GPT2, shard: str, tmp_path: Path) -> None:
