@@ -24,27 +24,37 @@ from training.config import RunConfig
 
 @contextmanager
 def tokenized_ahead(
-    context: dg.AssetExecutionContext, maker: Maker, source: sources.Source, documents: Output
-) -> Iterator[Event]:
+    context: dg.AssetExecutionContext,
+    maker: Maker,
+    source: sources.Source,
+    documents: Output,
+    progress: Callable[[Event], None],
+) -> Iterator[sources.Progress]:
     """Within this, what has come from the hub becomes shards, and training begins on them, if this job does that.
 
-    Gives what is to be told of the tokens beside the bytes that have come.
+    Gives what is to be told how many bytes have come, of how many; the tokens are told beside them.
     """
-    run, told = maker.run_config(context.partition_key), Event()
+    run = maker.run_config(context.partition_key)
+    told: Event = {"event": "bytes", "done": 0, "total": 0}
+
+    def tell(**news: float) -> None:
+        told.update(news)
+        progress(dict(told))
+
     with ExitStack() as stack:
         if isinstance(source, sources.Hub) and _by_this_job(context, run):
             tokens = tokens_output(run, documents, source.text_bytes(tokenization.ENOUGH_TEXT))
             stack.enter_context(turn(maker.places.store, tokens.key))
             if tokens.reusable(maker.places.store)[0] is None:
                 begin = stack.enter_context(trainer.begun_early(context, maker, run, tokens))
-                pace = Pace(told.update)
+                pace = Pace(lambda event: tell(tokens=event["tokens"], tokens_per_second=event["tokens_per_second"]))
 
-                def tell(made: int, done: int, total: int) -> None:
+                def tell_tokens(made: int, done: int, total: int) -> None:
                     begin()
                     pace.tell(made, done, total)
 
-                stack.enter_context(_at_work(maker, run, source, documents, tokens, tell))
-        yield told
+                stack.enter_context(_at_work(maker, run, source, documents, tokens, tell_tokens))
+        yield lambda done, total: tell(done=done, total=total)
 
 
 def _by_this_job(context: dg.AssetExecutionContext, run: RunConfig) -> bool:

@@ -51,12 +51,8 @@ def documents(
         if source.kind == "tokens":  # there is no text: the shards are fetched where the tokens go
             return Produced(rows=len(source.identity["files"]), metrics={"text_bytes": 0, **source.details})
         folder = records.folder_url(maker.places.store, output.key)
-        with tokenized_ahead(context, maker, source, output) as tokenized:
-            files = source.fetch(
-                folder,
-                lambda done, total: progress(tokenized | {"event": "bytes", "done": done, "total": total}),
-                scratch=str(maker.places.home / "downloads" / source.name),
-            )
+        with tokenized_ahead(context, maker, source, output, progress) as tell:
+            files = source.fetch(folder, tell, scratch=str(maker.places.home / "downloads" / source.name))
         urls = [records.file_url(maker.places.store, output.key, f.path) for f in files]
         rows = sum(sources.read_metadata(url).num_rows for url in urls)
         text_bytes = sources.total_text_bytes(urls)

@@ -67,6 +67,8 @@ class LibrarySource:
 
     def _files(self, scratch: str) -> Iterator[str]:
         """Local parquet files of about FILE_TEXT of text; each is removed when the next is asked for."""
+        if scratch:
+            os.makedirs(scratch, exist_ok=True)
         batches = self._batches()
         more = next(batches, None)
         while more is not None:

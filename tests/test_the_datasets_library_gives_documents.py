@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_rows_come_in_order_with_the_columns_that_are_read(folder, tmp_path):
     source = sources.resolve(f"datasets:{folder}")
-    files = source.fetch(str(tmp_path / "out"), lambda *_: None)
+    files = source.fetch(str(tmp_path / "out"), lambda *_: None, str(tmp_path / "downloads" / source.name))
     table = pq.read_table(tmp_path / "out" / files[0].path)
     assert table.column_names == ["text", "url"]
     assert table["text"].to_pylist() == [row["text"] for row in ROWS]
