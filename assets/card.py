@@ -83,8 +83,9 @@ def _section(title: str, content: str) -> str:
 
 def _summary(config: RunConfig, export: Record) -> str:
     model = config.model
+    kind = "GPT-2" if model.family == "gpt2" else "`nanochat` model"
     return (
-        f"A GPT-2 of {model.parameters:,} parameters ({model.layers} layers, {model.channels} channels, "
+        f"A {kind} of {model.parameters:,} parameters ({model.layers} layers, {model.channels} channels, "
         f"{model.heads} heads, context {model.context}), trained on {config.tokens:,} tokens and exported in "
         f"{export.config['dtype']}. "
         f"Stock transformers gives its checkpoint's logits within {export.metrics['max_difference']:.1e} on "
