@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assets.making import Maker
-from evals import reference
+from evals import reference, report
 from storage import objects, records
 from storage.records import Record
-from training.config import SUITES, RunConfig
+from training.config import SUITES, RunConfig, to_dict
 
 FILE = "README.md"
 MOST_SCORES = 30  # MMLU alone has 57 subjects; the report has all
 RECIPE = ("steps", "batch_tokens", "lr", "final_lr_fraction", "warmup_steps", "schedule", "weight_decay", "dtype")
+MUON = ("optimizer", "embedding_lr", "head_lr", "momentum")  # what only a run by Muon has
 
 
 def write_card(maker: Maker, run: str) -> None:
@@ -58,22 +59,22 @@ def card(run: str, config: RunConfig, made: Sequence[Record]) -> str:
     trained, export = by_asset["trained_model"], by_asset["hf_model"]
     scores = [record for record in made if record.asset in SUITES]
     parts = [
-        _front(),
+        _front(config.model.family),
         f"# {run}\n\n{_summary(config, export)}",
         _usage(),
         _section("Data", _data(config, by_asset)),
         _section("Recipe", _recipe(config)),
         _section("Scores", _scores(scores)),
-        _section("Against published numbers", _published(scores, config.model.parameters)),
+        _section("Against published numbers", _published(scores, report.size_class(to_dict(config.model)))),
         _section("Cost", _cost(made)),
         _section("Made by", _made_by(trained, export)),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _front() -> str:
+def _front(family: str) -> str:
     """What the hub reads of a card."""
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "language: en", "tags:", "- gpt2"]
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "language: en", "tags:", f"- {family}"]
     return "\n".join(["---", *lines, "---", ""])
 
 
@@ -111,7 +112,8 @@ def _data(config: RunConfig, by_asset: Mapping[str, Record]) -> str:
 
 
 def _recipe(config: RunConfig) -> str:
-    rows = [("recipe", config.recipe)] + [(key, str(getattr(config.train, key))) for key in RECIPE]
+    keys = [*RECIPE, *(MUON if config.train.optimizer == "muon" else ())]
+    rows = [("recipe", config.recipe)] + [(key, str(getattr(config.train, key))) for key in keys]
     return _table(("setting", "value"), rows)
 
 

@@ -111,6 +111,8 @@ def pictures(runs: Sequence[ReportData], logs: Sequence[MainLog]) -> list[Pictur
         shown.append(_optimisation(runs, logs))
     if any(run.metrics for run in runs):
         shown.append(_throughput(runs))
+    if any("attention_logit_max" in line for run in runs for line in run.metrics):
+        shown.append(_stability(runs))
     shown += _score_pictures(_beside_others(runs))
     if corpus := report_data.drawing(runs[0].inspection):
         shown.append(Picture("data", report_data.CAPTION, report_plots.render(corpus)))
@@ -165,6 +167,19 @@ def _throughput(runs: Sequence[ReportData]) -> Picture:
     return Picture("throughput", "Speed of training", report_plots.render(drawing))
 
 
+def _stability(runs: Sequence[ReportData]) -> Picture:
+    logits, sizes = (
+        [Curve(run.name, _largest(run, name)) for run in runs] for name in ("attention_logit_max", "activation_rms")
+    )
+    caption = "Stability: the layers' extremes, looked at every so many steps"
+    return Picture("stability", caption, report_plots.render(report_plots.stability(logits, sizes)))
+
+
+def _largest(run: ReportData, name: str) -> Points:
+    """Over the layers, at the steps that were looked at."""
+    return _points(run, [(int(m["step"]), max(m[name])) for m in run.metrics if m.get(name)])
+
+
 def _points(run: ReportData, values: Sequence[tuple[int, float]]) -> Points:
     """Against tokens: what is logged at step s was measured on weights that had seen s batches."""
     return [step * run.batch_tokens for step, _ in values], [value for _, value in values]
@@ -193,22 +208,30 @@ def accuracy_lines(run: ReportData) -> list[Line]:
     """GPT-2 and GPT-3 of the same size, as in the discussion's second pane."""
     lines = []
     for family, score in (("gpt2", "plot_line"), ("gpt3", "zero_shot")):
-        model = reference.same_size(parameters(run.config["model"]), family)
+        model = reference.same_size(size_class(run.config["model"]), family)
         if model:
             lines.append(Line(reference.NAMES[model], reference.published("hellaswag", score)[model].value))
     return lines
 
 
-def parameters(model: Mapping[str, int]) -> int:
-    """Of a GPT-2 of this shape, the head being tied to the token embeddings."""
+def parameters(model: Mapping[str, Any]) -> int:
+    """GPT-2's head is tied to the token embeddings; the speed recipe's model has matrices alone, and its own head."""
     layers, width = model["layers"], model["channels"]
     vocab = model.get("vocab", 50257)
+    if model.get("family", "gpt2") == "nanochat":
+        return layers * 12 * width**2 + 2 * vocab * width
     return (vocab + model["context"]) * width + layers * (12 * width**2 + 13 * width) + 2 * width
+
+
+def size_class(model: Mapping[str, Any]) -> int:
+    """Parameters by which it is compared with a GPT-2: a table that is only looked up takes no products."""
+    looked_up = model.get("vocab", 50257) * model["channels"] if model.get("family", "gpt2") == "nanochat" else 0
+    return parameters(model) - looked_up
 
 
 def score_bars(run: ReportData) -> list[Bar]:
     """The accuracies of the run, with what others got in the same score."""
-    other = reference.same_size(parameters(run.config["model"]), "gpt2")
+    other = reference.same_size(size_class(run.config["model"]), "gpt2")
     bars = []
     for suite, page in run.scores.items():
         for name in _headlines(page):
@@ -236,7 +259,7 @@ def core_levels(run: ReportData) -> list[Line]:
     """The mean, and the released GPT-2 of the same size and the largest one: GPT-2 grade."""
     ours = run.scores["core"]["scores"]["core"]["value"]
     published = reference.published("core", "core")
-    same = reference.same_size(parameters(run.config["model"]), "gpt2")
+    same = reference.same_size(size_class(run.config["model"]), "gpt2")
     models = dict.fromkeys([same, "gpt2-xl"] if same else ["gpt2-xl"])
     lines = [Line(f"{reference.NAMES[m]}: {published[m].value:.1%}", published[m].value) for m in models]
     return [Line(f"CORE of {run.name}: {ours:.1%}", ours), *lines]
@@ -257,7 +280,7 @@ def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) 
 def comparisons(runs: Sequence[ReportData]) -> list[reference.Comparison]:
     """The leading run against published numbers of its size, its baselines and the other runs."""
     lead = _beside_others(runs)
-    model = reference.same_size(parameters(lead.config["model"]), "gpt2")
+    model = reference.same_size(size_class(lead.config["model"]), "gpt2")
     rows = reference.against_published(lead.scores, model) if model else []
     for baseline in lead.baselines:
         rows += reference.against_run(lead.scores, baseline.scores, baseline.name, lead.items, baseline.items)

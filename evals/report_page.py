@@ -31,7 +31,12 @@ def page(
     body = [
         _header(runs),
         _tiles(lead, logs[0]),
-        _section("Training", _panes(by_name, ("loss", "hellaswag")) + _panes(by_name, ("optimisation",))),
+        _section(
+            "Training",
+            _panes(by_name, ("loss", "hellaswag"))
+            + _panes(by_name, ("optimisation",))
+            + _panes(by_name, ("stability",)),
+        ),
         _section(
             "Scores",
             _panes(by_name, ("scores",))

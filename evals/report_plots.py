@@ -196,6 +196,27 @@ def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
     return draw
 
 
+def stability(logits: Sequence[Curve], sizes: Sequence[Curve]) -> Drawing:
+    """The largest attention logit and activation RMS of any layer: what grows long before a loss diverges."""
+
+    def draw(theme: Theme) -> Figure:
+        figure, panes = _pair(theme)
+        for axes, title, curves in zip(
+            panes, ("Largest attention logit", "Activation RMS"), (logits, sizes), strict=True
+        ):
+            for number, curve in enumerate(curves):
+                axes.plot(*curve.points, "-o", color=theme.series[number % 6], lw=1.5, ms=3.5, label=curve.name)
+            _title(axes, title, theme)
+            axes.set_ylabel("largest of all layers")
+            axes.set_ylim(bottom=0)
+            _tokens_axis(axes)
+        if len(logits) > 1:
+            _legend(panes[0], theme, "lower right")
+        return figure
+
+    return draw
+
+
 def scores(run: str, bars: Sequence[Bar], title: str, levels: Sequence[Line]) -> Drawing:
     """A run's scores, with error bars of one standard error; references as marks beside them, levels as lines."""
 

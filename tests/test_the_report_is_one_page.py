@@ -16,6 +16,7 @@ from evals.report import (
     core_bars,
     core_levels,
     loss_lines,
+    parameters,
     parse_main_log,
     score_bars,
 )
@@ -143,6 +144,19 @@ def test_loss_lines_are_only_those_measured_on_as_many_tokens() -> None:
     same = Baseline("GPT-2", {"validation_loss": page({"loss": score(3.4)}, "validation_loss")})
     other = Baseline("GPT-2 elsewhere", {"validation_loss": page({"loss": score(3.1)}, "validation_loss", 7)})
     assert [line.name for line in loss_lines(run(baselines=[same, other]))] == ["GPT-2"]
+
+
+def test_the_layers_extremes_are_drawn_where_they_were_looked_at(tmp_path: Path) -> None:
+    looked = {"attention_logit_max": [3.0, 7.5], "activation_rms": [1.0, 2.0]}
+    report = build(run(metrics=({"step": 0, **looked}, {"step": 1})), str(tmp_path))
+    assert "stability" in [p.name for p in report.pictures]
+
+
+def test_a_speed_run_is_compared_with_the_gpt2_of_its_class() -> None:
+    """A table that is only looked up counts as parameters, but not for the class."""
+    model = {"layers": 12, "channels": 768, "heads": 6, "context": 1024, "family": "nanochat"}
+    assert parameters(model) == 84_934_656 + 2 * 50_257 * 768
+    assert [line.value for line in accuracy_lines(run(config=CONFIG | {"model": model}))][0] == 0.294463
 
 
 def test_hellaswag_lines_are_those_of_models_of_the_same_size() -> None:
