@@ -176,7 +176,7 @@ def measure(folder: str, items: str, dtype: str, device: str, limit: int, out: P
 def kernels(scorer: Watched, items: str) -> str:
     """The device's time of one batch of middling rows, by kernel."""
     found = hellaswag.read_items(items)
-    asked = hellaswag.requests(found, "completion", scorer.model.encode)
+    asked = hellaswag.requests(found, "completion", scorer.model)
     batches = list(_batches(_rows(asked, scorer.model.context, True), lambda: scorer.batch_tokens))
     batch = batches[len(batches) // 2]
     scorer._forward(batch)

@@ -18,6 +18,7 @@ from evals.scoring import Request, Scored, Scorer
 from storage import items as stored_items
 
 PROTOCOLS = ("completion", "harness")
+Prompt = tuple[str, tuple[str, ...]]  # context, endings
 # the last sentence, where it starts in lower case: how ctx_b follows ctx_a ("... on a roof. he")
 LOWER_CASE_END = re.compile(r"^(?P<a>.*[.!?\"')\]]) (?P<b>[a-z][^.!?]*)$", re.DOTALL)
 
@@ -64,7 +65,7 @@ def harness_text(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def prompt(item: Item, protocol: str) -> tuple[str, tuple[str, ...]]:
+def prompt(item: Item, protocol: str) -> Prompt:
     """The context and the endings as the model reads them, without the space between."""
     if protocol == "completion":
         return item.context, item.endings
@@ -72,18 +73,16 @@ def prompt(item: Item, protocol: str) -> tuple[str, tuple[str, ...]]:
     return harness_text(context), tuple(harness_text(ending) for ending in item.endings)
 
 
-def requests(items: Sequence[Item], protocol: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> list[Request]:
+def requests(items: Sequence[Item], protocol: str, model: LoadedModel) -> list[Request]:
     """Four requests an item, in order. Raises ValueError for an item whose tokens leave nothing to score."""
     prompts = [prompt(item, protocol) for item in items]
     if protocol == "completion":
         # context and " ending" are encoded apart, as llm.c does
-        contexts = encode([context for context, _ in prompts])
-        endings = encode([" " + ending for _, several in prompts for ending in several])
+        contexts = model.encode([context for context, _ in prompts])
+        endings = model.encode([" " + ending for _, several in prompts for ending in several])
     else:
-        contexts = encode([context.rstrip() for context, _ in prompts])
-        wholes = encode([_whole(context, ending) for context, several in prompts for ending in several])
-        owners = [n for n, (_, several) in enumerate(prompts) for _ in several]
-        endings = [whole[len(contexts[n]) :] for whole, n in zip(wholes, owners, strict=True)]
+        contexts = model.encode([context.rstrip() for context, _ in prompts])
+        endings = _harness_endings(prompts, contexts, model)
     made, position = [], 0
     for item, context, (_, several) in zip(items, contexts, prompts, strict=True):
         for number in range(len(several)):
@@ -93,9 +92,14 @@ def requests(items: Sequence[Item], protocol: str, encode: Callable[[Sequence[st
     return made
 
 
-def _whole(context: str, ending: str) -> str:
-    """Context and ending in one text: lm-eval encodes it whole and takes the tokens after the context's."""
-    return f"{context} {ending}"
+def _harness_endings(prompts: Sequence[Prompt], contexts: list[list[int]], model: LoadedModel) -> list[list[int]]:
+    """lm-eval encodes context and ending in one text, and takes the tokens after the context's."""
+    wholes = [(context, f"{context} {ending}") for context, several in prompts for ending in several]
+    if model.gpt2_vocabulary:  # its words begin with their space: what follows the context is the same alone
+        return model.encode([whole[len(context.rstrip()) :] for context, whole in wholes])
+    owners = [n for n, (_, several) in enumerate(prompts) for _ in several]
+    encoded = model.encode([whole for _, whole in wholes])
+    return [whole[len(contexts[n]) :] for whole, n in zip(encoded, owners, strict=True)]
 
 
 def evaluate(
@@ -111,7 +115,7 @@ def evaluate(
     per_item: list[dict[str, Any]] = []
     truncated = 0
     with ThreadPoolExecutor(1) as ahead:  # the next protocol's texts become tokens while a GPU scores this one's
-        waiting = [ahead.submit(requests, items, protocol, model.encode) for protocol in protocols]
+        waiting = [ahead.submit(requests, items, protocol, model) for protocol in protocols]
         for number, protocol in enumerate(protocols):
             asked = waiting[number].result()
             total = len(asked)

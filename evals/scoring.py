@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evals.head import linear_head, product, reduce_by_rows, reduce_in_cache
 from evals.model import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Scorer:
         # positions and vocabulary entries of a piece of logits: 2 MB stay in a CPU's cache (half the time of whole
         # rows), a GPU wants large matmuls
         self.piece = (4_096, 65_536) if on_gpu else (512, 1_024)
-        self.head = _linear_head(model)
+        self.head = linear_head(model)
         self.share_prefixes = share_prefixes and _honours_masks(self)
 
     def score(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Scored]:
@@ -144,7 +145,8 @@ class Scorer:
         """fp64 log-probability (N,) of each target, and whether it was the likeliest token."""
         owners, targets = picks.owners.split(picks.sizes), picks.targets.split(picks.sizes)
         parts = zip(picked.split(self.piece[0]), owners, targets, strict=True)
-        pairs = [_reduce(self._logits(rows), len(rows), owners, wanted) for rows, owners, wanted in parts]
+        reduce = reduce_by_rows if picked.is_cuda else reduce_in_cache
+        pairs = [reduce(self._logits(rows), len(rows), owners, wanted) for rows, owners, wanted in parts]
         logprobs = torch.cat([logprob for logprob, _ in pairs])
         greedy = torch.cat([likeliest for _, likeliest in pairs])
         return logprobs[picks.back], greedy[picks.back]
@@ -157,34 +159,7 @@ class Scorer:
         weights = self.head.weight.split(self.piece[1])
         biases = [None] * len(weights) if self.head.bias is None else self.head.bias.split(self.piece[1])
         for weight, bias in zip(weights, biases, strict=True):
-            yield _product(rows, weight, bias)
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """fp32 logits (n, v) whatever the weights' type: GPT-2's lie near -100, where bf16 has steps of 0.5."""
-    if rows.dtype == torch.float32:
-        return torch.nn.functional.linear(rows, weight, bias)
-    exact = torch.mm(rows, weight.t(), out_dtype=torch.float32) if rows.is_cuda else rows.float() @ weight.float().t()
-    return exact if bias is None else exact + bias
-
-
-def _reduce(pieces: Iterable[Tensor], count: int, owners: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax of each wanted token (n,) in its position's logits, which come in pieces of the vocabulary."""
-    top = torch.full((count, 1), -torch.inf, device=wanted.device)
-    total = torch.zeros_like(top, dtype=torch.float64)
-    chosen = torch.full(wanted.shape, -torch.inf, device=wanted.device)
-    start = 0
-    for logits in pieces:  # (m, v)
-        width = logits.shape[-1]
-        inside = (wanted >= start) & (wanted < start + width)
-        chosen = torch.where(inside, logits[owners, (wanted - start).clamp(0, width - 1)], chosen)
-        highest = torch.maximum(top, logits.amax(-1, keepdim=True))
-        # in place: a second tensor of this size costs more than the exp itself
-        sums = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-        total = total * (top - highest).double().exp() + sums
-        top, start = highest, start + width
-    top, total = top.squeeze(-1)[owners], total.squeeze(-1)[owners]
-    return chosen.double() - top.double() - total.log(), chosen == top
+            yield product(rows, weight, bias)
 
 
 def rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -357,21 +332,6 @@ def _by_branch(outputs: Sequence[Output]) -> Iterator[tuple[Branch, float, bool]
         sums = np.add.reduceat(output.logprobs.cpu().numpy(), starts)
         greedy = np.logical_and.reduceat(output.greedy.cpu().numpy(), starts)
         yield from zip(output.branches, sums.tolist(), greedy.tolist(), strict=True)
-
-
-@torch.inference_mode()
-def _linear_head(model: LoadedModel) -> torch.nn.Linear | None:
-    """The output matrix, if the logits are its product with the last hidden states and nothing else.
-
-    Some architectures scale or cap their logits after it; those go through the whole model.
-    """
-    head = model.module.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or model.module.base_model is model.module:
-        return None
-    probe = torch.tensor([[model.eot, 0, 1, 2]], device=model.device)
-    states = model.module.base_model(probe, use_cache=False).last_hidden_state
-    logits = model.module(probe, use_cache=False).logits
-    return head if torch.allclose(head(states).float(), logits.float(), atol=1e-4) else None
 
 
 def _honours_masks(scorer: Scorer) -> bool:

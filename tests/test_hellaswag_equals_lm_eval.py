@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,17 @@ def test_real_items_score_as_in_lm_eval(folder: str, tmp_path: Path, shared_data
     some = [json.loads(line) for line in lines[:12] + lines[6000:6012]]
     items = hellaswag.read_items(tiny_gpt2.write_items(tmp_path / "real.jsonl", some))
     agree(ours(folder, items), lm_eval_says(folder, items, tmp_path))
+
+
+def test_endings_are_the_same_tokens_alone_as_after_their_context(folder: str) -> None:
+    """With GPT-2's tokenizer, whatever the white space; another model's encodes each context with its ending."""
+    draw = random.Random(1)
+    texts = ["".join(draw.choices(" \n\t's1a.!é中 ", k=draw.randrange(1, 9))) for _ in range(4000)]
+    prompts = [(f"x{a}", (b, b[::-1])) for a, b in zip(texts[::2], texts[1::2], strict=True)]
+    model = load(folder, "cpu")
+    contexts = model.encode([context.rstrip() for context, _ in prompts])
+    alone = hellaswag._harness_endings(prompts, contexts, model)
+    assert alone == hellaswag._harness_endings(prompts, contexts, replace(model, gpt2_vocabulary=False))
 
 
 def test_lm_eval_over_our_scorer_gives_lm_evals_numbers(folder: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tiny_gpt2
 import torch
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from evals import scoring
 from evals.model import LoadedModel, fuse_gelu, load
 from evals.scoring import Request, Scored, Scorer
 
@@ -138,6 +139,20 @@ def in_bf16(device: str, model: LoadedModel) -> tuple[list[float], list[float]]:
 def test_bf16_logits_are_not_rounded(model: LoadedModel) -> None:
     scored, wanted = in_bf16("cpu", model)
     assert scored == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("piece", [(512, 1_024), (4_096, 65_536)])
+def test_logits_are_reduced_on_a_gpu_as_on_a_cpu(
+    piece: tuple[int, int], model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests()
+    here = Scorer(model).score(asked)
+    monkeypatch.setattr(scoring, "reduce_in_cache", scoring.reduce_by_rows)
+    scorer = Scorer(model)
+    scorer.piece = piece
+    there = scorer.score(asked)
+    assert values(there) == pytest.approx(values(here), abs=1e-5)
+    assert [s.greedy for s in there] == [s.greedy for s in here]
 
 
 def test_gelu_in_one_kernel_changes_nothing(model: LoadedModel) -> None:
