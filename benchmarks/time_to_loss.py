@@ -66,12 +66,13 @@ def configure(name: str, settings: Sequence[str], seed: int, options: argparse.N
         base.train,
         steps=options.steps, batch_tokens=options.batch_tokens, init_seed=seed, order_seed=seed,
         warmup_steps=min(base.train.warmup_steps, options.steps // 10),
-        val_every=options.val_every, val_batches=1, val_sequences=options.val_tokens // base.model.context,
-        hellaswag=False,
+        val_every=options.val_every, val_batches=1, hellaswag=False,
         sample_every=0, sample_tokens=16, checkpoint_every=options.steps,
     )  # fmt: skip
     machine = MachineConfig(gpus=1, micro_batch=options.micro_batch)
-    return override(replace(base, train=train, machine=machine), settings)
+    config = override(replace(base, train=train, machine=machine), settings)
+    sequences = max(1, options.val_tokens // config.model.context)
+    return replace(config, train=replace(config.train, val_sequences=sequences))
 
 
 def rescaled(name: str, batch_tokens: int, steps: int) -> RunConfig:
@@ -138,6 +139,10 @@ def figures(run: Path, config: RunConfig) -> dict[str, Any]:
         "tokens_per_second": config.tokens / total,
         "peak_gib": max(step.get("memory", 0) for step in steps) / GIB,
         "skipped_updates": steps[-1]["skipped"],
+        "attention_logit_max": max(
+            (max(s["attention_logit_max"]) for s in steps if "attention_logit_max" in s), default=0
+        ),
+        "activation_rms_max": max((max(s["activation_rms"]) for s in steps if "activation_rms" in s), default=0),
         "process_seconds": json.loads((run / "wall.json").read_text()),
         "losses": losses,
     }

@@ -1,0 +1,101 @@
+"""The time-to-loss benchmark: what it counts, what it trains on, and that no run is made twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_run
+from tiny_pipeline import ROOT
+
+from benchmarks import time_to_loss
+from benchmarks.token_corpora import prepare
+from storage.shards import open_shard, shard_paths
+from storage.tokenizer import EOT, encode
+
+
+def result(variant: str = "base", seed: int = 1, **changes: Any) -> dict[str, Any]:
+    losses = {"0": 10.9, "25": 5.0, "50": 4.7, "75": 4.5}
+    made = {"variant": variant, "seed": seed, "losses": losses, "seconds_until": {s: int(s) * 0.2 for s in losses}}
+    return made | {"final_loss": 4.5, "seconds": 15.0, "tokens_per_second": 6e5, "peak_gib": 12.5} | changes
+
+
+def test_steps_that_compile_count_as_the_ones_after_them() -> None:
+    assert time_to_loss.step_seconds([30.0, 5.0, 1.0, *[0.2] * 9, 0.4]) == pytest.approx([0.2] * 12 + [0.4])
+
+
+def test_the_target_is_passed_at_a_validation_and_nothing_is_interpolated() -> None:
+    assert time_to_loss.passed(result(), 4.789) == (50, 10.0)
+    assert time_to_loss.passed(result(), 4.0) is None
+
+
+def test_the_table_has_means_with_standard_errors_and_names_failures() -> None:
+    results = [result(), result(seed=2, final_loss=4.7), {"variant": "high", "seed": 1, "failed": "exit status 1"}]
+    lines = time_to_loss.table(results, 4.789).splitlines()
+    assert "| base | 2 | 4.6000 ± 0.1000 | 15.0 ± 0.0 | 50 ± 0 | 10.0 ± 0.0 | 600,000 ± 0 | 12.5 ± 0.0 |" in lines
+    assert "| high | 0 of 1 | - | - | - | - | - | - |" in lines and "  high, seed 1: exit status 1" in lines
+
+
+def test_the_speed_recipes_rates_follow_from_the_batch_and_a_setting_comes_last() -> None:
+    options = parsed("--batch-tokens=32768", "--steps=100", "--val-tokens=4096")
+    config = time_to_loss.configure("modern:d4c512", ["head_lr=0.5"], 3, options)
+    assert config.train.lr == pytest.approx(0.5 * time_to_loss.rescaled("modern:d4c512", 131_072, 100).train.lr)
+    assert (config.train.head_lr, config.train.init_seed, config.train.order_seed) == (0.5, 3, 3)
+    assert (config.train.val_sequences, config.train.steps, config.model.channels) == (4, 100, 512)
+    gpt2 = time_to_loss.configure("gpt2-124m", [], 1, options)
+    assert (gpt2.train.lr, gpt2.train.warmup_steps) == (6e-4, 10)
+
+
+def parsed(*words: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["time_to_loss", "--corpus", "x", *words])
+        return time_to_loss.arguments()
+
+
+def test_parquet_is_read_in_order_with_eot_before_each_document(tmp_path: Path) -> None:
+    for name, texts in (("000.parquet", ["One text.", "Two"]), ("001.parquet", ["Three more words"])):
+        pq.write_table(pa.table({"text": texts}), tmp_path / name)
+    corpora = prepare(str(tmp_path), str(tmp_path / "001.parquet"), 0, tmp_path / "runs")
+    expected = [t for text in ("One text.", "Two", "Three more words") for t in (EOT, *encode(text))]
+    assert open_shard(shard_paths(corpora.folder, "train")[0]).tolist() == expected
+    assert corpora.val_tokens == 1 + len(encode("Three more words"))
+
+
+def test_a_split_cuts_the_last_training_tokens_off_and_content_names_corpora(tmp_path: Path) -> None:
+    shards = tiny_run.tokens(tmp_path / "tokens")
+    whole = prepare(shards, shards, 0, tmp_path / "a")
+    split = prepare(shards, "", 100, tmp_path / "b")
+    last = open_shard(shard_paths(shards, "train")[-1])
+    assert (split.train_tokens, split.val_tokens) == (whole.train_tokens - 100, 100)
+    assert np.array_equal(open_shard(shard_paths(split.folder, "val")[0]), last[-100:])
+    assert split.train != whole.train and split.val != whole.val
+    assert prepare(shards, shards, 0, tmp_path / "elsewhere").named() == whole.named()
+    with pytest.raises(ValueError, match="--split 400 leaves nothing"):
+        prepare(shards, "", 400, tmp_path / "c")
+
+
+@pytest.mark.slow
+def test_variants_are_trained_once_and_written_down(tmp_path: Path) -> None:
+    shards = tiny_run.tokens(tmp_path / "tokens", size=2_000)
+    words = ["--corpus", shards, "--steps=4", "--batch-tokens=1024", "--micro-batch=16", "--val-every=2"]
+    words += ["--val-tokens=512", "--set", "context=64", "train.dtype=fp32", "vocab=256", "--target=9", "--at-once=2"]
+    words += ["--recipe=modern:d1c128", "--variant=base", "--variant=slower:lr=1e-3"]
+    command = [sys.executable, "-m", "benchmarks.time_to_loss", *words]
+    command += ["--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=tiny_run.environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert "| slower | 1 | " in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {r["variant"]: list(r["losses"]) for r in found.values()} == {
+        "base": ["0", "2", "4"],
+        "slower": ["0", "2", "4"],
+    }
+    assert len({r["corpora"]["train"] for r in found.values()}) == 1
+    assert not list((tmp_path / "runs").glob("*/checkpoints"))
+    assert len(done.stdout.splitlines()) == 5  # the second call trained nothing: corpora, head and two lines
