@@ -22,6 +22,7 @@ from storage.lineage import Lineage
 from storage.places import Places
 from storage.records import File, Parent, Record
 from training import recipes
+from training.claims import started
 from training.config import RunConfig, to_dict
 
 if TYPE_CHECKING:
@@ -188,8 +189,12 @@ class Maker:
         objects.publish_json(url, {"fingerprint": fingerprint})
 
     @contextmanager
-    def training(self, run: str) -> Iterator[None]:
-        """Hold a run while it is trained here: two trainings in one folder would tear each other's files."""
+    def training(self, run: str) -> Iterator[list[int]]:
+        """Hold a run while it is trained here: two trainings in one folder would tear each other's files.
+
+        Gives the open file that holds it, for the ranks' launcher: where this process is killed, the ranks save a
+        checkpoint, and who comes next waits for them.
+        """
         path = self.places.home / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+") as lock:
@@ -197,14 +202,18 @@ class Maker:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 lock.seek(0)
-                raise ValueError(
-                    f"run {run!r} is being trained by process {lock.read()}: wait for it or stop it"
-                ) from error
+                if started(int(holder := lock.read() or 0)) != "gone":
+                    raise ValueError(
+                        f"run {run!r} is being trained by process {holder}: wait for it or stop it"
+                    ) from error
+                message = f"process {holder} was killed: waiting until its ranks have saved their checkpoint"
+                self.listener.progressed("trained_model", {"event": "warning", "message": message})
+                fcntl.flock(lock, fcntl.LOCK_EX)
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
             with turn_or_refusal(self.places.store, run):  # of other machines on this store
-                yield
+                yield [lock.fileno()]
 
     def folder(self, key: str) -> str:
         """The local folder in which the files of `key` are worked on."""

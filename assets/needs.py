@@ -1,11 +1,14 @@
 """Which outputs in the store does a run refer to, whatever of it has been made yet?"""
 
+import logging
 from collections.abc import Iterator
 
 from assets.corpus import completion_output
 from assets.items import hellaswag_output
 from assets.making import Maker
 from storage import objects, sources
+
+log = logging.getLogger(__name__)
 
 
 def needs(maker: Maker, run: str) -> Iterator[str]:
@@ -14,8 +17,8 @@ def needs(maker: Maker, run: str) -> Iterator[str]:
     url = objects.join(maker.places.store, "runs", run, "inputs.json")
     inputs: dict[str, str] = objects.read_json(url) if objects.exists(url) else {}
     yield from inputs.values()
-    if "documents" not in inputs:  # its name is known once its source has been looked at
-        yield f"corpora/{sources.resolve(config.corpus).name}/documents"
+    if "documents" not in inputs:
+        yield from _documents(maker, run, config.corpus)
     elif "tokens" not in inputs:  # being made, from these documents
         corpus = inputs["documents"].split("/")[1]
         tokens = objects.list_files(objects.join(maker.places.store, "tokens"))
@@ -24,3 +27,17 @@ def needs(maker: Maker, run: str) -> Iterator[str]:
         yield hellaswag_output(config.evals).key
     if "tokens" in inputs:
         yield completion_output(maker, run, config.evals).key
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    return (ValueError, *objects.failures())
+
+
+def _documents(maker: Maker, run: str, corpus: str) -> set[str]:
+    """Their key is known once the source has been looked at; where it can't be, any in the store may be meant."""
+    try:
+        return {f"corpora/{sources.resolve(corpus).name}/documents"}
+    except _unreadable() as error:
+        log.warning("run %r has no documents yet and its corpus can't be read (%s): every corpus is kept", run, error)
+        there = objects.list_files(objects.join(maker.places.store, "corpora"))
+        return {f"corpora/{s.path.split('/')[0]}/documents" for s in there}

@@ -66,8 +66,11 @@ class Launcher:
         on_event: Callable[[Event], None],
         on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None,
         grace: float = STOP_SECONDS,
+        held: Sequence[int] = (),
     ) -> None:
         """Run `python -m module arguments` until it ends; `grace`: seconds that it gets to end when told to.
+
+        `held`: open files whose locks the process holds on to, should this one die before it.
 
         Events go to `on_event`, all other output to stdout, where Dagster's compute logs keep it.
         Raises ProcessFailed, or Interrupted for a trainer that stopped at a checkpoint.
@@ -82,6 +85,7 @@ class Launcher:
             env=os.environ | QUIET_THREADS | {events.EVENTS_VARIABLE: "1"},
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops that one
             preexec_fn=launch.dying_with(me),
+            pass_fds=held,
         )
         on_start(process)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)

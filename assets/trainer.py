@@ -5,7 +5,6 @@ step that makes the shards then starts it in a thread, and the model's own step 
 the model is made from the whole tokens, whose record is written before the model's.
 """
 
-import atexit
 import functools
 import threading
 import time
@@ -70,7 +69,7 @@ def train(
 ) -> None:
     """Train the run on the shards of a local folder, in a process, until it ends."""
     ranks = launch.ranks_here(run.machine.gpus)
-    with maker.training(name):
+    with maker.training(name) as held:
         maker.claim_run(name, output.fingerprint)
         maker.launcher.run(
             "training.launch",
@@ -78,6 +77,7 @@ def train(
             on_event,
             on_start,
             _grace(run),
+            held,
         )
 
 
@@ -116,7 +116,6 @@ class Training:
         self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
-        atexit.register(self.stop)  # where the step that would have joined it never came
 
     def _follow(self) -> None:
         remote = records.folder_url(self.maker.places.store, self.tokens.key)

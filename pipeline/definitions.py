@@ -1,6 +1,7 @@
 """What does Dagster see? The assets, the jobs over them, and what they work with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import dagster as dg
@@ -11,6 +12,7 @@ from assets.making import Maker
 from assets.models import score_models
 from assets.report import report
 from assets.resources import RUNS, Launcher, Listener, Silent
+from assets.trainer import stop_early
 from pipeline import instance, launchpad, sensors
 from storage.places import places
 from training.config import SUITES
@@ -42,10 +44,16 @@ def rescore(names: Iterable[str] = RESCORED) -> dict[str, Any]:
 def _maker(listener: Listener) -> dg.ResourceDefinition:
     """What every asset works with; whoever executes a run makes it first, and says here who that is."""
 
-    def begin(context: dg.InitResourceContext) -> Maker:
-        if context.instance is not None and context.run is not None:
-            instance.own(context.instance, context.run)
-        return Maker(places(), Launcher(), listener)
+    def begin(context: dg.InitResourceContext) -> Iterator[Maker]:
+        maker = Maker(places(), Launcher(), listener)
+        with ExitStack() as stack:
+            if context.instance is not None and context.run is not None:
+                stack.enter_context(instance.owned(context.instance, context.run))
+            try:
+                yield maker
+            finally:
+                for name in [*maker.trainings]:  # begun while its shards were made, and never joined: a stage failed
+                    stop_early(maker, name)
 
     return dg.ResourceDefinition(begin)
 

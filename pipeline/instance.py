@@ -4,16 +4,21 @@ import importlib.util
 import os
 import platform
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
+import yaml
 
 from assets.resources import POOL
 from pipeline.page import SERVED_BY
 from storage import objects
 from storage.places import Places
+from training.claims import started
 
 POSTGRES_VARIABLE = "DAGSTER_POSTGRES_URL"
 POSTGRES_SCHEME = "postgresql+psycopg2://"
@@ -34,6 +39,8 @@ telemetry:
 nux:
   enabled: false
 """
+NEEDED = ("concurrency", "run_monitoring")  # of these, whatever else a user's own file may leave out
+WITHOUT = "two trainings may share the cards, and a run that never starts stays so"
 EMBEDDED = "# Runs, events and logs lie in this folder (SQLite).\n"
 TEAM = f"""\
 storage: # runs and events; what the steps printed lies in this folder
@@ -42,9 +49,11 @@ storage: # runs and events; what the steps printed lies in this folder
       env: {POSTGRES_VARIABLE}
 """
 
-HOST_TAG, PROCESS_TAG = "gpt2/host", "gpt2/process"
+HOST_TAG, PROCESS_TAG, ALIVE_TAG = "gpt2/host", "gpt2/process", "gpt2/alive"
 UNFINISHED = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
 NAMELESS_SECONDS = 300.0  # after which a run whose process has not named itself never had one for long
+ALIVE_SECONDS = 60.0  # between two notes that a run's process lives
+SILENT_SECONDS = 900.0  # without one, after which a run of another machine counts as lost; clocks may differ a little
 PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
 
 
@@ -70,22 +79,51 @@ def prepare(places: Places) -> None:
     places.dagster_home.mkdir(parents=True, exist_ok=True)
     if there.startswith(OURS) and there != wanted:
         objects.publish_bytes(str(settings), wanted.encode())
+    if not there.startswith(OURS):
+        _warn_of_missing(settings, there)
     os.environ.update(places.variables())
 
 
-def own(dagster: dg.DagsterInstance, run: dg.DagsterRun) -> None:
-    """Note which process executes a run, and end with the code server where that has launched it.
+def _warn_of_missing(settings: Path, text: str) -> None:
+    """Say which of our settings a file lacks that its owner has changed, or that an older version wrote."""
+    theirs = yaml.safe_load(text) or {}
+    missing = {name: value for name, value in yaml.safe_load(SETTINGS).items() if name in NEEDED and name not in theirs}
+    if missing:
+        sys.stderr.write(
+            f"{settings} is not kept up to date by gpt2 and lacks {' and '.join(missing)}, so {WITHOUT}. Add to it, or "
+            f"delete the file to get it all:\n{yaml.safe_dump(missing, sort_keys=False)}"
+        )
+
+
+@contextmanager
+def owned(dagster: dg.DagsterInstance, run: dg.DagsterRun) -> Iterator[None]:
+    """Note which process executes a run and, within this, that it lives; end with the code server that launched it.
 
     Only the process itself can say so: Dagster tells nobody where a run is executed.
     """
-    pid = os.getpid()
-    dagster.add_run_tags(run.run_id, {HOST_TAG: platform.node(), PROCESS_TAG: f"{run.run_id}:{pid}:{_started(pid)}"})
+    pid, ended = os.getpid(), threading.Event()
+    dagster.add_run_tags(run.run_id, {HOST_TAG: platform.node(), PROCESS_TAG: f"{run.run_id}:{pid}:{started(pid)}"})
     if run.remote_job_origin is not None:
         threading.Thread(target=_end_with_server, daemon=True).start()
+    alive = threading.Thread(target=_tell, args=(dagster, run.run_id, ended), daemon=True)
+    alive.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        alive.join()
+
+
+def _tell(dagster: dg.DagsterInstance, run_id: str, ended: threading.Event) -> None:
+    while True:
+        dagster.add_run_tags(run_id, {ALIVE_TAG: f"{time.time():.0f}"})
+        if ended.wait(ALIVE_SECONDS):
+            return
 
 
 def sweep(dagster: dg.DagsterInstance) -> list[str]:
-    """Mark as failed the runs whose process on this host has died -> their ids; free the cards that ended runs hold."""
+    """Mark as failed the runs whose process has died, or whose machine is lost -> their ids; free the cards that ended
+    runs hold."""
     swept = []
     for record in dagster.get_run_records(dg.RunsFilter(statuses=UNFINISHED)):
         run, reason = record.dagster_run, _dead(record)
@@ -116,22 +154,20 @@ def _dead(record: dg.RunRecord) -> str:
         silent = time.time() - record.create_timestamp.timestamp() > NAMELESS_SECONDS
         begun = record.start_time is not None and time.time() - record.start_time > NAMELESS_SECONDS
         return "The process that executed this run died before it had begun." if silent and begun else ""
-    pid, _, started = process.partition(":")
-    if tags.get(HOST_TAG) != platform.node() or _started(int(pid)) == started:
+    host = tags.get(HOST_TAG, "")
+    if host != platform.node():
+        quiet = time.time() - float(tags.get(ALIVE_TAG, "inf"))
+        return f"Nothing was heard of {host} for {quiet / 60:.0f} minutes." if quiet > SILENT_SECONDS else ""
+    pid, _, since = process.partition(":")
+    if started(int(pid)) == since:
         return ""
     return f"The process {pid} that executed this run died without a word."
-
-
-def _started(pid: int) -> str:
-    """When a process started, in ticks since boot; tells it from a later one of the same number."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "gone"
 
 
 def _end_with_server() -> None:
     """Interrupt this process, as Ctrl-C would, when what launched it has died: nobody could stop the run any more."""
     parent, served_by = os.getppid(), int(os.environ.get(SERVED_BY, "0"))
-    server = _started(served_by)
-    while os.getppid() == parent and _started(served_by) == server:
+    server = started(served_by)
+    while os.getppid() == parent and started(served_by) == server:
         time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGINT)

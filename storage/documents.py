@@ -14,7 +14,7 @@ from typing import Any
 
 import duckdb
 
-from storage import objects, sources
+from storage import objects
 from storage.records import Record, file_url
 
 INDEX = ".documents.parquet"  # ends the name of a shard's index
@@ -110,6 +110,8 @@ def show_documents(connection: duckdb.DuckDBPyConnection, stores: Sequence[str])
 
 def texts_at(url: str, rows: Iterable[int]) -> dict[int, str]:
     """The text of rows of a parquet file, by row, from one reading of each row group that holds one of them."""
+    from storage import sources  # parquet takes as long to load as all that only looks documents up
+
     wanted, first = sorted(set(rows)), 0
     found: dict[int, str] = {}
     metadata = sources.read_metadata(url)

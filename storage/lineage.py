@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 
 from storage import lineage_rows as rows_of
 from storage import lineage_schema as schema
@@ -273,6 +272,8 @@ def _forget(connection: duckdb.DuckDBPyConnection, store: str, path: str) -> Non
 
 def _insert(connection: duckdb.DuckDBPyConnection, read: Sequence[Rows]) -> None:
     """One statement a table: row by row takes a millisecond each."""
+    import pyarrow as pa  # here alone: a question that finds nothing new is answered before this is loaded
+
     for table in (*schema.TABLES, schema.INGESTED):
         values = [row for rows in read for row in rows.get(table, [])]
         if values:

@@ -64,19 +64,20 @@ def statuses(store: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
-def test_kill_9_ends_every_rank_after_a_checkpoint_and_the_next_run_goes_on(
+def test_kill_9_ends_every_rank_after_a_checkpoint_and_a_run_started_at_once_goes_on_from_it(
     training: tuple[Path, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, process = training
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_for("the ranks to end", lambda: not processes_of(store))
     assert statuses(store, monkeypatch) == ["STARTED"]  # nobody was left to say otherwise
-    saved = sorted(path.parent.name for path in (store / "runs/long/checkpoints").glob("*/DONE"))
     done = gpt2(*LONG, "--only", "data", "--only", "training", "--store", str(store), "--json", cwd=store.parent)
     assert done.returncode == 0, done.stderr
     assert statuses(store, monkeypatch) == ["SUCCESS", "FAILURE"]
-    assert f"resumed from {store}/runs/long/checkpoints/{saved[-1]}" in (store / "runs/long/train.log").read_text()
+    assert not processes_of(store)
+    assert f"resumed from {store}/runs/long/checkpoints/step_" in (store / "runs/long/train.log").read_text()
+    (lost,) = (json.loads(line) for line in (store / "runs/long/lost.jsonl").read_text().splitlines())
+    assert (lost["why"], lost["steps"]) == ("restart", 0)
     steps = [line for line in (store / "runs/long/main.log").read_text().splitlines() if " trl:" in line]
     assert [int(line.split()[0][2:]) for line in steps] == list(range(60))
 

@@ -1,6 +1,7 @@
 """`gpt2 store verify` and `gc`: what is wrong is found and named, what nothing needs goes, what a run needs stays."""
 
 import json
+import os
 import shutil
 import time
 
@@ -145,6 +146,25 @@ def test_the_commands_say_and_do_it(finished, tmp_path):
     assert json.loads(gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path).stdout)["garbage"] == []  # new
     refused = gpt2("store", "gc", "--hours", "0.5", "--store", str(store), cwd=tmp_path)
     assert refused.returncode == 2 and "running run" in refused.stderr
+
+
+def test_a_run_whose_corpus_is_gone_keeps_every_corpus(finished, tmp_path):
+    """What it would read is not known: nothing is listed that it may mean, and that is said."""
+    store = tmp_path / "store"
+    shutil.copytree(finished.store, store, ignore=shutil.ignore_patterns("dagster"))
+    (store / "corpora/other").mkdir()
+    shutil.copytree(store / "runs/tiny", store / "runs/lost", ignore=lambda *_: ["inputs.json", "record.json"])
+    config = objects.read_json(f"{store}/runs/lost/config.json") | {"corpus": str(tmp_path / "gone")}
+    objects.publish_json(f"{store}/runs/lost/config.json", config)
+    make(str(store), "corpora/other/documents")
+    old = time.time() - 3 * 86400
+    for path in (store / "corpora/other").rglob("*"):
+        os.utime(path, (old, old))
+    kept = gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path)
+    assert json.loads(kept.stdout)["garbage"] == [] and "gone" in kept.stderr and "every corpus is kept" in kept.stderr
+    shutil.rmtree(store / "runs/lost")
+    gone = gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path)
+    assert [g["name"] for g in json.loads(gone.stdout)["garbage"]] == ["corpora/other/documents"]
 
 
 def states(store, tmp_path) -> dict[str, tuple[str, str]]:

@@ -86,12 +86,21 @@ def test_a_url_of_another_driver_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert "secret" not in str(refused.value)
 
 
-def test_settings_that_a_user_wrote_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_a_user_wrote_stay_and_what_they_lack_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = tmp_path / "home/dagster/dagster.yaml"
     settings.parent.mkdir(parents=True)
     settings.write_text("telemetry:\n  enabled: false\n")
     prepare(tmp_path, monkeypatch)
     assert settings.read_text() == "telemetry:\n  enabled: false\n"
+    said = capsys.readouterr().err
+    assert f"{settings} is not kept up to date by gpt2 and lacks concurrency and run_monitoring" in said
+    settings.write_text(said.split("get it all:\n")[1])
+    prepare(tmp_path, monkeypatch)
+    assert capsys.readouterr().err == ""
+    with dg.DagsterInstance.get() as dagster:
+        assert dagster.get_concurrency_config().pool_config.default_pool_limit == 1
 
 
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

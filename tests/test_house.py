@@ -12,7 +12,7 @@ import pytest
 import typer
 from tiny_pipeline import ROOT
 
-from pipeline.commands.main import app
+from pipeline.commands.main import build
 
 ORDER = ["pipeline", "assets", "training", "evals", "storage"]  # each imports only from itself and those behind it
 TORCH_FREE = {
@@ -118,5 +118,5 @@ def commands(command: click.Command, name: str) -> Iterator[str]:
 
 def test_every_command_is_documented() -> None:
     pages = readme() + "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
-    for command in commands(typer.main.get_command(app), "gpt2"):
+    for command in commands(typer.main.get_command(build()), "gpt2"):
         assert command in pages, f"`{command}` is in neither README.md nor docs/"

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,23 @@ def nothing() -> None:
 
 def test_a_run_whose_process_is_gone_is_marked_as_failed_and_no_other(tmp_path: Path) -> None:
     with dg.DagsterInstance.local_temp(str(tmp_path)) as dagster:
-        dead, lives, retry = (dagster.create_run_for_job(nothing) for _ in range(3))
-        for run in (dead, lives, retry):
+        dead, lives, retry, lost, far = (dagster.create_run_for_job(nothing) for _ in range(5))
+        for run in (dead, lives, retry, lost, far):
             dagster.report_run_canceling(run)
-        instance.own(dagster, dead)
-        instance.own(dagster, lives)
+            if run is not retry:
+                with instance.owned(dagster, run):
+                    pass
         gone = subprocess.Popen(["true"])
         gone.wait()
         process = {instance.PROCESS_TAG: f"{dead.run_id}:{gone.pid}:1"}
         dagster.add_run_tags(dead.run_id, process)
         dagster.add_run_tags(retry.run_id, process)  # a retry inherits the tags of its run
-        assert instance.sweep(dagster) == [dead.run_id]
-        found = [dagster.get_run_by_id(run.run_id).status.value for run in (dead, lives, retry)]
-        assert found == ["FAILURE", "CANCELING", "CANCELING"]
+        elsewhere = {instance.HOST_TAG: "another-machine"}
+        dagster.add_run_tags(far.run_id, elsewhere)
+        dagster.add_run_tags(lost.run_id, elsewhere | {instance.ALIVE_TAG: f"{time.time() - 1000:.0f}"})
+        assert {*instance.sweep(dagster)} == {dead.run_id, lost.run_id}
+        found = [dagster.get_run_by_id(run.run_id).status.value for run in (dead, lives, retry, lost, far)]
+        assert found == ["FAILURE", "CANCELING", "CANCELING", "FAILURE", "CANCELING"]
 
 
 def tags(page: Page, run_id: str) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Which of several machines does a piece of work, and who takes it over from one that died?
 
 A claim is an object that only one machine can create. Its owner renews it while it works; whoever has seen it
-unchanged for the length of a lease takes the work over with the next claim on it; on the owner's own machine, whoever
-sees that its process is gone does so at once. Clocks are not compared: each machine counts by its own. Work done twice
-is wasted, never wrong: what is claimed here gives the same bytes.
+unchanged for the length of a lease takes the work over with the next claim on it; where the owner's processes can be
+seen, whoever finds its own gone does so at once. Clocks are not compared: each machine counts by its own. Work done
+twice is wasted, never wrong: what is claimed here gives the same bytes.
 """
 
 import json
@@ -12,12 +12,39 @@ import socket
 import threading
 import time
 import uuid
+from functools import cache
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from storage import objects
 
 LEASE = 60.0  # seconds without a renewal after which work is taken over
 RENEWALS = 4  # of a claim during a lease
+
+
+@cache
+def processes_here() -> str:
+    """Names the processes that this one can see: those of this boot and container, which a host's name does not tell.
+
+    Empty where the kernel does not say.
+    """
+    boot, container = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
+    return (
+        f"{boot.read_text().strip()} {os.readlink(container)}" if boot.exists() and os.path.lexists(container) else ""
+    )
+
+
+def started(pid: int) -> str:
+    """When a process started, in ticks since boot, which tells it from a later one of the same number.
+
+    "gone" for one that has ended, also where its parent has not asked how.
+    """
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return "gone" if words[0] in "ZX" else words[19]
 
 
 class Claims:
@@ -26,6 +53,7 @@ class Claims:
     def __init__(self, place: str):
         self.place, self.lease = place, LEASE
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.process = {"pid": os.getpid(), "started": started(os.getpid()), "among": processes_here()}
         self.lock = threading.Lock()
         self.held: dict[str, int] = {}  # name → number of our claim on it
         self.seen: dict[str, tuple[str, float]] = {}  # name → (the last claim on it, since when)
@@ -67,20 +95,25 @@ class Claims:
 
     def _content(self) -> bytes:
         self.beats += 1
-        return json.dumps({"owner": self.owner, "beat": self.beats}).encode()
+        return json.dumps({"owner": self.owner, "process": self.process, "beat": self.beats}).encode()
 
     def owner_of(self, name: str) -> str:
         """Who has made the last claim on `name`: host:process:digits; "" where there is none."""
         claims = objects.list_files(objects.join(self.place, name))
+        return str(self._read(name, claims[-1]).get("owner", "")) if claims else ""
+
+    def _read(self, name: str, claim: objects.Stat) -> dict[str, Any]:
+        """What a claim says; empty where it has been released since."""
         try:
-            return str(objects.read_json(objects.join(self.place, name, claims[-1].path))["owner"]) if claims else ""
-        except FileNotFoundError:  # released since
-            return ""
+            return dict(objects.read_json(objects.join(self.place, name, claim.path)))
+        except FileNotFoundError:
+            return {}
 
     def _is_dead(self, name: str, last: objects.Stat) -> bool:
         """Whether the last claim's process is gone from here, or was silent for a lease, as long as we watched it."""
-        host, _, process = self.owner_of(name).partition(":")
-        if host == socket.gethostname() and not os.path.exists(f"/proc/{process.split(':')[0]}"):
+        process = self._read(name, last).get("process", {})
+        seen = process.get("among") == processes_here() != ""
+        if seen and started(process["pid"]) != process["started"]:
             return True
         now = time.monotonic()
         state = f"{last.path} {last.modified}"

@@ -11,7 +11,7 @@ from rich.table import Table
 from evals import reference
 from evals.comparison import differences
 from pipeline import runs
-from pipeline.commands.run import JsonOption, StoreOption
+from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console
 from storage.places import Places, places
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from evals import reference
 from pipeline import runs
 from pipeline.commands.compare import score_table
-from pipeline.commands.run import JsonOption, StoreOption, execute, named_stages, prepare, rows
+from pipeline.commands.options import JsonOption, StoreOption
+from pipeline.commands.run import execute, named_stages, prepare, rows
 from storage import models, objects
 from storage.places import Places, places
 from training.config import SUITES, EvalConfig, eval_settings

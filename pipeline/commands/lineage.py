@@ -1,26 +1,22 @@
 """Commands that ask what came from what: `gpt2 lineage show | trace | impact | cost | sql | rebuild`."""
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from pipeline import runs
-from pipeline.commands.run import JsonOption, StoreOption
+from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console, size
-from storage import documents, objects, records
-from storage.documents import Place
 from storage.lineage import Lineage, Node
 from storage.places import Places, places
-from training import trace as tracing
-from training.config import RunConfig
 
 MOST_ROWS = 100  # that are drawn as a table
+WIDEST = 2000  # columns of a tree
 
 app = typer.Typer(help="What an output, a file or a score was made from.", no_args_is_help=True)
 
@@ -41,7 +37,7 @@ def show(
         return
     tree = Tree(_line(node))
     _grow(tree, node, files, set())
-    console().print(tree, soft_wrap=True)
+    Console(width=WIDEST, highlight=False).print(tree, soft_wrap=True)  # a sha256 is of use only whole
 
 
 def _grow(tree: Tree, node: Node, files: int, shown: set[str]) -> None:
@@ -85,62 +81,21 @@ def trace(
     """From a training step to its documents, or from a document to the steps that saw it."""
     if (step is None) == (document is None):
         raise ValueError("trace needs either --step N or --document ID|URL")
+    from pipeline import seen  # numpy and pyarrow take as long to load as the other questions to answer
+
     place = places(store)
-    config = runs.existing(place, run)
-    found: list[dict[str, Any]]
     if step is not None:
-        tokens = objects.join(place.store, runs.tokens_of(place, run))
-        found = [asdict(s) for s in tracing.documents_of_step(tokens, config, step, _positions(place, run, config))]
+        found = seen.in_step(place, run, step)
         names = ["id", "url", "dump", "file", "row", "shard", "tokens"]
     else:
-        found = _seen(place, run, config, document or "")
+        found = seen.steps(place, run, document or "")
         names = ["step", "id", "url", "shard"]
     if text:
-        _add_texts(place, found)
+        seen.add_texts(place, found)
         if not as_json:
             _print_texts(found)
             return
     _print_rows(found, names, as_json)
-
-
-def _positions(place: Places, run: str, config: RunConfig) -> tracing.Positions:
-    """Where each step began; only a run that may have been rewound need be asked."""
-    folder = objects.join(place.store, "runs", run)
-    may_be_rewound = config.train.on_divergence == "rewind" and objects.exists(objects.join(folder, "metrics.jsonl"))
-    return tracing.positions_of(folder) if may_be_rewound else {}
-
-
-def _seen(place: Places, run: str, config: RunConfig, document: str) -> list[dict[str, Any]]:
-    """A row for each step of the run that saw the document. Raises ValueError where its corpus has no such one."""
-    key = runs.tokens_of(place, run)
-    found = _find(place, key, document)
-    if not found:
-        raise ValueError(f"no shard in {key} has a document of the id or URL {document!r}")
-    one = found[0]
-    tokens = objects.join(place.store, key)
-    where = [(p.shard, p.start, p.tokens) for p in found]
-    steps = tracing.steps_of_places(tokens, config, where, _positions(place, run, config))
-    if not steps:
-        held_out = all("_val_" in p.shard for p in found)
-        why = "it is held out, for validation" if held_out else "its shards come after the last step"
-        sys.stderr.write(f"{document} of {one.shard} was seen at no step: {why}\n")
-    known = {"id": one.id, "url": one.url, "shard": one.shard, "file": one.file, "row": one.row}
-    return [{"step": step, **known} for step in steps]
-
-
-def _find(place: Places, key: str, document: str) -> list[Place]:
-    record = records.read_record(place.store, key)
-    return documents.find(place.store, record, place.home, document) if record else []
-
-
-def _add_texts(place: Places, found: list[dict[str, Any]]) -> None:
-    """The text of each document, from the file that it was read from, which the store's paths are relative to."""
-    rows: dict[str, list[int]] = {}
-    for row in found:
-        rows.setdefault(row["file"], []).append(row["row"])
-    texts = {file: documents.texts_at(records.file_url(place.store, "", file), rows[file]) for file in rows}
-    for row in found:
-        row["text"] = texts[row["file"]][row["row"]]
 
 
 def _print_texts(found: list[dict[str, Any]]) -> None:
@@ -170,24 +125,9 @@ def impact(
 
 
 def _readers(place: Places, index: Lineage, document: str) -> list[Node]:
-    """What was made from a document itself: models whose training saw it, and what reads the shard held out."""
-    _, rows = index.sql("SELECT namespace, name FROM artifacts WHERE job = 'token_shards'")
-    readers = []
-    for key in (name for namespace, name in rows if namespace == place.store):
-        found = _find(place, key, document)
-        held_out = any("_val_" in p.shard for p in found)
-        for node in index.made_from(key) if found else []:
-            if _saw(place, node.key, found) if node.job == "trained_model" else held_out:
-                readers.append(node)
-    return readers
+    from pipeline import seen  # as above
 
-
-def _saw(place: Places, key: str, found: list[Place]) -> bool:
-    run = objects.name_of(key)
-    config = runs.existing(place, run)
-    tokens = objects.join(place.store, runs.tokens_of(place, run))
-    where = [(p.shard, p.start, p.tokens) for p in found]
-    return bool(tracing.steps_of_places(tokens, config, where, _positions(place, run, config)))
+    return seen.readers(place, index, document)
 
 
 @app.command()

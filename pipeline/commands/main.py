@@ -6,27 +6,36 @@ import warnings
 import typer
 
 from assets.failures import Interrupted, ProcessFailed
-from pipeline.commands import compare, evals, lineage, model, run, store
+from pipeline.commands import lineage
 
-app = typer.Typer(
-    help="Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-run.add_to(app)
-evals.add_to(app)
-model.add_to(app)
-compare.add_to(app)
-app.add_typer(lineage.app, name="lineage")
-app.add_typer(store.app, name="store")
+HELP = "Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all."
+
+
+def build(asked: str = "") -> typer.Typer:
+    """The command. Where its first word `asked` for the lineage, it is without the others: they load longer than an
+    answer takes."""
+    app = typer.Typer(
+        help=HELP,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    if asked != "lineage":
+        from pipeline.commands import compare, evals, model, run, store
+
+        for group in (run, evals, model, compare):
+            group.add_to(app)
+    app.add_typer(lineage.app, name="lineage")
+    if asked != "lineage":
+        app.add_typer(store.app, name="store")
+    return app
 
 
 def main() -> None:
     """Exit status 0: done; 2: bad input, one line that names the value and the fix; 1: anything else."""
     warnings.filterwarnings("ignore", message=".*is currently in beta")  # of Dagster's own code, about itself
     try:
-        app(prog_name="gpt2")
+        build(*sys.argv[1:2])(prog_name="gpt2")
     except ValueError as error:
         sys.exit(_say(str(error), 2))
     except (Interrupted, ProcessFailed) as error:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from assets.failures import ProcessFailed
 from pipeline import runs
-from pipeline.commands.run import JsonOption, StoreOption
+from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console
 from storage import models, objects
 from storage.places import Places, places

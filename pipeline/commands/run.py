@@ -11,16 +11,11 @@ from rich.console import Console
 
 from assets.run_config import check_unchanged, config_url
 from pipeline import runs
+from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import near, results_table
 from storage import objects, records
 from storage.places import Places, places
 from training.config import to_dict
-
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", help="Where outputs lie: a folder or s3://bucket/prefix. (default: $GPT2_STORE or store/)"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pipeline import runs
-from pipeline.commands.run import JsonOption, StoreOption
+from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console, size
 from storage import garbage, integrity, objects
 from storage.contents import FOLDERS

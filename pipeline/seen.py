@@ -1,0 +1,81 @@
+"""Which documents did a run see, at which steps, and what was made from a document itself?"""
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from pipeline import runs
+from storage import documents, objects, records
+from storage.documents import Place
+from storage.lineage import Lineage, Node
+from storage.places import Places
+from training import trace
+from training.config import RunConfig
+
+
+def in_step(place: Places, run: str, step: int) -> list[dict[str, Any]]:
+    """The documents in the batch of a step, counted from 0. Raises ValueError for a run or a step that is not there."""
+    config = runs.existing(place, run)
+    tokens = objects.join(place.store, runs.tokens_of(place, run))
+    return [asdict(s) for s in trace.documents_of_step(tokens, config, step, _positions(place, run, config))]
+
+
+def steps(place: Places, run: str, document: str) -> list[dict[str, Any]]:
+    """A row for each step of the run that saw the document. Raises ValueError where its corpus has no such one."""
+    config, key = runs.existing(place, run), runs.tokens_of(place, run)
+    found = _find(place, key, document)
+    if not found:
+        raise ValueError(f"no shard in {key} has a document of the id or URL {document!r}")
+    one = found[0]
+    tokens = objects.join(place.store, key)
+    where = [(p.shard, p.start, p.tokens) for p in found]
+    found_at = trace.steps_of_places(tokens, config, where, _positions(place, run, config))
+    if not found_at:
+        held_out = all("_val_" in p.shard for p in found)
+        why = "it is held out, for validation" if held_out else "its shards come after the last step"
+        sys.stderr.write(f"{document} of {one.shard} was seen at no step: {why}\n")
+    known = {"id": one.id, "url": one.url, "shard": one.shard, "file": one.file, "row": one.row}
+    return [{"step": step, **known} for step in found_at]
+
+
+def readers(place: Places, index: Lineage, document: str) -> list[Node]:
+    """What was made from a document itself: models whose training saw it, and what reads the shard held out."""
+    _, rows = index.sql("SELECT namespace, name FROM artifacts WHERE job = 'token_shards'")
+    read_by = []
+    for key in (name for namespace, name in rows if namespace == place.store):
+        found = _find(place, key, document)
+        held_out = any("_val_" in p.shard for p in found)
+        for node in index.made_from(key) if found else []:
+            if _saw(place, node.key, found) if node.job == "trained_model" else held_out:
+                read_by.append(node)
+    return read_by
+
+
+def _saw(place: Places, key: str, found: list[Place]) -> bool:
+    run = objects.name_of(key)
+    config = runs.existing(place, run)
+    tokens = objects.join(place.store, runs.tokens_of(place, run))
+    where = [(p.shard, p.start, p.tokens) for p in found]
+    return bool(trace.steps_of_places(tokens, config, where, _positions(place, run, config)))
+
+
+def add_texts(place: Places, found: list[dict[str, Any]]) -> None:
+    """The text of each document, from the file that it was read from, which the store's paths are relative to."""
+    rows: dict[str, list[int]] = {}
+    for row in found:
+        rows.setdefault(row["file"], []).append(row["row"])
+    texts = {file: documents.texts_at(records.file_url(place.store, "", file), rows[file]) for file in rows}
+    for row in found:
+        row["text"] = texts[row["file"]][row["row"]]
+
+
+def _positions(place: Places, run: str, config: RunConfig) -> trace.Positions:
+    """Where each step began; only a run that may have been rewound need be asked."""
+    folder = objects.join(place.store, "runs", run)
+    may_be_rewound = config.train.on_divergence == "rewind" and objects.exists(objects.join(folder, "metrics.jsonl"))
+    return trace.positions_of(folder) if may_be_rewound else {}
+
+
+def _find(place: Places, key: str, document: str) -> list[Place]:
+    record = records.read_record(place.store, key)
+    return documents.find(place.store, record, place.home, document) if record else []
