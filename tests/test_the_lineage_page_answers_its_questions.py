@@ -44,7 +44,7 @@ def test_the_tables_are_those_of_the_index(lineage, finished):
 
 def test_the_command_answers_as_the_page_shows(finished, tmp_path):
     done = gpt2("lineage", "sql", QUERIES[0], "--store", finished.store, "--json", cwd=tmp_path)
-    assert [row["run"] for row in json.loads(done.stdout)] == ["tiny"]
+    assert [row["model"] for row in json.loads(done.stdout)] == ["tiny"]
     shown = gpt2("lineage", "show", "tiny/scores/completion_demo", "--store", finished.store, cwd=tmp_path).stdout
     for part in ("documents", "token_shards", "trained_model", "sha256", "000_00000.parquet"):
         assert part in shown

@@ -170,20 +170,21 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str] | None, as_json: 
         print(json.dumps(rows, indent=2, default=str))
         return
     names = columns or list(dict.fromkeys(name for row in rows for name in row))
-    if len(rows) > MOST_ROWS:
-        _print_plainly(rows, names)
+    cells = [["" if row[name] is None else str(row[name]) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    terminal = console()
+    if len(rows) > MOST_ROWS or sum(widths) + 3 * len(widths) + 1 > terminal.width:
+        _print_plainly([names, *cells], widths)
         return
     table = Table(*names, header_style="bold")
-    for row in rows:
-        table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
-    console().print(table if rows else "nothing")
-
-
-def _print_plainly(rows: list[dict[str, Any]], names: list[str]) -> None:
-    """Columns of text: a long table with lines takes a second to draw."""
-    cells = [names, *(["" if row[name] is None else str(row[name]) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
+        table.add_row(*line)
+    terminal.print(table if rows else "nothing")
+
+
+def _print_plainly(lines: list[list[str]], widths: list[int]) -> None:
+    """Columns of text: a long table with lines takes a second to draw, and in a wide one they cut off what is said."""
+    for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
