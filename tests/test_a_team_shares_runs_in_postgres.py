@@ -11,6 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from tiny_pipeline import Finished, copied, gpt2
+from tiny_ui import serve, wait_for
 
 from pipeline import instance
 from storage.places import Places, places
@@ -61,6 +62,24 @@ def test_a_run_of_one_home_is_seen_in_another(
         (run,) = dagster.get_runs()
         assert (run.tags["dagster/partition"], run.is_success) == ("ours", True)
         assert dagster.get_concurrency_config().pool_config.default_pool_limit == 1
+
+
+@pytest.mark.slow
+def test_a_run_launched_from_the_page_lies_in_postgres_too(
+    postgres: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copied(finished.store, tmp_path)
+    with serve(store, **{instance.POSTGRES_VARIABLE: postgres}) as page:
+        run = page.launch("__ASSET_JOB", "tiny", ["documents", "token_shards"])["run"]["runId"]
+        wait_for("the run", lambda: page.status(run) in ("SUCCESS", "FAILURE", "CANCELED"))
+        assert page.status(run) == "SUCCESS"
+    assert not (tmp_path / "store/dagster/history").exists()
+    monkeypatch.setenv(instance.POSTGRES_VARIABLE, postgres)
+    instance.prepare(places(store))
+    with dg.DagsterInstance.get() as dagster:
+        assert dagster.get_run_by_id(run).is_success
+        (made,) = dagster.fetch_materializations(dg.AssetKey("token_shards"), limit=1).records
+        assert made.run_id == run
 
 
 def test_without_the_variable_runs_lie_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

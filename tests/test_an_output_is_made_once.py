@@ -80,3 +80,19 @@ def test_a_process_of_this_machine_that_was_killed_is_followed_at_once(tmp_path)
     with claims.Claims(place) as ours:
         assert ours.owner_of("work")
         assert ours.take("work")
+
+
+@pytest.mark.parametrize(
+    ("process", "taken"),
+    [
+        ({}, False),  # it lives
+        ({"pid": 2**22 + 1}, True),  # no such process
+        ({"started": "1"}, True),  # another one has its number now
+        ({"among": "another machine of this name", "pid": 2**22 + 1}, False),
+    ],
+)
+def test_only_who_is_seen_to_be_gone_loses_a_claim_at_once(tmp_path, process, taken):
+    owner = claims.Claims(str(tmp_path))
+    owner.process = owner.process | process
+    assert owner.take("work")
+    assert claims.Claims(str(tmp_path)).take("work") == taken

@@ -1,13 +1,22 @@
 """The ledger of a run: every step that was paid for counts, useful or not; what can't be read is absent, never 0."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipeline import gpt2
+from tiny_pipeline import copied, gpt2
 
-from storage.records import read_record
+from assets.card import outputs_of
+from assets.making import Maker
+from assets.model import _training_metadata
+from assets.report import report_data
+from assets.resources import Launcher, Silent
+from evals.report import build
+from storage.lineage import Lineage
+from storage.places import places
+from storage.records import read_record, write_record
 from training.energy import EnergyMeter
 from training.metrics import RunLog, ledger
 
@@ -67,6 +76,24 @@ def test_a_gpu_tells_its_energy():
     torch.cuda.synchronize()
     joules, seconds = meter.joules(), start.elapsed_time(end) / 1000
     assert joules is not None and 30 * seconds < joules < 1500 * (seconds + 0.5)
+
+
+def test_energy_that_was_read_is_told_in_the_lineage_the_report_and_dagster(finished, tmp_path):
+    """As a GPU run's record would have it."""
+    store = copied(finished.store, tmp_path)
+    record = read_record(store, "runs/tiny")
+    assert record is not None
+    record = replace(record, cost=record.cost | {"joules": 1234.0})
+    write_record(store, record)
+    place = places(store)
+    Lineage(place.lineage).ingest(store)
+    assert {c.joules for c in Lineage(place.lineage, store).cost("tiny")} == {1234.0, None}
+    maker = Maker(place, Launcher(), Silent())
+    config, folder = maker.run_config("tiny"), maker.folder("runs/tiny")
+    assert _training_metadata(folder, "tiny", config, record)["joules"] == 1234.0
+    page = report_data(maker, "tiny", outputs_of(maker, "tiny"), [])
+    build([page], str(tmp_path / "page"))
+    assert "1,234 J" in (tmp_path / "page/index.html").read_text()
 
 
 def test_a_finished_runs_cost_is_in_its_record_and_shown(finished, tmp_path):
