@@ -10,9 +10,9 @@ from evals.model import LoadedModel
 
 @torch.inference_mode()
 def linear_head(model: LoadedModel) -> torch.nn.Linear | None:
-    """The output matrix, if the logits are its product with the last hidden states and nothing else.
+    """The output matrix, if the logits are its product with the last hidden states, softly capped or as they are.
 
-    Some architectures scale or cap their logits after it; those go through the whole model.
+    Some architectures do more to their logits; those go through the whole model.
     """
     head = model.module.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or model.module.base_model is model.module:
@@ -20,7 +20,17 @@ def linear_head(model: LoadedModel) -> torch.nn.Linear | None:
     probe = torch.tensor([[model.eot, 0, 1, 2]], device=model.device)
     states = model.module.base_model(probe, use_cache=False).last_hidden_state
     logits = model.module(probe, use_cache=False).logits
-    return head if torch.allclose(head(states).float(), logits.float(), atol=1e-4) else None
+    return head if torch.allclose(capped(head(states), soft_cap(model)).float(), logits.float(), atol=1e-4) else None
+
+
+def soft_cap(model: LoadedModel) -> float | None:
+    """The bound that Gemma 2 and nanochat set on their logits. Small logits hardly show it, so no probe would."""
+    return getattr(model.module.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """In place."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -208,7 +208,7 @@ def stability(logits: Sequence[Curve], sizes: Sequence[Curve]) -> Drawing:
                 axes.plot(*curve.points, "-o", color=theme.series[number % 6], lw=1.5, ms=3.5, label=curve.name)
             _title(axes, title, theme)
             axes.set_ylabel("largest of all layers")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
             _tokens_axis(axes)
         if len(logits) > 1:
             _legend(panes[0], theme, "lower right")

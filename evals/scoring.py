@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evals.head import linear_head, product, reduce_by_rows, reduce_in_cache
+from evals.head import capped, linear_head, product, reduce_by_rows, reduce_in_cache, soft_cap
 from evals.model import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Scorer:
         # positions and vocabulary entries of a piece of logits: 2 MB stay in a CPU's cache (half the time of whole
         # rows), a GPU wants large matmuls
         self.piece = (4_096, 65_536) if on_gpu else (512, 1_024)
-        self.head = linear_head(model)
+        self.head, self.cap = linear_head(model), soft_cap(model)
         self.share_prefixes = share_prefixes and _honours_masks(self)
 
     def score(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Scored]:
@@ -159,7 +159,7 @@ class Scorer:
         weights = self.head.weight.split(self.piece[1])
         biases = [None] * len(weights) if self.head.bias is None else self.head.bias.split(self.piece[1])
         for weight, bias in zip(weights, biases, strict=True):
-            yield product(rows, weight, bias)
+            yield capped(product(rows, weight, bias), self.cap)
 
 
 def rolling(tokens: Sequence[int], start: int, context: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:

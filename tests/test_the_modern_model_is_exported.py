@@ -62,6 +62,14 @@ def test_stock_transformers_gives_our_logits_and_our_loss(model: Modern, folder:
         torch.testing.assert_close(model(row[:, :-1], row[:, 1:]), loss)
 
 
+def test_in_bf16_too(model: Modern, folder: Path, tmp_path: Path) -> None:
+    copy = Modern(SIZES)  # the check rounds the model that it is given
+    copy.load_state_dict(model.state_dict())
+    shard = str(folder.parent / "any_val_000000.bin")
+    assert export.export_folder(copy, str(tmp_path), shard, torch.bfloat16) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
 def test_the_folder_has_gpt2s_tokenizer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("Hello world")["input_ids"] == [15496, 995] and tokenizer.eos_token_id == 50256
@@ -78,7 +86,9 @@ def test_its_evals_score_what_the_model_says(model: Modern, folder: Path, tokens
     loaded = evals_model.load(str(folder), device="cpu")
     assert (loaded.eot, loaded.context, loaded.gpt2_vocabulary) == (50256, SIZES.context, True)
     line = [50256, *tokens[:20].tolist()]
-    scored = Scorer(loaded).score([Request("text", (50256,), tuple(line[1:]))])[0]
+    scorer = Scorer(loaded)
+    assert scorer.head is not None and scorer.cap == 15.0  # only the wanted positions' logits are computed
+    scored = scorer.score([Request("text", (50256,), tuple(line[1:]))])[0]
     with torch.no_grad():
         expected = model(torch.tensor([line[:-1]]), torch.tensor([line[1:]]))
     assert -scored.logprob / 20 == pytest.approx(float(expected), rel=1e-5)
