@@ -49,6 +49,21 @@ def test_transposed_weights() -> None:
     assert_same(kernels_fp8.quantize_transposed(w), kernels_fp8.reference_quantize_transposed(w))
 
 
+def test_squared_relu_forward_and_backward() -> None:
+    h, given, results = draw(9, 80), draw(9, 80, seed=2).abs(), []
+    for forward, backward in (
+        (kernels_fp8.relu2, kernels_fp8.relu2_backward),
+        (kernels_fp8.reference_relu2, kernels_fp8.reference_relu2_backward),
+    ):
+        g, dg = h.clone(), draw(9, 80, seed=1)
+        results.append((forward(g), backward(dg, given), g, dg))
+    assert_same(results[0][0], results[1][0])
+    assert_same(results[0][1], results[1][1])
+    for value, expected in zip(results[0][2:], results[1][2:], strict=True):
+        torch.testing.assert_close(value, expected, rtol=2e-2, atol=1e-6)
+    torch.testing.assert_close(results[0][2], h.float().relu().square().bfloat16(), rtol=2e-2, atol=1e-6)
+
+
 def test_gelu_forward_and_backward() -> None:
     h = draw(9, 80)
     assert_same(kernels_fp8.gelu(h), kernels_fp8.reference_gelu(h))

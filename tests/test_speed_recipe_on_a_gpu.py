@@ -1,6 +1,7 @@
 """On a GPU: do the speed recipe's fused kernels keep the model's function, and do its steps repeat to the bit?"""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny_run
@@ -57,9 +58,20 @@ def test_errors_are_those_of_plain_bf16() -> None:
         assert error < 1.5 * expected + 1e-3
 
 
-def test_the_same_step_gives_the_same_bits() -> None:
+def test_fp8_stays_near_bf16() -> None:
+    plain = model()
+    fp8 = copy.deepcopy(plain)
+    assert kernels.accelerate(fp8, DEVICE, fp8=True)
+    (loss, right), (loss_fp8, ours) = gradients(plain, 2), gradients(fp8, 2)
+    torch.testing.assert_close(loss_fp8, loss, rtol=1e-3, atol=0)
+    for a, b in zip(ours, right, strict=True):
+        assert ((a.float() - b.float()).norm() / b.float().norm()).item() < 0.15
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_same_step_gives_the_same_bits(fp8: bool) -> None:
     made = model()
-    assert kernels.accelerate(made, DEVICE)
+    assert kernels.accelerate(made, DEVICE, fp8=fp8)
     loss, first = gradients(made, 64)
     for _ in range(5):
         again, grads = gradients(made, 64)
@@ -67,8 +79,10 @@ def test_the_same_step_gives_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, grads, strict=True))
 
 
-def test_steps_learn_and_repeat_to_the_bit() -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_steps_learn_and_repeat_to_the_bit(fp8: bool) -> None:
     config = speedrun("test", MODEL, batch_tokens=8192, steps=20)
+    config = replace(config, train=replace(config.train, fp8=fp8))
     runs = []
     for _ in range(2):
         world = tiny_run.alone(DEVICE)

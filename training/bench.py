@@ -34,7 +34,7 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
     "communication": r"nccl",  # on the rank where it takes least: the others' holds their waiting for that one
     "attention": r"flash|fmha|sdpa|cudnn",
     "matmul": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
-    "quantization": r"quantize|column_peaks",  # in fp8, GELU is part of it
+    "quantization": r"quantize|column_peaks",  # in fp8, GELU or squared ReLU is part of it
     "LayerNorm and residual": r"norm_forward|norm_backward|layer_norm",
     "rotary queries and keys": r"rotate_",
     "GELU or squared ReLU": r"gelu|relu2",

@@ -285,8 +285,6 @@ class RunConfig:
             )
         if self.model.family != "nanochat" and self.train.optimizer == "muon":
             raise ValueError("optimizer=muon is for the speed recipe's models: take one (model=modern:d12), or adamw")
-        if self.model.family == "nanochat" and self.train.fp8:
-            raise ValueError("fp8=true is for GPT-2 and GPT-3 models: set fp8=false")
         if self.model.family == "nanochat" and self.machine.recompute > 0:
             raise ValueError(f"recompute={self.machine.recompute} is for GPT-2 and GPT-3 models: set it to 0 or -1")
 

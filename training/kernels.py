@@ -46,10 +46,12 @@ class Kernels:
     quantize_transposed: Callable[[Tensor], Any]
     gelu_fp8: Callable[[Tensor], Any]
     gelu_backward_fp8: Callable[[Tensor, Tensor, Tensor], Any]
-    rms_forward: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-    rms_backward: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    relu2_fp8: Callable[[Tensor], Any]
+    relu2_backward_fp8: Callable[[Tensor, Tensor], Any]
+    rms_forward: Callable[..., tuple[Tensor, Any, Tensor]]
+    rms_backward: Callable[..., Tensor]
     rotate_forward: Callable[[Tensor, Tensor, Tensor], Tensor]
-    rotate_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    rotate_backward: Callable[..., None]
     relu2_forward: Callable[[Tensor], None]
     relu2_backward: Callable[[Tensor, Tensor], None]
 
@@ -70,16 +72,15 @@ def accelerate(
     if reason:
         (log.warning if device.type == "cuda" else log.info)("plain PyTorch kernels: %s", reason)
         return False
-    if isinstance(model, Modern):
-        from training.kernels_model_modern import FusedModern
-
-        model.runner = FusedModern(model, fused(device.index or 0))
-        return True
     from training.kernels_model import FusedModel
-    from training.kernels_model_fp8 import Fp8Model
+    from training.kernels_model_fp8 import Fp8Model, Fp8Modern
+    from training.kernels_model_modern import FusedModern
 
-    made = Fp8Model if fp8 else FusedModel
-    model.runner = made(model, fused(device.index or 0), recompute, gelu_epilogue)
+    ops = fused(device.index or 0)
+    if isinstance(model, Modern):
+        model.runner = (Fp8Modern if fp8 else FusedModern)(model, ops)
+    else:
+        model.runner = (Fp8Model if fp8 else FusedModel)(model, ops, recompute, gelu_epilogue)
     return True
 
 
@@ -133,6 +134,8 @@ def fused(device: int) -> Kernels:
         quantize_transposed=kernels_fp8.quantize_transposed,
         gelu_fp8=kernels_fp8.gelu,
         gelu_backward_fp8=kernels_fp8.gelu_backward,
+        relu2_fp8=kernels_fp8.relu2,
+        relu2_backward_fp8=kernels_fp8.relu2_backward,
         rms_forward=kernels_modern.norm_forward,
         rms_backward=kernels_modern.norm_backward,
         rotate_forward=kernels_modern.rotate_forward,
@@ -185,6 +188,8 @@ def references() -> Kernels:
         quantize_transposed=kernels_fp8.reference_quantize_transposed,
         gelu_fp8=kernels_fp8.reference_gelu,
         gelu_backward_fp8=kernels_fp8.reference_gelu_backward,
+        relu2_fp8=kernels_fp8.reference_relu2,
+        relu2_backward_fp8=kernels_fp8.reference_relu2_backward,
         rms_forward=kernels_modern.reference_norm_forward,
         rms_backward=kernels_modern.reference_norm_backward,
         rotate_forward=kernels_modern.reference_rotate_forward,

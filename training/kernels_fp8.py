@@ -7,6 +7,8 @@ knows it at once, so nothing depends on an earlier step, and an outlier costs pr
 # The arguments of Triton's functions have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -14,12 +16,33 @@ import triton.language as tl
 from torch import Tensor
 
 from training.kernels_gelu import gate
-from training.kernels_reduce import Rows, add_sums, scale_of
+from training.kernels_reduce import add_sums
 
 LARGEST = 448.0
 DTYPE = torch.float8_e4m3fn
 PROGRAMS = 132 * 2  # of the kernels that also sum columns
 SHARES = 16  # of a weight's rows, for its columns' largest magnitudes
+
+
+class Rows(NamedTuple):
+    """A tensor in fp8 whose rows have a scale each: values * scales[:, None] is meant."""
+
+    values: Tensor  # (N, K) e4m3
+    scales: Tensor  # (N,) fp32
+
+
+@triton.jit
+def scale_of(peak):
+    """The scale of a row whose largest magnitude is `peak`: 448 is e4m3's largest number. Dust becomes zero."""
+    return tl.where(peak > 1e-30, peak / 448.0, 1.0)
+
+
+@triton.jit
+def store_row(value, values, scales, row, place, inside):
+    """Write a row in fp8, and its scale; `value` is zero where it is not `inside`."""
+    scale = scale_of(tl.max(tl.abs(value), 0))
+    tl.store(scales + row, scale)
+    tl.store(values + place, (value * (1.0 / scale)).to(values.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -31,9 +54,7 @@ def _quantize_rows(x, values, scales, partial, rows, columns, SUM: tl.constexpr,
     for row in range(program, rows, tl.num_programs(0)):
         place = tl.cast(row, tl.int64) * columns + column
         value = tl.load(x + place, inside, 0.0).to(tl.float32)
-        scale = scale_of(tl.max(tl.abs(value), 0))
-        tl.store(scales + row, scale)
-        tl.store(values + place, (value * (1.0 / scale)).to(values.dtype.element_ty), inside)
+        store_row(value, values, scales, row, place, inside)
         if SUM:
             total += value
     if SUM:
@@ -44,12 +65,9 @@ def _quantize_rows(x, values, scales, partial, rows, columns, SUM: tl.constexpr,
 def _gelu_quantize(h, values, scales, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < columns
-    x = tl.load(h + row * columns + column, inside, 0.0).to(tl.float32)
-    value = x * gate(x)
-    scale = scale_of(tl.max(tl.abs(value), 0))
-    tl.store(scales + row, scale)
-    tl.store(values + row * columns + column, (value * (1.0 / scale)).to(values.dtype.element_ty), inside)
+    place, inside = row * columns + column, column < columns
+    x = tl.load(h + place, inside, 0.0).to(tl.float32)
+    store_row(x * gate(x), values, scales, row, place, inside)
 
 
 @triton.jit
@@ -67,11 +85,31 @@ def _gelu_backward_quantize(dg, h, values, scales, partial, rows, columns, BLOCK
         change = gradient * slope
         tl.store(h + place, (x * open_).to(h.dtype.element_ty), inside)
         tl.store(dg + place, change.to(dg.dtype.element_ty), inside)
-        scale = scale_of(tl.max(tl.abs(change), 0))
-        tl.store(scales + row, scale)
-        tl.store(values + place, (change * (1.0 / scale)).to(values.dtype.element_ty), inside)
+        store_row(change, values, scales, row, place, inside)
         total += change
     tl.store(partial + program * columns + column, total, inside)
+
+
+@triton.jit
+def _relu2_quantize(h, values, scales, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    place, inside = row * columns + column, column < columns
+    value = tl.maximum(tl.load(h + place, inside, 0.0).to(tl.float32), 0.0)
+    value = value * value
+    tl.store(h + place, value.to(h.dtype.element_ty), inside)
+    store_row(value, values, scales, row, place, inside)
+
+
+@triton.jit
+def _relu2_backward_quantize(dg, g, values, scales, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    place, inside = row * columns + column, column < columns
+    value = tl.sqrt(tl.load(g + place, inside, 0.0).to(tl.float32))
+    change = 2.0 * value * tl.load(dg + place, inside, 0.0).to(tl.float32)
+    tl.store(dg + place, change.to(dg.dtype.element_ty), inside)
+    store_row(change, values, scales, row, place, inside)
 
 
 @triton.jit
@@ -172,12 +210,34 @@ def gelu_backward(dg: Tensor, h: Tensor, bias_grad: Tensor) -> Rows:
     return out
 
 
+def relu2(h: Tensor) -> Rows:
+    """Squared ReLU of h (N, F), in place and in fp8 by rows."""
+    rows, columns = h.shape
+    out, block = empty(rows, columns, h), triton.next_power_of_2(columns)
+    _relu2_quantize[(rows,)](h, *out, columns, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    return out
+
+
+def relu2_backward(dg: Tensor, g: Tensor) -> Rows:
+    """The gradient of squared ReLU's output g (N, F) -> of its input, in place and in fp8 by rows."""
+    rows, columns = g.shape
+    out, block = empty(rows, columns, g), triton.next_power_of_2(columns)
+    _relu2_backward_quantize[(rows,)](dg, g, *out, columns, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    return out
+
+
 def reference_quantize(x: Tensor, add_sums_to: Tensor | None = None) -> Rows:
     peak = x.float().abs().amax(1)
     scales = torch.where(peak > 1e-30, peak / LARGEST, 1.0)
     if add_sums_to is not None:
         add_sums_to.copy_(add_sums_to.float() + x.float().sum(0))
     return Rows((x.float() / scales[:, None]).to(DTYPE), scales)
+
+
+def reference_quantize_into(out: Rows, x: Tensor) -> Rows:
+    for place, value in zip(out, reference_quantize(x), strict=True):
+        place.copy_(value)
+    return out
 
 
 def reference_quantize_transposed(w: Tensor) -> Rows:
@@ -196,6 +256,18 @@ def reference_gelu_backward(dg: Tensor, h: Tensor, bias_grad: Tensor) -> Rows:
     dg.copy_(dh)
     h.copy_(g.detach())
     return reference_quantize(dh, add_sums_to=bias_grad)
+
+
+def reference_relu2(h: Tensor) -> Rows:
+    g = F.relu(h.float()).square()
+    h.copy_(g)
+    return reference_quantize(g)
+
+
+def reference_relu2_backward(dg: Tensor, g: Tensor) -> Rows:
+    dh = 2.0 * g.float().sqrt() * dg.float()
+    dg.copy_(dh)
+    return reference_quantize(dh)
 
 
 def dequantize(rows: Rows) -> Tensor:

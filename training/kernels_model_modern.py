@@ -84,7 +84,7 @@ class FusedModern:
         dh = ops.multiply(dx, mlp.c_proj.weight)
         ops.relu2_backward(dh, g)
         dy = ops.multiply(dh, mlp.c_fc.weight)
-        dx = ops.rms_backward(dy, x2, rstd2, dx)
+        dx = self.norm_backward(dy, x2, rstd2, dx)
         self.add_weight_gradient(mlp.c_fc.weight, dh, dy)  # dy now holds RMSNorm's output
         del x2, g, dh, dy
         self.add_weight_gradient(attn.c_proj.weight, dx, out.view(dx.shape))
@@ -94,12 +94,15 @@ class FusedModern:
         del dout, qkv, out, saved
         dqkv = dqkv.view(len(dx), -1)
         dy = ops.multiply(dqkv, attn.c_attn.weight)
-        dx = ops.rms_backward(dy, x1, rstd1, dx)
+        dx = self.norm_backward(dy, x1, rstd1, dx)
         self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
         return dx
 
     def add_weight_gradient(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
         self.ops.multiply(dy, x, transpose_a=True, out=grad_of(weight), add=weight.grad)
+
+    def norm_backward(self, dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None) -> Tensor:
+        return self.ops.rms_backward(dy, x, rstd, stream)
 
     def head(self, x: Tensor, targets: Tensor, gradients: bool) -> Head:
         return head_loss(self.ops, x, self.model.head.weight, targets, self.model.config.vocab, gradients, CAP)
@@ -130,7 +133,7 @@ class _Loss(torch.autograd.Function):
         ops.add_scaled(grad_of(model.head.weight), head.grad_weight, grad)
         announce(model.head)
         dy = ops.scale_rows(head.grad_x, head.factors * grad, head.grad_x)
-        dx = ops.rms_backward(dy, *ctx.last, None)
+        dx = fused.norm_backward(dy, *ctx.last, None)
         ctx.head = ctx.last = head = dy = None  # their memory, for the blocks
         for block in reversed(fused.blocks):
             dx = fused.block_backward(block, kept, dx)

@@ -1,11 +1,14 @@
 """How do the parts that only the speed recipe's model has run in one pass each? RMSNorm, rotary q and k, squared ReLU.
 
 RMSNorm has no parameters, so its backward pass needs its output's statistics alone. Queries and keys are rotated and
-normalized in place: what is kept of them is what attention reads, and their gradients come back from it.
+normalized in place: what is kept of them is what attention reads, and their gradients come back from it. For fp8
+products the same rows are written in fp8 too.
 """
 
 # The arguments of Triton's functions have no Python types.
 # mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from training.kernels_fp8 import Rows, reference_quantize_into, scale_of, store_row
 from training.modern import EPS, norm, rotate
 
 HEADS = 16  # of queries and keys, a program
 
 
 @triton.jit
-def _norm_forward(x, branch, y, rstd_out, columns, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_forward(
+    x, branch, y, scales, rstd_out, columns, eps, HAS_BRANCH: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     place, inside = row * columns + column, column < columns
@@ -29,12 +35,18 @@ def _norm_forward(x, branch, y, rstd_out, columns, eps, HAS_BRANCH: tl.constexpr
         tl.store(branch + place, total, inside)
         value = total.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(value * value, 0) / columns + eps)
-    tl.store(y + place, (value * rstd).to(y.dtype.element_ty), inside)
+    if FP8:
+        store_row(value * rstd, y, scales, row, place, inside)
+    else:
+        tl.store(y + place, (value * rstd).to(y.dtype.element_ty), inside)
     tl.store(rstd_out + row, rstd)
 
 
 @triton.jit
-def _norm_backward(dy, x, rstd_in, stream, out, columns, HAS_STREAM: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_backward(
+    dy, x, rstd_in, stream, out, values, scales, columns,
+    HAS_STREAM: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     place, inside = row * columns + column, column < columns
@@ -46,26 +58,33 @@ def _norm_backward(dy, x, rstd_in, stream, out, columns, HAS_STREAM: tl.constexp
         change += tl.load(stream + place, inside, 0.0).to(tl.float32)
     tl.store(dy + place, normal.to(dy.dtype.element_ty), inside)
     tl.store(out + place, change.to(out.dtype.element_ty), inside)
+    if FP8:
+        store_row(change, values, scales, row, place, inside)
 
 
-def norm_forward(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x + branch (N, C), written over `branch`; its RMSNorm; and 1 / RMS (N,) fp32."""
+def norm_forward(x: Tensor, branch: Tensor | None, fp8: Rows | None = None) -> tuple[Tensor, Any, Tensor]:
+    """x + branch (N, C), written over `branch`; its RMSNorm, with `fp8` written there; and 1 / RMS (N,) fp32."""
     rows, columns = x.shape
-    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    y, rstd = fp8 or torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
     total, block = x if branch is None else branch, triton.next_power_of_2(columns)
     _norm_forward[(rows,)](
-        x, total, y, rstd, columns, EPS, HAS_BRANCH=branch is not None, BLOCK=block, num_warps=max(1, block // 1024)
-    )
+        x, total, *(fp8 or (y, rstd)), rstd, columns, EPS,
+        HAS_BRANCH=branch is not None, FP8=fp8 is not None, BLOCK=block, num_warps=max(1, block // 1024),
+    )  # fmt: skip
     return total, y, rstd
 
 
-def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None) -> Tensor:
-    """The gradient of x (N, C) plus that of the residual stream, written over `stream`; dy becomes RMSNorm's output."""
+def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None, fp8: Rows | None = None) -> Tensor:
+    """The gradient of x (N, C) plus that of the residual stream, written over `stream`; dy becomes RMSNorm's output.
+
+    With `fp8` the result is also written there.
+    """
     rows, columns = x.shape
     out, block = torch.empty_like(x) if stream is None else stream, triton.next_power_of_2(columns)
     _norm_backward[(rows,)](
-        dy, x, rstd, out, out, columns, HAS_STREAM=stream is not None, BLOCK=block, num_warps=max(1, block // 1024)
-    )
+        dy, x, rstd, out, out, *(fp8 or (out, rstd)), columns,
+        HAS_STREAM=stream is not None, FP8=fp8 is not None, BLOCK=block, num_warps=max(1, block // 1024),
+    )  # fmt: skip
     return out
 
 
@@ -75,18 +94,19 @@ def _turn(first, second, cos, sin):
 
 
 @triton.jit
-def _heads(count, length, heads, HALF: tl.constexpr, ROWS: tl.constexpr):
-    """Of a program's rows, each a head of q or one of k behind those of q: number, place of the first half, angle."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token, head = row // (2 * heads), row % (2 * heads)
-    pair, inside = tl.arange(0, HALF)[None, :], (row < count)[:, None]
+def _heads(count, length, heads, HALF: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr):
+    """Of a program's rows, each a head of q or one of k behind those of q: number, whether it is there, place of the
+    first half, angle. SHARE of the ROWS are the program's own."""
+    row = tl.program_id(0).to(tl.int64) * SHARE + tl.arange(0, ROWS)
+    there = (row < count) & (tl.arange(0, ROWS) < SHARE)
+    token, head, pair = row // (2 * heads), row % (2 * heads), tl.arange(0, HALF)[None, :]
     place = ((token * 3 * heads + head) * 2 * HALF)[:, None] + pair
-    return row, place, ((token % length) * HALF)[:, None] + pair, inside
+    return row, there, place, ((token % length) * HALF)[:, None] + pair, there[:, None]
 
 
 @triton.jit
 def _rotate_forward(qkv, cos_in, sin_in, rstd_out, count, length, heads, eps, HALF: tl.constexpr, ROWS: tl.constexpr):
-    row, place, angle, inside = _heads(count, length, heads, HALF, ROWS)
+    row, there, place, angle, inside = _heads(count, length, heads, HALF, ROWS, ROWS)
     cos, sin = tl.load(cos_in + angle, inside, 0.0), tl.load(sin_in + angle, inside, 0.0)
     first = tl.load(qkv + place, inside, 0.0).to(tl.float32)
     second = tl.load(qkv + place + HALF, inside, 0.0).to(tl.float32)
@@ -94,14 +114,17 @@ def _rotate_forward(qkv, cos_in, sin_in, rstd_out, count, length, heads, eps, HA
     rstd = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
     tl.store(qkv + place, (first * rstd[:, None]).to(qkv.dtype.element_ty), inside)
     tl.store(qkv + place + HALF, (second * rstd[:, None]).to(qkv.dtype.element_ty), inside)
-    tl.store(rstd_out + row, rstd, row < count)
+    tl.store(rstd_out + row, rstd, there)
 
 
 @triton.jit
-def _rotate_backward(grad, qkv, cos_in, sin_in, rstd_in, count, length, heads, HALF: tl.constexpr, ROWS: tl.constexpr):
-    row, place, angle, inside = _heads(count, length, heads, HALF, ROWS)
+def _rotate_backward(
+    grad, qkv, cos_in, sin_in, rstd_in, values, scales, count, length, heads,
+    HALF: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, there, place, angle, inside = _heads(count, length, heads, HALF, ROWS, SHARE)
     cos, sin = tl.load(cos_in + angle, inside, 0.0), tl.load(sin_in + angle, inside, 0.0)
-    rstd = tl.load(rstd_in + row, row < count, 0.0)[:, None]
+    rstd = tl.load(rstd_in + row, there, 0.0)[:, None]
     first = tl.load(grad + place, inside, 0.0).to(tl.float32)
     second = tl.load(grad + place + HALF, inside, 0.0).to(tl.float32)
     normal_1 = tl.load(qkv + place, inside, 0.0).to(tl.float32)
@@ -111,6 +134,17 @@ def _rotate_backward(grad, qkv, cos_in, sin_in, rstd_in, count, length, heads, H
     first, second = _turn(first, second, cos, 0.0 - sin)
     tl.store(grad + place, first.to(grad.dtype.element_ty), inside)
     tl.store(grad + place + HALF, second.to(grad.dtype.element_ty), inside)
+    if FP8:  # a program has a token, whose values' gradient ends its row
+        token, width = tl.program_id(0).to(tl.int64), heads * 2 * HALF
+        column = tl.arange(0, BLOCK)
+        end, behind = token * 3 * width + 2 * width + column, column < width
+        value = tl.load(grad + end, behind, 0.0).to(tl.float32)
+        turned = tl.maximum(tl.abs(first), tl.abs(second))
+        scale = scale_of(tl.maximum(tl.max(tl.max(turned, 1), 0), tl.max(tl.abs(value), 0)))
+        tl.store(scales + token, scale)
+        tl.store(values + place, (first * (1.0 / scale)).to(values.dtype.element_ty), inside)
+        tl.store(values + place + HALF, (second * (1.0 / scale)).to(values.dtype.element_ty), inside)
+        tl.store(values + end, (value * (1.0 / scale)).to(values.dtype.element_ty), behind)
 
 
 def rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,12 +160,18 @@ def rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rstd
 
 
-def rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor) -> None:
-    """The gradients of queries and keys in `grad`, behind `rotate_forward` -> before it, in place."""
+def rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, fp8: Rows | None = None) -> None:
+    """The gradients of queries and keys in `grad`, behind `rotate_forward` -> before it, in place.
+
+    With `fp8` (B T, 3 C) the whole of `grad` is also written there.
+    """
     B, T, _, H, D = qkv.shape
-    _rotate_backward[(triton.cdiv(B * T * 2 * H, HEADS),)](
-        grad, qkv, cos, sin, rstd, B * T * 2 * H, T, H, HALF=D // 2, ROWS=HEADS, num_warps=4
-    )
+    share, rows = (HEADS, HEADS) if fp8 is None else (2 * H, triton.next_power_of_2(2 * H))
+    _rotate_backward[(triton.cdiv(B * T * 2 * H, share),)](
+        grad, qkv, cos, sin, rstd, *(fp8 or (grad, rstd)), B * T * 2 * H, T, H,
+        HALF=D // 2, ROWS=rows, SHARE=share, FP8=fp8 is not None, BLOCK=triton.next_power_of_2(H * D),
+        num_warps=4 if rows * D <= 2048 else 8,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -161,20 +201,25 @@ def relu2_backward(dg: Tensor, g: Tensor) -> None:
     _relu2_backward[(triton.cdiv(g.numel(), 2048),)](dg, g, g.numel(), BLOCK=2048, num_warps=8)
 
 
-def reference_norm_forward(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def reference_norm_forward(x: Tensor, branch: Tensor | None, fp8: Rows | None = None) -> tuple[Tensor, Any, Tensor]:
     total = x if branch is None else branch.copy_(x.float() + branch.float())
     rstd = (total.float().square().mean(1) + EPS).rsqrt()
-    return total, norm(total.float()).to(x.dtype), rstd
+    y = norm(total.float())
+    return total, y.to(x.dtype) if fp8 is None else reference_quantize_into(fp8, y), rstd
 
 
-def reference_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None) -> Tensor:
+def reference_norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None, fp8: Rows | None = None
+) -> Tensor:
     with torch.enable_grad():
         leaf = x.detach().float().requires_grad_()
         y = norm(leaf)
         (dx,) = torch.autograd.grad(y, leaf, dy.float())
     dy.copy_(y.detach())
-    out = (dx if stream is None else dx + stream.float()).to(x.dtype)
-    return out if stream is None else stream.copy_(out)
+    change = dx if stream is None else dx + stream.float()
+    if fp8 is not None:
+        reference_quantize_into(fp8, change)
+    return change.to(x.dtype) if stream is None else stream.copy_(change)
 
 
 def reference_rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -185,13 +230,18 @@ def reference_rotate_forward(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rstd.flatten(2).flatten(0, 1)
 
 
-def reference_rotate_backward(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor) -> None:
+def reference_rotate_backward(
+    grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, fp8: Rows | None = None
+) -> None:
     B, T, _, H, _ = qkv.shape
-    scales = rstd.view(B, T, 2, H, 1)
+    scales, turned = rstd.view(B, T, 2, H, 1), grad.float()
     for i in (0, 1):
-        normal, change = qkv[:, :, i].float(), grad[:, :, i].float()
+        normal, change = qkv[:, :, i].float(), turned[:, :, i]
         change = (change - normal * (change * normal).mean(-1, keepdim=True)) * scales[:, :, i]
-        grad[:, :, i] = rotate(change, cos, -sin).to(grad.dtype)
+        turned[:, :, i] = rotate(change, cos, -sin)
+    grad.copy_(turned)
+    if fp8 is not None:
+        reference_quantize_into(fp8, turned.view(B * T, -1))
 
 
 def reference_relu2_forward(h: Tensor) -> None:

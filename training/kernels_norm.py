@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from training.kernels_fp8 import reference_quantize
-from training.kernels_reduce import Rows, add_sums, scale_of
+from training.kernels_fp8 import Rows, reference_quantize_into, store_row
+from training.kernels_reduce import add_sums
 
 EPS = 1e-5
 # Programs and warps of the backward kernel, by padded width and whether it writes fp8: as many as run at once on a
@@ -59,10 +59,9 @@ def _norm_forward(
     shift = tl.load(bias + column, inside, 0.0).to(tl.float32)
     out = tl.where(inside, centred * rstd * scale + shift, 0.0)
     if FP8:
-        peak = scale_of(tl.max(tl.abs(out), 0))
-        tl.store(scales + row, peak)
-        out = out * (1.0 / peak)
-    tl.store(y + row * columns + column, out.to(y.dtype.element_ty), inside)
+        store_row(out, y, scales, row, row * columns + column, inside)
+    else:
+        tl.store(y + row * columns + column, out.to(y.dtype.element_ty), inside)
     tl.store(mean_out + row, mean)
     tl.store(rstd_out + row, rstd)
 
@@ -107,9 +106,7 @@ def _norm_backward(
         if HAS_STREAM:
             change += before.to(tl.float32)
         if FP8:
-            peak = scale_of(tl.max(tl.abs(tl.where(inside, change, 0.0)), 0))
-            tl.store(scales + row, peak)
-            tl.store(values + place, (change * (1.0 / peak)).to(values.dtype.element_ty), inside)
+            store_row(tl.where(inside, change, 0.0), values, scales, row, place, inside)
         change = change.to(out.dtype.element_ty)
         tl.store(out + place, change, inside)
         sum_stream += change.to(tl.float32)
@@ -176,7 +173,7 @@ def reference_forward(
     rstd = (wide.var(1, unbiased=False) + EPS).rsqrt()
     y = F.layer_norm(wide, wide.shape[1:], weight.float(), bias.float(), EPS)
     if fp8 is not None:
-        return Normed(total, _copy_rows(y, fp8), mean, rstd)
+        return Normed(total, reference_quantize_into(fp8, y), mean, rstd)
     return Normed(total, y.to(x.dtype), mean, rstd)
 
 
@@ -199,13 +196,7 @@ def reference_backward(
     out = (dx if stream is None else dx + stream.float()).to(x.dtype)
     dy.copy_(y.detach())
     if fp8 is not None:
-        _copy_rows(out.float(), fp8)
+        reference_quantize_into(fp8, out)
     for grad, change in zip(grads, (dweight, dbias, out.float().sum(0)), strict=True):
         grad.copy_(grad.float() + change)
     return out if stream is None else stream.copy_(out)
-
-
-def _copy_rows(x: Tensor, fp8: Rows) -> Rows:
-    for place, value in zip(fp8, reference_quantize(x), strict=True):
-        place.copy_(value)
-    return fp8

@@ -7,8 +7,6 @@ depend on timing; here each program owns a fixed share of the rows and writes it
 # The arguments of Triton's functions have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,19 +14,6 @@ from torch import Tensor
 
 COLUMNS = 16  # a program of `add_sums`
 RESIDENT = 132 * 8  # programs of `_sum_columns` that run at once on a Hopper card: the rows are shared among these
-
-
-class Rows(NamedTuple):
-    """A tensor in fp8 whose rows have a scale each: values * scales[:, None] is meant."""
-
-    values: Tensor  # (N, K) e4m3
-    scales: Tensor  # (N,) fp32
-
-
-@triton.jit
-def scale_of(peak):
-    """The scale of a row whose largest magnitude is `peak`: 448 is e4m3's largest number. Dust becomes zero."""
-    return tl.where(peak > 1e-30, peak / 448.0, 1.0)
 
 
 @triton.jit
