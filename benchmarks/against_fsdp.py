@@ -37,11 +37,12 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from training import distributed, kernels
-from training.config import ModelConfig, TrainConfig, model_from_descriptor
+from training.config import TrainConfig
 from training.distributed import World
 from training.gpt2 import GPT2
 from training.kernels_head import head_loss
 from training.launch import ranks_here
+from training.model_config import ModelConfig, model_from_descriptor
 from training.optim import ShardedAdamW
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import ModelConfig, model_from_descriptor
 from training.metrics import PEAK_FLOPS
+from training.model_config import ModelConfig, model_from_descriptor
 
 HERE = Path(__file__).parent
 DEPTHS = (24, 26, 28, 30, 32)

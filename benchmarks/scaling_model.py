@@ -10,7 +10,7 @@ the rest is taken as exposed.
 
 from dataclasses import dataclass
 
-from training.config import ModelConfig, model_from_descriptor
+from training.model_config import ModelConfig, model_from_descriptor
 
 NVLINK = 360e9  # bytes/s a GPU within a machine: what NCCL reaches of 450
 NETWORK = 45e9  # between machines: of one 400 Gbit/s adapter a GPU

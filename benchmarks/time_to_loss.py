@@ -32,8 +32,9 @@ from typing import Any
 
 from benchmarks.token_corpora import Corpora, prepare
 from storage.records import code_state
-from training.config import MachineConfig, RunConfig, model_from_descriptor, override, to_dict
+from training.config import MachineConfig, RunConfig, override, to_dict
 from training.launch import gpu_count, gpu_names
+from training.model_config import model_from_descriptor
 from training.recipes import recipe, speedrun
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.config import ModelConfig, model_from_descriptor
 from training.kernels_matmul import TUNED, Algorithm, Plan, Product, library
 from training.kernels_model import chunks
+from training.model_config import ModelConfig, model_from_descriptor
 
 ROUNDS, ROUND_MS = 3, 25
 

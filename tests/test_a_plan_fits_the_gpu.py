@@ -10,10 +10,10 @@ import torch
 
 from pipeline import runs
 from training import launch, plan
+from training.assemble import fitted
 from training.config import RunConfig
 from training.probe import micro_step_seconds
 from training.recipes import recipe
-from training.train import fitted
 
 BIG = recipe("gpt2-1558m")
 

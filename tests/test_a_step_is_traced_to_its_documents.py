@@ -14,8 +14,8 @@ from storage import documents, objects, records, shards, tokenizer
 from storage.lineage import Lineage
 from storage.records import File, Record
 from training import recipes, tokenization, trace
-from training.config import ModelConfig
 from training.loader import training_loader
+from training.model_config import ModelConfig
 
 CONTEXT = 64
 

@@ -9,9 +9,9 @@ import torch
 
 from training import kernels
 from training.attention import Torch
-from training.config import ModelConfig
 from training.gpt2 import GPT2
 from training.kernels_model import FusedModel
+from training.model_config import ModelConfig
 
 pytestmark = [
     pytest.mark.gpu,

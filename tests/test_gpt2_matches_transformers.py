@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from training.config import ModelConfig, model_from_descriptor
 from training.gpt2 import GPT2
+from training.model_config import ModelConfig, model_from_descriptor
 
 CONFIG = ModelConfig(layers=2, channels=48, heads=3, context=32, vocab=300)
 LINEARS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_pipeline import gpt2
 
-from training import config, plan, recipes
+from training import config, model_config, plan, recipes
 
 # llm.c's scripts: model, steps, batch, LR, final fraction, T, checkpoints every / kept / major every, skip z.
 SCRIPTS = {
@@ -44,7 +44,7 @@ def test_on_eight_gpus_of_80_gb_the_plan_takes_llm_cs_micro_batch(name: str) -> 
 
 
 def test_every_flag_of_llm_c_is_named_beside_its_setting() -> None:
-    text = Path(config.__file__).read_text()
+    text = Path(config.__file__).read_text() + Path(model_config.__file__).read_text()
     named = set(re.findall(r"(?<![\w-])-[a-z]{1,2}(?![\w-])", text))
     assert [flag for flag in FLAGS if flag not in named] == []
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training import kernels
 from training.assemble import assemble
-from training.config import model_from_descriptor
+from training.model_config import model_from_descriptor
 from training.modern import Modern
 from training.muon import orthogonalize
 from training.recipes import speedrun

@@ -3,7 +3,7 @@
 import torch
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
-from training.config import ModelConfig
+from training.model_config import ModelConfig
 from training.modern import CAP, EPS, ROPE_BASE, Modern
 
 CONFIG = ModelConfig(layers=2, channels=64, heads=2, context=32, vocab=200)

@@ -13,7 +13,7 @@ from evals import model as evals_model
 from evals.scoring import Request, Scorer
 from storage.shards import write_shard
 from training import export, sample
-from training.config import ModelConfig
+from training.model_config import ModelConfig
 from training.modern import Modern
 from training.weights import load_any, write_llmc
 

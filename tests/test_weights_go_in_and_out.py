@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from storage.shards import write_shard
 from training import export
-from training.config import ModelConfig
 from training.gpt2 import GPT2
+from training.model_config import ModelConfig
 from training.weights import load_any, read_llmc, write_llmc
 
 SIZES = ModelConfig(layers=2, channels=32, heads=2, context=16, vocab=50257)

@@ -16,10 +16,11 @@ from torch.distributed import HashStore
 
 from storage.objects import read_json
 from storage.shards import shard_name, write_shard
-from training.config import ModelConfig, RunConfig, TrainConfig, from_dict, to_dict
+from training.config import RunConfig, TrainConfig, from_dict, to_dict
 from training.distributed import Group, World
 from training.gpt2 import GPT2
 from training.launch import INTERRUPTED
+from training.model_config import ModelConfig
 from training.train import Stop, Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -1,10 +1,13 @@
-"""How is the model made ready for the machine? In one visible order: weights, shards, kernels, recompute."""
+"""How is a run made ready for the machine? What fits it first; then, in one visible order, weights, shards, kernels,
+recompute.
+"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from training import recompute
+from training import plan, recompute
 from training.checkpoint import load_model, load_optimizer
 from training.config import RunConfig
 from training.distributed import World
@@ -14,6 +17,40 @@ from training.models import Model
 from training.muon import ShardedMuon
 from training.optim import ShardedAdamW
 from training.weights import empty_model, load_any
+
+
+def fitted(config: RunConfig, world: World) -> RunConfig:
+    """`config` with the micro-batch and the recompute level that it left open.
+
+    On a GPU the largest micro-batch, and the least recompute, that `plan` says will fit; on a CPU, where larger
+    micro-batches bring nothing, at most 16 sequences. Raises ValueError where nothing fits or divides.
+    """
+    machine = config.machine
+    sequences = config.train.batch_tokens // config.model.context
+    if sequences % world.size:
+        raise ValueError(_nearest(config, "ranks", world.size))
+    if machine.micro_batch and sequences % (world.size * machine.micro_batch):
+        raise ValueError(_nearest(config, "ranks x micro_batch sequences", world.size * machine.micro_batch))
+    if world.device.type == "cpu":
+        micro_batch = machine.micro_batch or next(n for n in plan.micro_batches(config, world.size) if n <= 16)
+        return replace(config, machine=replace(machine, micro_batch=micro_batch, recompute=max(0, machine.recompute)))
+    total = torch.cuda.mem_get_info(world.device)[1] / plan.GIB
+    if machine.memory_gib:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, machine.memory_gib / total))
+    chosen = plan.fit(config, world.size, machine.memory_gib or plan.SHARE_OF_MEMORY * total)
+    if chosen.master_weights != config.train.master_weights:
+        raise ValueError(
+            f"{config.recipe} fits {machine.memory_gib or total:.1f} GiB only without fp32 master weights, which "
+            "changes the numbers: set master_weights=false for stochastic rounding (`gpt2 run` does, and says so)"
+        )
+    return replace(config, machine=replace(machine, micro_batch=chosen.micro_batch, recompute=chosen.recompute))
+
+
+def _nearest(config: RunConfig, what: str, value: int) -> str:
+    unit, total = value * config.model.context, config.train.batch_tokens
+    low = total // unit * unit
+    near = " and ".join(str(n) for n in (low, low + unit) if n > 0)
+    return f"batch_tokens={total} does not divide into {value} {what}: the nearest that do are {near}"
 
 
 def assemble(config: RunConfig, world: World, checkpoint: Path | None) -> tuple[Model, ShardedAdamW]:

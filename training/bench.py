@@ -23,9 +23,10 @@ import torch
 
 from training import distributed
 from training.assemble import assemble
-from training.config import MachineConfig, RunConfig, TrainConfig, model_from_descriptor
+from training.config import MachineConfig, RunConfig, TrainConfig
 from training.distributed import World
 from training.metrics import utilization
+from training.model_config import model_from_descriptor
 from training.optim import clip_scale
 from training.recipes import RECIPES, recipe
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.attention import attend
-from training.config import ModelConfig
 from training.kernels_head import head_loss
+from training.model_config import ModelConfig
 
 INIT_STD = 0.02
 

@@ -1,7 +1,7 @@
 """Which model does a configuration name? One of each family, made in one place."""
 
-from training.config import ModelConfig
 from training.gpt2 import GPT2
+from training.model_config import ModelConfig
 from training.modern import Modern
 
 Model = GPT2 | Modern

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import ModelConfig
+from training.model_config import ModelConfig
 
 ROPE_BASE = 10_000.0
 CAP = 15.0  # logits lie between -CAP and CAP

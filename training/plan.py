@@ -12,8 +12,9 @@ and whoever calls it says so; the trainer refuses to do so by itself.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from training.config import ModelConfig, RunConfig, TrainConfig
+from training.config import RunConfig, TrainConfig
 from training.metrics import PEAK_FLOPS, peak_flops
+from training.model_config import ModelConfig
 
 GIB = 2**30
 LARGEST_MICRO_BATCH = 64  # sequences; more has brought nothing since the matmuls are full

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from training.config import EvalConfig, ModelConfig, RunConfig, TrainConfig, model_from_descriptor
+from training.config import EvalConfig, RunConfig, TrainConfig
+from training.model_config import ModelConfig, model_from_descriptor
 
 HALF_MILLION = 524_288
 MILLION = 1_048_576

@@ -16,7 +16,8 @@ from torch import Tensor
 from storage.tokenizer import EOT
 from training import weights_nanochat
 from training.checkpoint import checkpoint_folder, complete, load_model, newest, read_state
-from training.config import ModelConfig, from_dict
+from training.config import from_dict
+from training.model_config import ModelConfig
 from training.models import Model, build_model
 
 Weights = dict[str, Tensor]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from storage.tokenizer import EOT
-from training.config import ModelConfig
+from training.model_config import ModelConfig
 from training.modern import CAP, EPS, ROPE_BASE
 
 Weights = dict[str, Tensor]
