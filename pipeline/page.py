@@ -20,6 +20,7 @@ from training import launch
 ROOT = Path(__file__).resolve().parent.parent
 LOCATION = "gpt2"  # as in workspace.yaml
 SERVED_BY = "GPT2_SERVED_BY"  # the process that all of this ends with, for the runs that are launched here
+BETA = "ignore:Parameter"  # what Dagster's warnings about its own beta parameters begin with
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 10.0
 
@@ -54,7 +55,8 @@ def serve(port: int) -> int:
 
 def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, preexec_fn=launch.dying_with(os.getpid()))
+    quiet = os.environ | {"PYTHONWARNINGS": BETA}  # what the command starts in its turn has no -W
+    return subprocess.Popen(command, cwd=ROOT, env=quiet, preexec_fn=launch.dying_with(os.getpid()))
 
 
 def _wait_for(place: Path, server: subprocess.Popen[bytes]) -> None:

@@ -70,13 +70,20 @@ def score_table(run: str, comparisons: list[reference.Comparison]) -> Table:
         errors = "" if c.errors is None else f"{c.errors:+.1f}"
         row = (f"{c.value:.4f}{error}", c.against, f"{c.reference:.4f}{other}", f"{c.difference:+.4f}", errors)
         table.add_row(c.suite, c.score, *row, c.verdict, c.source + (", same items" if c.same_items else ""))
-    return table
+    return _whole(table)
 
 
 def _difference_table(run: str, other: str, found: list[dict[str, Any]]) -> Table:
     table = Table("area", "what", run, other, title=f"what differs between {run} and {other}")
     for difference in found:
         table.add_row(difference["area"], difference["key"], difference["left"], difference["right"])
+    return _whole(table)
+
+
+def _whole(table: Table) -> Table:
+    """Two names may differ in their last letters only: what is too long goes on in the next line."""
+    for column in table.columns:
+        column.overflow = "fold"
     return table
 
 
