@@ -27,7 +27,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from interruptions import digest
 
-from storage import inspection, items, sources, tokenizer
+from storage import sources, tokenizer
 from training import tokenization
 from training.workers import process_pool
 
@@ -96,18 +96,21 @@ def peak_memory() -> int:
 
 def contamination(files: list[str], location: str) -> None:
     """Look for the items, and for one made of a training document's words, on two workers."""
+    from storage import inspection, items  # here alone: workers of tokenization load this file and do without
+
     asked = inspection.item_texts(items.read_items(location), "hellaswag")
     words = pq.read_table(files[-1], columns=["text"])["text"][7].as_py().split()[20:40]
     asked.append(("planted", " ".join(words)))
     before = clock()
     with process_pool(2) as pool:
         found = inspection.merged(list(pool.map(inspection.contamination, [[f] for f in files], [asked] * len(files))))
+        peak = pool.submit(peak_memory).result()
     wall, cpu = clock()[0] - before[0], clock()[1] - before[1]
     text = sources.total_text_bytes(files) / 1e6
     print(
         f"contamination: {found.items - 1:,} items and a planted one in {found.documents:,} documents ({text:,.0f} MB)"
     )
-    print(f"  {wall:.1f} ({cpu:.1f}) s, found: {', '.join(found.contaminated) or 'none'}")
+    print(f"  {wall:.1f} ({cpu:.1f}) s, {peak} MiB a worker; found: {', '.join(found.contaminated) or 'none'}")
 
 
 def project(tokens: int, text_bytes: int, file_bytes: int, cpu: float, cores: int = 64) -> None:
@@ -129,7 +132,7 @@ def tell(name: str, runs: list[Taken], base: float) -> None:
     each = ", ".join(f"{run.wall:.1f} ({run.cpu:.1f})" for run in runs)
     speed, rate = (runs[0].tokens / median(runs, seconds) for seconds in ("wall", "cpu"))
     print(
-        f"{name:24} {each} s: {speed / 1e6:.2f} Mtok/s, {rate / 1e6:.2f} a core second, "
+        f"{name:28} {each} s: {speed / 1e6:.2f} Mtok/s, {rate / 1e6:.2f} a core second, "
         f"{rate / base:.2f} times plain tiktoken" + (f"; {max(r.peak for r in runs)} MiB" if runs[0].peak else "")
     )
 

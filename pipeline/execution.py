@@ -61,6 +61,8 @@ def _execute(
                 .resolve_job_def(job)
                 .execute_in_process(instance=dagster, run_config=LOG_QUIETLY | config, **options)
             )
+        except dg.DagsterExecutionInterruptedError as interrupted:  # Dagster's name for it, within a step
+            raise KeyboardInterrupt from interrupted
         finally:
             terminal.close()
     # Once: the stages have added what they made. After a run that fails, the next command that asks does it.

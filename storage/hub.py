@@ -125,6 +125,7 @@ def fetch(
         try:
             return [future.result() for future in futures]
         finally:
+            counter.stopped = True  # where one has failed, or somebody has pressed Ctrl-C
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -139,15 +140,22 @@ def _place(repo: str, commit: str, entry: Entry) -> str:
     return f"{endpoint()}/datasets/{repo}/resolve/{commit}/{urllib.parse.quote(entry.path)}"
 
 
+class _Stopped(Exception):
+    """The download ends here for now; its part is kept."""
+
+
 class _Counter:
     """Bytes of several files, told as one sum."""
 
     def __init__(self, progress: Callable[[int], None]):
         self.progress, self.lock = progress, Lock()
         self.bytes: dict[str, int] = {}
+        self.stopped = False
 
     def of(self, name: str) -> Callable[[int], None]:
         def count(here: int) -> None:
+            if self.stopped:
+                raise _Stopped(name)
             with self.lock:
                 self.bytes[name] = here
                 self.progress(sum(self.bytes.values()))
@@ -178,6 +186,7 @@ def _fetch_part(url: str, part: Path, entry: Entry, progress: Callable[[int], No
     """Append to `part` until it has all bytes, over as many connections as it takes."""
     failures = 0
     while (here := _size(part)) < entry.bytes:
+        progress(here)
         reason, wait = _receive(url, part, here, progress)
         failures = 0 if _size(part) > here else failures + 1
         if _size(part) < entry.bytes:

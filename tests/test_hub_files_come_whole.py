@@ -150,6 +150,23 @@ def test_files_go_on_to_s3(local, tmp_path, s3_store):
     assert [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()] == []
 
 
+def test_other_downloads_stop_where_one_fails(local, tmp_path):
+    """They are not brought to their end, hours later, and go on where they were."""
+    slow = "sample/10BT/001_00000.parquet"
+    local.held[slow] = threading.Event()
+
+    def refuse(entry: hub.Entry, path: str) -> None:
+        threading.Timer(0.3, local.held[slow].set).start()
+        raise KeyboardInterrupt
+
+    entries = hub.list_tree(REPO, "c0ffee", "sample/10BT")[:2]
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch(REPO, "c0ffee", entries, str(tmp_path), lambda _: None, refuse)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000_00000.parquet", "001_00000.parquet.part"]
+    fetch("fineweb-edu-10B:2", tmp_path)
+    assert (tmp_path / "001_00000.parquet").read_bytes() == FILES[slow]
+
+
 CHILD = "import sys; from storage.sources import resolve; resolve(sys.argv[1]).fetch(sys.argv[2], lambda *_: 0)"
 
 
