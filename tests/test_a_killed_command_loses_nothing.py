@@ -49,6 +49,7 @@ def training(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     checkpoint = store / "runs/long/checkpoints/step_000005/DONE"
     wait_for("the first checkpoint", lambda: checkpoint.exists() or process.poll() is not None)
@@ -91,7 +92,8 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(
 ) -> None:
     store, process = training
     process.send_signal(number)
-    assert process.wait(timeout=60) == 1
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and said.splitlines()[-1].startswith(b"gpt2: ") and b"goes on from there" in said
     assert not processes_of(store)
     assert "STARTED" not in statuses(store, monkeypatch)
     newest = sorted((store / "runs/long/checkpoints").glob("*/DONE"))[-1].parent
