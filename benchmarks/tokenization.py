@@ -6,7 +6,8 @@ Each round runs all variants one after the other. Seconds are the wall's and, in
 processes): on a machine that does other work only the second can be compared. Shards are made by a process of their
 own, which has learned no words yet, from parquet files to shards, indexes and sha256; the lines of plain tiktoken and
 riptoken only encode texts in memory. A second worker starts in half a second and learns its words anew, so how the
-speed scales shows on several copies of a small corpus, one after the other. With items, also how long it takes to
+speed scales shows on several copies of a small corpus, one after the other; how far the machine lets anything scale, on
+two runs at once that share nothing. With items, also how long it takes to
 look for them in the corpus, with one planted, on two workers.
 """
 
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,6 +78,13 @@ def shards(files: list[str], workers: int) -> Taken:
     """Of a process of its own."""
     command = [sys.executable, __file__, "shards", str(workers), *files]
     return Taken(**json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+
+
+def two_runs(files: list[str]) -> Taken:
+    """Two runs of one worker at once, which share nothing but the machine: how far this one scales at all."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda _: shards(files, 1), range(2)))
+    return Taken(runs[0].tokens * 2, max(run.wall for run in runs), sum(run.cpu for run in runs))
 
 
 def make_shards(workers: int, files: list[str]) -> None:
@@ -137,9 +146,12 @@ def tell(name: str, runs: list[Taken], base: float) -> None:
     )
 
 
-def tell_scaling(what: str, one: list[Taken], two: list[Taken]) -> None:
-    faster = median(one, "wall") / median(two, "wall")
-    print(f"scaling 1 -> 2 workers: {faster / 2:.0%} of twice the speed on {what}, by the wall's seconds")
+def tell_scaling(what: str, one: list[Taken], two: list[Taken], apart: list[Taken]) -> None:
+    workers, machine = median(one, "wall") / 2 / median(two, "wall"), median(one, "wall") / median(apart, "wall")
+    print(
+        f"scaling 1 -> 2 workers: {workers:.1%} of twice the speed on {what}, by the wall's seconds; two runs at once "
+        f"that share nothing: {machine:.1%}"
+    )
 
 
 def median(runs: list[Taken], name: str) -> float:
@@ -160,6 +172,7 @@ def main() -> None:
     for label, times in copies.items():
         variants[f"shards, 1 worker{label}"] = lambda times=times: shards(files * times, 1)
         variants[f"shards, 2 workers{label}"] = lambda times=times: shards(files * times, 2)
+        variants[f"two runs, 1 worker each{label}"] = lambda times=times: two_runs(files * times)
     found: dict[str, list[Taken]] = {name: [] for name in variants}
     for _ in range(options.rounds):
         for name, run in variants.items():
@@ -173,6 +186,7 @@ def main() -> None:
             label.removeprefix(", ") or "the corpus",
             found[f"shards, 1 worker{label}"],
             found[f"shards, 2 workers{label}"],
+            found[f"two runs, 1 worker each{label}"],
         )
         digests = {run.sha256 for workers in ("1 worker", "2 workers") for run in found[f"shards, {workers}{label}"]}
         print(f"sha256 of the shards{label}, all runs: {', '.join(sorted(digests))}")
