@@ -24,7 +24,7 @@ POLYNOMIALS = 5  # of Muon, a step and matrix
 
 # L(N, D) = E + A / N^ALPHA + B / D^BETA: Besiroglu et al. 2024 (arXiv 2404.10102), a refit of Hoffmann et al. 2022.
 A, B, ALPHA, BETA = 482.01, 2085.43, 0.3478, 0.3658
-FP8_GAP = 0.015  # nats that fp8 lost against bf16 in 600 steps of d12 (benchmarks/fp8_curves.json)
+FP8_GAP = 0.015  # nats that fp8 lost against bf16 in 600 steps of d12 (benchmarks/results/fp8_curves.json)
 MUON = 0.52  # of AdamW's compute for the same loss: Liu et al. 2025 (arXiv 2502.16982)
 
 

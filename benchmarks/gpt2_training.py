@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpt2_training [--only d48,d12] [--json benchmarks/gpt2_training.json]
 
-Each row is a process of its own: `python -m training.bench`, ten steps of the whole trainer after three of warm-up.
+Each row is a process of its own: `python -m training.bench`, ten steps of the whole trainer after three of warm-up. It
+is written down with its environment as it comes; rows that are not measured anew stay as they were.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +50,36 @@ def measure(row: Row) -> dict[str, Any] | None:
 
 
 def environment() -> dict[str, str]:
-    """Driver, commit and date; the bench itself names card and PyTorch."""
+    """What a row was measured with; the bench itself names card and PyTorch."""
+    import torch
 
     def output(*command: str) -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    return {
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    packages = {name: package_version(name) for name in ("triton", "nvidia-cudnn-frontend", "nvidia-cublas")}
+    return packages | {
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
         "commit": output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def package_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def keep(file: Path, row: dict[str, Any]) -> None:
+    """Put a row into the file, in place of an earlier one of the same model and products."""
+    kept = json.loads(file.read_text())["results"] if file.exists() else []
+    rows = [r for r in kept if (r["model"], r["fp8"]) != (row["model"], row["fp8"])] + [row]
+    models = [known.model for known in ROWS]
+    rows.sort(key=lambda r: (models.index(r["model"]), r["fp8"]))
+    file.write_text(json.dumps({"results": rows}, indent=1) + "\n")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -78,16 +100,17 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpt2_training", description=__doc__)
     parser.add_argument("--only", default="", help="models, separated by commas")
-    parser.add_argument("--json", default="benchmarks/gpt2_training.json")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/gpt2_training.json")
     options = parser.parse_args()
     only = options.only.split(",") if options.only else [row.model for row in ROWS]
+    wanted = [row for row in ROWS if row.model in only]
     results = []
-    for row in ROWS:
-        if row.model in only and (result := measure(row)) is not None:
-            results.append(result)
-            Path(options.json).write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
+    for row in wanted:
+        if (result := measure(row)) is not None:
+            results.append(result | environment())
+            keep(options.json, results[-1])
     print(table(results))
-    return 0 if results else 1
+    return int(len(results) < len(wanted))
 
 
 if __name__ == "__main__":

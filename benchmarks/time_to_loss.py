@@ -7,8 +7,9 @@
 A seed sets both the initial weights and the order of the data. Validation is on the first 458,752 tokens, at step 0,
 every --val-every steps and at the end. Training time is the sum of the steps' seconds as the trainer takes them
 (waiting for data, forward, backward, clipping, the optimizer), with the first three, which compile, counted as the
-median of the ten after them; validation, saving and the process's start are not in it. The target is passed at the
-first validation that is not above it: nothing is interpolated. Memory is the allocator's peak, validation included.
+median of the ten after them. Validation, saving and the process's start are not in it, nor is what the optimizer still
+does on the GPU when a validation begins: with --val-every 5 about half a percent. The target is passed at the first
+validation that is not above it: nothing is interpolated. Memory is the allocator's peak, validation included.
 
 One run at a time on each GPU. FILE is written after each run, and what it or --runs holds is not trained again; after a
 change of the code give other names. A run that fails is a line of the table and is tried again by the next call.

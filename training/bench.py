@@ -183,8 +183,9 @@ def describe(result: Result) -> str:
         f"  {result.peak_gib:.1f} GiB allocated, {result.device_gib:.1f} GiB of the card in use; "
         f"first step after {result.seconds_to_first_step:.0f} s",
     ]
-    for kind, ms in (result.profile_ms or {}).items():
-        lines.append(f"  {ms:9.1f} ms  {kind}")
+    profile = result.profile_ms or {}
+    for kind, ms in profile.items():
+        lines.append(f"  {ms:9.1f} ms  {ms / profile['wall']:6.1%}  {kind}")
     return "\n".join(lines)
 
 
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences a micro-step")
     parser.add_argument("--batch-tokens", type=int, default=0, help="tokens a step; 0: the recipe's")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", action="store_true", help="time by kind of operation")
+    parser.add_argument("--profile", action="store_true", help="time by kind of operation, and its share of a step")
     parser.add_argument("--fp8", action="store_true", help="fp8 operands for the blocks' products")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     options = parser.parse_args(argv)
