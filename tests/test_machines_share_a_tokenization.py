@@ -113,6 +113,34 @@ def test_one_who_comes_too_late_takes_what_the_others_have_made(corpus, tmp_path
     assert digests(out) == alone(corpus, tmp_path) == {f.path: f.sha256 for f in made.files}
 
 
+def test_a_machine_that_dies_before_the_last_word_is_replaced(corpus, tmp_path, monkeypatch):
+    """All shards are there and the claim on the last word is a dead machine's: it is waited for, and then said."""
+    out = str(tmp_path / "shared")
+    monkeypatch.setattr(claims, "LEASE", 0.3)
+    dead = Claims(f"{out}/pieces/claims")
+    assert dead.take("complete")
+    tokenization.tokenize(corpus, out, "c", SHARD_TOKENS, "", 1, lambda *_: None, shared=True)
+    assert objects.exists(f"{out}/complete.json")
+    assert digests(out) == alone(corpus, tmp_path)
+
+
+def test_the_last_word_of_another_is_not_removed_by_one_who_comes_then(corpus, tmp_path, monkeypatch):
+    """One looks, another says that all is complete, and then the first looks for lost pieces."""
+    out, place = str(tmp_path / "shared"), str(tmp_path / "shared" / "pieces")
+    forget = tokenization._Job._forget_lost_pieces
+
+    def completed_meanwhile(job: tokenization._Job) -> None:
+        monkeypatch.setattr(tokenization._Job, "_forget_lost_pieces", forget)
+        tokenization.tokenize(corpus, out, "c", SHARD_TOKENS, "", 1, lambda *_: None, shared=True)
+        forget(job)
+
+    monkeypatch.setattr(tokenization._Job, "_forget_lost_pieces", completed_meanwhile)
+    with Claims(f"{place}/claims") as ours:
+        job = tokenization._Job(out, "c", SHARD_TOKENS, place, lambda *_: None, ours)
+        job.extend(pieces.plan_pieces(corpus))
+    assert objects.exists(f"{out}/complete.json")
+
+
 def test_shards_of_another_corpus_are_not_overwritten(corpus, tmp_path):
     out = str(tmp_path / "shared")
     machine(tmp_path, 0, out, corpus).communicate()

@@ -189,6 +189,7 @@ class _Job:
         self.cut: dict[int, list[File]] = {}  # finished shards
         self.begun: set[str] = set()  # names of the work that this process has begun
         self.complete = False  # said by the output itself
+        self.lacks_shards = False  # of an output that says that it is complete
         self.looked = -POLL
 
     def extend(self, new: list[Piece]) -> None:
@@ -210,8 +211,12 @@ class _Job:
                 time.sleep(POLL)
             if self.claims:
                 self._look()
-        if not self.complete and (not self.claims or self.claims.take("complete")):
-            self._complete()
+        while not self.complete:
+            if not self.claims or self.claims.take("complete"):
+                self._complete()
+            else:  # another machine is at the last word, or has died at it
+                time.sleep(POLL)
+                self._look()
 
     def step(self, engine: Engine) -> bool:
         """Keep every worker busy, and take in one result -> whether any was to come.
@@ -273,10 +278,14 @@ class _Job:
         there = {s.path: s.bytes for s in objects.list_files(self.out)}
         if COMPLETE in there:
             complete = objects.read_json(objects.join(self.out, COMPLETE))
+            there = {
+                s.path: s.bytes for s in objects.list_files(self.out)
+            }  # again: that one may be from before its end
             self.encoded = {i: Encoded(*counts) for i, counts in enumerate(complete["pieces"])}
             shards = enumerate(complete["shards"])
             self._keep_whole({i: [File(**f) for f in files] for i, files in shards}, there)
             self.complete = self.finished()
+            self.lacks_shards = not self.complete
             return
         names = {s.path for s in objects.list_files(self.place, ".json")}
         new = [p for p in self.pieces if p.index not in self.encoded and p.name("json") in names]
@@ -298,7 +307,7 @@ class _Job:
 
     def _forget_lost_pieces(self) -> None:
         """Pieces of finished shards are removed: where a shard was removed since, encode its pieces again."""
-        if objects.exists(complete := objects.join(self.out, COMPLETE)):
+        if self.lacks_shards and objects.exists(complete := objects.join(self.out, COMPLETE)):
             objects.remove(complete)
         needed = {p.index: p for cut in self._possible_cuts() for p in cut.pieces}
         for piece in needed.values():
@@ -348,6 +357,7 @@ class _Job:
         counts = [[self.encoded[p.index].tokens, self.encoded[p.index].documents] for p in self.pieces]
         shards = [[asdict(f) for f in self.cut[index]] for index in sorted(self.cut)]
         objects.publish_json(objects.join(self.out, COMPLETE), {"pieces": counts, "shards": shards})
+        self.complete = True
         # other machines may still be reading the counts, but no tokens
         _clear(self.place, (".bin", ".parquet") if self.claims else ("",))
 
