@@ -1,6 +1,5 @@
 """Several machines make one corpus's shards in one store, each piece by one of them, and the dead are replaced."""
 
-import importlib.util
 import os
 import random
 import subprocess
@@ -174,16 +173,22 @@ def test_a_renewed_claim_outlives_many_leases_and_a_silent_one_does_not(tmp_path
         assert taken == {"silent"}
 
 
+def by_ray(corpus, tmp_path):
+    """On two local worker processes."""
+    place, work = str(tmp_path / "ray"), str(tmp_path / "ray-work")
+    tokenization.tokenize(corpus, place, "c", SHARD_TOKENS, work, 2, lambda *_: None, engine_name="ray")
+    return digests(place)
+
+
 @pytest.mark.slow
-def test_ray_gives_the_same_bytes_and_is_missed_by_name(corpus, tmp_path):
-    """On two local worker processes where Ray is installed; it is an extra, so elsewhere its absence is told."""
-    arguments = (corpus, str(tmp_path / "ray"), "c", SHARD_TOKENS, str(tmp_path / "ray-work"), 2, lambda *_: None)
-    if importlib.util.find_spec("ray") is None:
-        with pytest.raises(ValueError, match="the engine ray is not installed: pip install"):
-            tokenization.tokenize(*arguments, engine_name="ray")
-        return
-    tokenization.tokenize(*arguments, engine_name="ray")
-    assert digests(str(tmp_path / "ray")) == alone(corpus, tmp_path)
+def test_ray_gives_the_same_bytes(corpus, tmp_path):
+    assert by_ray(corpus, tmp_path) == alone(corpus, tmp_path)
+
+
+def test_without_ray_the_extra_is_named(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match="the engine ray is not installed: pip install"):
+        by_ray(corpus, tmp_path)
 
 
 def test_an_unknown_engine_is_refused(corpus, tmp_path):
