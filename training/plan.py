@@ -24,7 +24,8 @@ ENDING = 30.0  # seconds for the ranks to agree, and to leave
 HEAD_BYTES = 400 * 2**20  # logits of one chunk, as the fused head holds them
 CUDA_BYTES = 1.3 * GIB  # context and libraries: outside of PyTorch's allocator, 1.0 to 1.25 GiB measured
 # MFU of whole steps on one H200 (benchmarks/gpt2_training.json: d12 and d48), by channels.
-MEASURED_MFU = ((768, 0.495), (1600, 0.550))
+MEASURED_MFU = ((768, 0.502), (1600, 0.555))
+MEASURED_MFU_FP8 = ((768, 0.536), (1600, 0.664))
 # llm.c's: on one H200 for d12, and on 8 H100 for d48, where a step of 1,048,576 tokens took 2.75 s.
 LLM_C_MFU = ((768, 0.461), (1600, 0.473))
 LLM_C_PRICE = 28.0  # dollars an hour for 8 H100
@@ -195,7 +196,7 @@ def _plans(config: RunConfig, ranks: int) -> Iterator[Plan]:
 
 def cost(config: RunConfig, plan: Plan, device: Gpu, ranks: int, dollars_an_hour: float | None) -> Cost:
     """Time and money at the MFU measured on one H200; recompute adds its share of the forward pass."""
-    mfu = expected_mfu(config.model)
+    mfu = expected_mfu(config.model, MEASURED_MFU_FP8 if config.train.fp8 else MEASURED_MFU)
     again = {0: 1.0, 1: 1.01, 2: 1.01, 3: 4 / 3}[plan.recompute]
     flops = config.train.batch_tokens * config.model.flops_per_token * again
     return _cost(config, mfu, flops / (ranks * device.peak * mfu), dollars_an_hour)
@@ -236,7 +237,7 @@ def shutdown_seconds(config: RunConfig, ranks: int) -> float:
     return ENDING + flops / (ranks * slowest) + 2 * checkpoint_bytes(config) / DISK_RATE
 
 
-def expected_mfu(model: ModelConfig, measured: tuple[tuple[int, float], ...] = MEASURED_MFU) -> float:
+def expected_mfu(model: ModelConfig, measured: tuple[tuple[int, float], ...]) -> float:
     """Between the two measured widths by a straight line, beyond them as at the nearer."""
     (low, at_low), (high, at_high) = measured
     share = min(1.0, max(0.0, (model.channels - low) / (high - low)))
