@@ -11,7 +11,7 @@ from storage.records import Record, folder_url, from_json
 
 # Top folders of a store. What else lies in a local one may be the home.
 CLAIMS = ".claims"  # of whoever is making an output
-FOLDERS = ("corpora", "tokens", "eval_items", "runs", "models", CLAIMS)
+FOLDERS = ("corpora", "tokens", "eval_items", "weights", "runs", "models", CLAIMS)
 RUNS_OWN = ("config.json", "inputs.json", "definition.json")  # beside a run's record
 CARD = "README.md"  # beside a run's exported weights: it is written again with every new score
 TOKENS_OWN = ("plan.json", "complete.json")
@@ -93,7 +93,7 @@ def key_of(path: str, known: frozenset[str]) -> str:
     match parts[0]:
         case "corpora":
             return "/".join(parts[:3]) if len(parts) > 3 else ""
-        case "tokens" | "eval_items" | "models":
+        case "tokens" | "eval_items" | "weights" | "models":
             return "/".join(parts[:2]) if len(parts) > 2 else ""
         case "runs" if len(parts) == 3 or (len(parts) > 3 and parts[2] == "checkpoints"):
             return "/".join(parts[:2])

@@ -1,7 +1,6 @@
 """A run that starts from weights learns from there, and its record leads to their files and the hub's commit."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tiny_pipeline import TINY_SETTINGS, Finished, copied, gpt2
 
 from pipeline import runs
 from storage import records, starting_weights
+from storage.lineage import Lineage
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 
@@ -46,8 +46,12 @@ def test_fine_tuning_a_hub_model_is_traced_to_its_commit(
     assert weights is not None and weights.fingerprint == parent.fingerprint
     assert weights.metrics == {"source": "openai-community/tiny-gpt2", "revision": COMMIT}
     assert weights.config["files"]["model.safetensors"] == digest(tmp_path / "model/model.safetensors")
-    shown = gpt2("lineage", "show", "tuned", "--store", store, "--json", cwd=tmp_path)
-    assert parent.key in [node["key"] for node in json.loads(shown.stdout)["inputs"]]
+    index = Lineage(tmp_path / "anew.duckdb", store)  # which has what the store's records say, nothing else
+    index.ingest(store)
+    (node,) = [node for node in index.ancestry("tuned").inputs if node.key == parent.key]
+    assert (node.job, node.replaced) == ("starting_weights", False)
+    assert "runs/tuned" in [reached.key for reached in index.impact(parent.key)]
+    assert index.ingest(store) == 0
 
 
 def test_the_same_content_is_the_same_weights_and_other_content_is_not(tmp_path: Path) -> None:

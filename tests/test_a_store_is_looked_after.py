@@ -75,6 +75,19 @@ def test_a_flipped_byte_a_missing_and_a_foreign_file_are_found_with_what_depends
     assert found["runs/r/export/data.bin"].dependents == ("runs/r/scores/s",)
 
 
+def test_the_weights_that_a_run_starts_from_are_checked_too(chain, tmp_path):
+    """Their bytes lie outside the store; what was made from them is told."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    files = [records.describe_file("", str(tmp_path / "model.safetensors"))]
+    mark = records.fingerprint("starting_weights", "1", {}, [])
+    records.write_record(chain, Record("starting_weights", "weights/m", mark, "1", {}, [], files, "", ""))
+    make(chain, "runs/tuned", Parent("weights/m", mark))
+    assert problems(chain) == [] and "weights/m" not in collected(chain, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"WEIGHTS")
+    (problem,) = integrity.verify(chain, FOLDERS).problems
+    assert (problem.key, problem.dependents) == ("weights/m", ("runs/tuned",))
+
+
 def test_records_are_checked_too(chain):
     url = records.record_url(chain, "tokens/c")
     data = objects.read_json(url)
