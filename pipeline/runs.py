@@ -111,11 +111,8 @@ def check_possible(places: Places, config: RunConfig) -> None:
     check_tasks(config.evals.harness)
     if config.train.init_from:
         check_starting_weights(config)
-    items = config.evals.hellaswag
-    named = items in ("", "hub", PUBLISHED) or items.startswith(THROUGH_LIBRARY)
-    if not named and not objects.exists(items):
-        raise ValueError(f"evals.hellaswag={items}: there is no such file")
-    if config.train.hellaswag and not items:
+    check_items(config.evals.hellaswag)
+    if config.train.hellaswag and not config.evals.hellaswag:
         raise ValueError(
             "train.hellaswag=true needs the items: set evals.hellaswag to their file, to published or to hub"
         )
@@ -123,6 +120,16 @@ def check_possible(places: Places, config: RunConfig) -> None:
         raise ValueError(f"nnodes={config.machine.nnodes} needs rendezvous=HOST:PORT of the first machine")
     check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))
     objects.check_writable(places.store)  # last: it makes the store's folder
+
+
+def check_items(place: str) -> None:
+    """Refuse a place of HellaSwag's items that is neither a file nor a name that `storage.items` knows."""
+    named = place in ("", "hub", PUBLISHED) or place.startswith(THROUGH_LIBRARY)
+    if not named and not objects.exists(place):
+        raise ValueError(
+            f"hellaswag={place}: there is no such file; places with a name are {PUBLISHED}, hub and "
+            f"{THROUGH_LIBRARY}OWNER/NAME"
+        )
 
 
 def _source(corpus: str) -> sources.Source:

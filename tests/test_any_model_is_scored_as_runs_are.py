@@ -12,7 +12,10 @@ from test_core_centres_its_tasks import write_bundle
 from tiny_pipeline import Finished, gpt2
 
 from evals import core, reference
+from pipeline.commands import evals
 from storage import models, records
+from storage.places import places
+from training import recipes
 
 
 @pytest.fixture
@@ -83,6 +86,7 @@ def test_without_a_network_what_was_fetched_before_serves(
         (["./absent"], "absent does not exist: give a run, a Hugging Face model folder, or a hub name"),
         (["gpt2", "--suite", "validation_loss"], "name that run with --like RUN"),
         (["gpt2", "--suite", "helaswag"], "--suite helaswag is unknown"),
+        (["gpt2", "--set", "hellaswag=absent.jsonl"], "absent.jsonl: there is no such file; places with a name are"),
         (["gpt2", "--set", "dtyp=bf16"], "write one of completion_items=…"),
         (["bert-base", "--against", "published"], "no numbers of bert-base were published"),
         (["gpt2", "--against", "gpt2-xl"], "only `published` is known"),
@@ -93,6 +97,17 @@ def test_what_cannot_be_scored_is_refused_at_once(arguments: list[str], said: st
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("place", ["published", "hub", "datasets:Rowan/hellaswag"])
+def test_a_place_of_items_may_have_a_name(place: str, tmp_path: Path) -> None:
+    settings = {"hellaswag": place}
+    evals.check(places(str(tmp_path)), [tiny_gpt2.save(tmp_path / "m")], ["hellaswag"], "", settings, "")
+
+
+def test_items_come_from_where_the_recipes_have_them(tmp_path: Path) -> None:
+    settings = evals._defaults(places(str(tmp_path)), "", {}, ["hellaswag"])
+    assert settings["hellaswag"] == recipes.recipe("gpt2-124m").evals.hellaswag
 
 
 def hellaswag(**values: float) -> dict[str, dict]:

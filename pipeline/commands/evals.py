@@ -14,6 +14,7 @@ from pipeline.commands.compare import score_table
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.commands.run import execute, named_stages, prepare, rows
 from storage import models, objects
+from storage.items import PUBLISHED
 from storage.places import Places, places
 from training.config import SUITES, EvalConfig, eval_settings
 
@@ -36,7 +37,9 @@ def evals(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="For models: hellaswag=FILE, harness=leaderboard-v1, core=FOLDER, dtype."
+            "--set",
+            metavar="KEY=VALUE",
+            help="For models: hellaswag=FILE|hub, harness=leaderboard-v1, core=FOLDER, dtype.",
         ),
     ] = None,
     against: Annotated[
@@ -123,9 +126,9 @@ def _suites(place: Places, like: str, against: str, settings: dict[str, Any]) ->
 
 
 def _defaults(place: Places, like: str, settings: dict[str, Any], suites: list[str]) -> dict[str, Any]:
-    """HellaSwag's items from the hub and CORE's data in the home, where nothing else was said."""
+    """HellaSwag's items from where the recipes have them and CORE's data in the home, where nothing else was said."""
     there = runs.existing(place, like).evals if like else EvalConfig()
-    usual = {"hellaswag": "hub", "core": str(place.home / "core")}
+    usual = {"hellaswag": PUBLISHED, "core": str(place.home / "core")}
     missing = {key: value for key, value in usual.items() if key in suites and not getattr(there, key)}
     return missing | settings
 
@@ -142,9 +145,8 @@ def check(
             raise ValueError(f"{suite} reads a run's held-out text: name that run with --like RUN")
     if like:
         runs.tokens_of(place, like)
-    items = settings.get("hellaswag", "")
-    if "hellaswag" in suites and items not in ("", "hub") and not objects.exists(items):
-        raise ValueError(f"hellaswag={items}: there is no such file")
+    if "hellaswag" in suites:
+        runs.check_items(settings.get("hellaswag", ""))
     if "eleuther" in suites:
         runs.check_tasks(settings.get("harness", ""))
     for name in names:
