@@ -2,6 +2,7 @@
 
 import base64
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from training.config import RunConfig, to_dict
 
 if TYPE_CHECKING:
     from assets.trainer import Training
+
+log = logging.getLogger(__name__)
 
 
 class StageConfig(dg.Config):
@@ -189,11 +192,12 @@ class Maker:
         objects.publish_json(url, {"fingerprint": fingerprint})
 
     @contextmanager
-    def training(self, run: str) -> Iterator[list[int]]:
+    def training(self, run: str, lost: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
         """Hold a run while it is trained here: two trainings in one folder would tear each other's files.
 
         Gives the open file that holds it, for the ranks' launcher: where this process is killed, the ranks save a
-        checkpoint, and who comes next waits for them.
+        checkpoint, and who comes next waits for them. `lost` is called, from a thread, where another machine has taken
+        the run over, because this one did not reach the store.
         """
         path = self.places.home / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,14 +210,18 @@ class Maker:
                     raise ValueError(
                         f"run {run!r} is being trained by process {holder}: wait for it or stop it"
                     ) from error
-                message = f"process {holder} was killed: waiting until its ranks have saved their checkpoint"
-                self.listener.progressed("trained_model", {"event": "warning", "message": message})
+                self._warn(f"process {holder} was killed: waiting until its ranks have saved their checkpoint")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            with turn_or_refusal(self.places.store, run):  # of other machines on this store
+            with turn_or_refusal(self.places.store, run, self._warn, lost):  # of other machines on this store
                 yield [lock.fileno()]
+
+    def _warn(self, message: str) -> None:
+        """Of a training: on the terminal, if there is one, and in the step's log."""
+        log.warning(message)
+        self.listener.progressed("trained_model", {"event": "warning", "message": message})
 
     def folder(self, key: str) -> str:
         """The local folder in which the files of `key` are worked on."""

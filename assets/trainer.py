@@ -69,16 +69,42 @@ def train(
 ) -> None:
     """Train the run on the shards of a local folder, in a process, until it ends."""
     ranks = launch.ranks_here(run.machine.gpus)
-    with maker.training(name) as held:
+    hold = Hold(on_start)
+    with maker.training(name, hold.lose) as files:
         maker.claim_run(name, output.fingerprint)
-        maker.launcher.run(
-            "training.launch",
-            [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
-            on_event,
-            on_start,
-            _grace(run),
-            held,
-        )
+        try:
+            maker.launcher.run(
+                "training.launch",
+                [*_launch_arguments(run, ranks), "training.train", *_train_arguments(maker, name, run, tokens)],
+                on_event,
+                hold.begin,
+                _grace(run),
+                files,
+            )
+        except (Interrupted, ProcessFailed) as ended:
+            if not hold.lost.is_set():
+                raise
+            message = f"another machine trains run {name!r} now: this one stopped, its last checkpoint is saved"
+            raise Interrupted(message) from ended
+
+
+class Hold:
+    """Ends the process that trains once another machine has the run: two would write into one mirror."""
+
+    def __init__(self, on_start: Callable[[Popen[str]], None]):
+        self.on_start, self.lost = on_start, threading.Event()
+        self.process: Popen[str] | None = None
+
+    def begin(self, process: Popen[str]) -> None:
+        self.process = process
+        if self.lost.is_set():
+            process.terminate()
+        self.on_start(process)
+
+    def lose(self) -> None:
+        self.lost.set()
+        if self.process is not None:
+            self.process.terminate()  # at which the ranks save a checkpoint and end
 
 
 def _grace(run: RunConfig) -> float:

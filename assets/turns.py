@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from storage import objects
@@ -28,13 +28,23 @@ def turn(store: str, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def turn_or_refusal(store: str, run: str) -> Iterator[None]:
-    """Hold the right to train a run. Raises ValueError, naming the holder, where it is trained elsewhere."""
-    with Claims(objects.join(store, CLAIMS)) as claims:
-        if not claims.take(f"training/{run}"):
-            host, process = [*claims.owner_of(f"training/{run}").split(":"), "", ""][:2]
-            raise ValueError(
-                f"run {run!r} is being trained by process {process} of {host}: wait for it or stop it; if that "
-                f"machine is lost, its claim ends after {claims.lease:.0f} seconds"
-            )
+def turn_or_refusal(store: str, run: str, say: Callable[[str], None], lost: Callable[[], None]) -> Iterator[None]:
+    """Hold the right to train a run; takes over from a machine that is silent for a lease.
+
+    `say` is told what is waited for, and what goes wrong meanwhile; `lost` is called, from a thread, where the store
+    was out of reach for so long that another machine trains the run now. Raises ValueError, naming the holder, where
+    it is being trained elsewhere.
+    """
+    work = f"training/{run}"
+    with Claims(objects.join(store, CLAIMS), lambda _: lost(), say) as claims:
+        waiting = False
+        while not claims.take(work):
+            host, process = [*claims.owner_of(work).split(":"), "", ""][:2]
+            if work in claims.alive:
+                raise ValueError(f"run {run!r} is being trained by process {process} of {host}: wait for it or stop it")
+            if host and not waiting:
+                until = time.strftime("%H:%M:%S", time.localtime(time.time() + claims.lease))
+                say(f"process {process} of {host} has claimed this run: waiting until {until} for a sign of life")
+                waiting = True
+            time.sleep(POLL)
         yield

@@ -1,17 +1,22 @@
 """Two that want the same output at once: one makes it, the other waits and reuses it; a dead one holds nobody up."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 from tiny_pipeline import ROOT
+from tiny_run import wait_for
 
 from assets import turns
 from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import Launcher, Silent
+from assets.trainer import Hold
 from storage import objects, records
 from storage.places import Places
 from training import claims
@@ -67,6 +72,74 @@ def test_a_run_that_is_trained_on_another_machine_is_refused(store, tmp_path):
             pass
     with maker(store, tmp_path, "two").training("r"):
         pass
+
+
+class Far(claims.Claims):
+    """Claims of a machine whose processes cannot be seen from here."""
+
+    def __init__(self, store: str, **told: Any):
+        super().__init__(objects.join(store, turns.CLAIMS), **told)
+        self.owner = "far:7:0"
+        self.process |= {"among": "another machine"}
+
+
+def test_a_run_of_a_machine_that_was_lost_is_trained_after_a_lease(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(claims, "LEASE", 1.0)
+    monkeypatch.setattr(turns, "POLL", 0.05)
+    assert Far(store).take("training/r")  # and never renewed
+    began = time.monotonic()
+    with maker(store, tmp_path, "two").training("r"):
+        assert 1.0 < time.monotonic() - began < 5.0
+    assert re.findall(r"process 7 of far has claimed this run: waiting until \d\d:\d\d:\d\d", caplog.text)
+    assert objects.list_files(objects.join(store, turns.CLAIMS)) == []  # so that who comes next does not wait
+
+
+def test_a_run_of_another_machine_that_lives_is_refused_at_its_sign_of_life(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE", 1.0)
+    monkeypatch.setattr(turns, "POLL", 0.05)
+    with Far(store) as far:
+        assert far.take("training/r")
+        refused = pytest.raises(ValueError, match="'r' is being trained by process 7 of far: wait for it or stop it")
+        with refused, maker(store, tmp_path, "two").training("r"):
+            pass
+
+
+def test_renewals_outlive_an_error_of_the_store(store, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE", 0.8)
+    told, publish, broken = [], objects.publish_bytes, threading.Event()
+
+    def publish_or_fail(url: str, data: bytes) -> None:
+        if broken.is_set():
+            raise OSError("the store is away")
+        publish(url, data)
+
+    monkeypatch.setattr(objects, "publish_bytes", publish_or_fail)
+    with Far(store, say=told.append) as far:
+        assert far.take("work")
+        broken.set()
+        wait_for(lambda: told and told[-1].endswith("(the store is away): another machine may take the work over"))
+        assert told[0].endswith("(the store is away), trying again")
+        broken.clear()
+        before = objects.list_files(far.place)[-1].modified
+        wait_for(lambda: objects.list_files(far.place)[-1].modified != before)
+        assert "work" in far.held
+
+
+def test_who_was_silent_for_too_long_stops_its_training(store, monkeypatch):
+    """The other way round would have two machines write into one run's folder."""
+    monkeypatch.setattr(claims, "LEASE", 0.8)
+    hold, told = Hold(lambda process: None), []
+    with Far(store, on_lost=lambda name: hold.lose(), say=told.append) as far:
+        assert far.take("training/r")
+        hold.begin(subprocess.Popen(["sleep", "60"]))
+        successor = objects.join(far.place, "training/r", "000001")
+        assert objects.create_exclusive(successor, b"{}")
+        assert hold.process.wait(10) == -signal.SIGTERM
+        assert hold.lost.is_set() and "lost the claim on training/r" in told[0]
+    assert [claim.path for claim in objects.list_files(far.place)][-1] == "training/r/000001"  # it keeps its claim
+    late = subprocess.Popen(["sleep", "60"])
+    hold.begin(late)  # as the loss may come before the process
+    assert late.wait(10) == -signal.SIGTERM
 
 
 def test_a_process_of_this_machine_that_was_killed_is_followed_at_once(tmp_path):

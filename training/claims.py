@@ -3,15 +3,19 @@
 A claim is an object that only one machine can create. Its owner renews it while it works; whoever has seen it
 unchanged for the length of a lease takes the work over with the next claim on it; where the owner's processes can be
 seen, whoever finds its own gone does so at once. Clocks are not compared: each machine counts by its own. Work done
-twice is wasted, never wrong: what is claimed here gives the same bytes.
+twice is wasted, never wrong: what is claimed here gives the same bytes. An owner that could not renew its claim for so
+long, because the store was out of its reach, is told that it has lost it.
 """
 
+import contextlib
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +25,8 @@ from storage import objects
 
 LEASE = 60.0  # seconds without a renewal after which work is taken over
 RENEWALS = 4  # of a claim during a lease
+
+log = logging.getLogger(__name__)
 
 
 @cache
@@ -48,15 +54,26 @@ def started(pid: int) -> str:
 
 
 class Claims:
-    """The claims of one process in a place that all machines reach. Use as a context: it renews them."""
+    """The claims of one process in a place that all machines reach. Use as a context: it renews them.
 
-    def __init__(self, place: str):
-        self.place, self.lease = place, LEASE
+    `on_lost` gets the name of a claim that another has taken over, from the thread that renews; `say`, what went wrong
+    with the renewals.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        on_lost: Callable[[str], None] = lambda name: None,
+        say: Callable[[str], None] = log.warning,
+    ):
+        self.place, self.lease, self.on_lost, self.say = place, LEASE, on_lost, say
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.process = {"pid": os.getpid(), "started": started(os.getpid()), "among": processes_here()}
         self.lock = threading.Lock()
         self.held: dict[str, int] = {}  # name → number of our claim on it
+        self.renewed: dict[str, float] = {}  # name → when our claim on it was last renewed
         self.seen: dict[str, tuple[str, float]] = {}  # name → (the last claim on it, since when)
+        self.alive: set[str] = set()  # names whose owner was seen to live: it is here, or has renewed its claim
         self.beats = 0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._keep_renewing, daemon=True)
@@ -82,13 +99,16 @@ class Claims:
         with self.lock:
             taken = objects.create_exclusive(self._url(name, number), self._content())
             if taken:
-                self.held[name] = number
+                self.held[name], self.renewed[name] = number, time.monotonic()
         return taken
 
     def release(self, name: str) -> None:
         """Give up a claim, on work that is done or that others may do."""
         with self.lock:
-            objects.remove(self._url(name, self.held.pop(name)))
+            if name in self.held:  # no other has taken it over
+                for number in range(self.held.pop(name) + 1):  # with those of the dead before us
+                    with contextlib.suppress(FileNotFoundError):
+                        objects.remove(self._url(name, number))
 
     def _url(self, name: str, number: int) -> str:
         return objects.join(self.place, name, f"{number:06d}")
@@ -112,17 +132,37 @@ class Claims:
     def _is_dead(self, name: str, last: objects.Stat) -> bool:
         """Whether the last claim's process is gone from here, or was silent for a lease, as long as we watched it."""
         process = self._read(name, last).get("process", {})
-        seen = process.get("among") == processes_here() != ""
-        if seen and started(process["pid"]) != process["started"]:
-            return True
+        if process.get("among") == processes_here() != "":
+            if started(process["pid"]) != process["started"]:
+                return True
+            self.alive.add(name)
         now = time.monotonic()
         state = f"{last.path} {last.modified}"
-        if self.seen.get(name, ("", now))[0] != state:
-            self.seen[name] = (state, now)
-        return now - self.seen[name][1] > self.lease
+        before, since = self.seen.setdefault(name, (state, now))
+        if before != state:
+            self.seen[name], since = (state, now), now
+            self.alive.add(name)
+        return now - since > self.lease
 
     def _keep_renewing(self) -> None:
         while not self.ended.wait(self.lease / RENEWALS):
             with self.lock:
-                for name, number in self.held.items():
-                    objects.publish_bytes(self._url(name, number), self._content())
+                lost = [name for name in list(self.held) if not self._renew(name)]
+            for name in lost:
+                self.on_lost(name)
+
+    def _renew(self, name: str) -> bool:
+        """Renew a claim, or try again at the next beat where the store fails; False where another has it now."""
+        try:
+            claims = objects.list_files(objects.join(self.place, name))
+            if not claims or int(claims[-1].path) != self.held[name]:  # its new owner may have released it since
+                del self.held[name]
+                self.say(f"lost the claim on {name}: it was not renewed for so long that another has taken it over")
+                return False
+            objects.publish_bytes(self._url(name, self.held[name]), self._content())
+            self.renewed[name] = time.monotonic()
+        except objects.failures() as error:
+            silent = time.monotonic() - self.renewed[name]
+            risk = ": another machine may take the work over" if silent > self.lease else ", trying again"
+            self.say(f"the claim on {name} could not be renewed for {silent:.0f} seconds ({error}){risk}")
+        return True
