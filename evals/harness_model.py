@@ -91,6 +91,11 @@ class HarnessModel(TemplateLM):
         stops = (until,) if isinstance(until, str) else tuple(until)
         most = options.get("max_gen_toks", 256)
         room = self.model.context - most
+        if room < 1:
+            raise ValueError(
+                f"{request.task_name}: max_gen_toks={most} leaves no room for a prompt in this model's context of "
+                f"{self.model.context} tokens"
+            )
         tokens = self.tok_encode(text) or [self.model.eot]
         self.truncated[str(request.task_name)] += len(tokens) > room
         return Prompt(index, tuple(tokens[-room:]), tuple(s for s in stops if s), most)

@@ -47,8 +47,8 @@ def read_items(url: str, limit: int = 0) -> list[Item]:
 
 
 def item(row: dict[str, Any], name: str) -> Item:
-    if not all(isinstance(ending, str) and ending.strip() for ending in row["endings"]):
-        raise ValueError(f"{name}: every ending must hold text, got {row['endings']!r}")
+    if not all(isinstance(ending, str) and harness_text(ending).strip() for ending in row["endings"]):
+        raise ValueError(f"{name}: every ending must hold text besides WikiHow's markup, got {row['endings']!r}")
     context = row["ctx"]
     a, b = (row["ctx_a"], row["ctx_b"]) if "ctx_a" in row and "ctx_b" in row else split_context(context)
     return Item(name, int(row["ind"]), row["activity_label"], context, a, b, tuple(row["endings"]), row["label"])

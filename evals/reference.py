@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from evals.comparison import Paired, Rows, paired
 
+Verdict = Literal["better", "worse", "equal", "error unknown", "other protocol"]
+
 HELLASWAG_ITEMS = 10_042
 REPRODUCED_WITHIN = 1.0  # standard errors: the same model on the same items differs by rounding and versions only
 EQUAL_WITHIN = 2.0  # standard errors of the difference: 95% of equal models lie inside
@@ -16,7 +18,6 @@ LLMC_HELLASWAG = "llm.c, dev/data/hellaswag.py"
 LLMC_PLOTS = "llm.c, dev/vislog.ipynb"
 GPT3_PAPER = "GPT-3 paper (Brown et al. 2020), zero-shot"
 NANOCHAT = "nanochat"
-UNNAMED_SHARD = "on a shard that the source does not name"
 
 # model -> parameters, and the names by which the hub or we know it
 SIZES = {
@@ -40,7 +41,6 @@ class Published:
     value: float
     source: str
     items: int | None = None  # known where the score is an accuracy over a known set
-    note: str = ""
 
     @property
     def stderr(self) -> float | None:
@@ -70,14 +70,6 @@ PUBLISHED: tuple[Published, ...] = (
     *(
         Published(model, "core", "core", value, NANOCHAT)
         for model, value in _of_gpt2(0.1139, 0.1849, 0.2146, 0.256525).items()
-    ),
-    *(
-        Published(model, "validation_loss", "plot_line", value, LLMC_PLOTS, note=UNNAMED_SHARD)
-        for model, value in _of_gpt2(3.424958, 3.083089, 3.000580, 2.831273).items()
-    ),
-    Published(
-        "llm.c 124M, 10B tokens", "validation_loss", "plot_line", 3.2722, "llm.c, discussion 481",
-        note="on FineWeb's validation shard",
     ),
 )  # fmt: skip
 
@@ -115,7 +107,7 @@ class Comparison:
     difference: float  # ours less theirs
     errors: float | None  # the difference in standard errors of the difference
     same_items: bool  # the error is that of the differences item by item
-    verdict: Literal["better", "worse", "equal", "error unknown"]
+    verdict: Verdict
 
 
 def compare(
@@ -126,23 +118,26 @@ def compare(
     against: str,
     source: str,
     pair: Paired | None = None,
+    same_protocol: bool = True,
 ) -> Comparison:
     """Scores are {value, stderr}. Equal means within two standard errors of the difference.
 
     On the same items (`pair`) that error is the differences' own; else both errors count as if the items had been
-    drawn apart, which calls two models equal more often.
+    drawn apart, which calls two models equal more often. Scores by two protocols, such as nats per tokens of two
+    vocabularies, stand side by side without errors and without a verdict.
     """
     difference = ours["value"] - theirs["value"]
     known = [s["stderr"] for s in (ours, theirs) if s.get("stderr") is not None]
     error = pair.stderr if pair else math.sqrt(math.fsum(e * e for e in known))
     errors = difference / error if error > 0 else (0.0 if pair and difference == 0 else None)
+    errors = errors if same_protocol else None
     return Comparison(
         suite, score, ours["value"], ours.get("stderr"), against, theirs["value"], theirs.get("stderr"),
-        source, difference, errors, pair is not None, _verdict(score, errors),
+        source, difference, errors, pair is not None, _verdict(score, errors) if same_protocol else "other protocol",
     )  # fmt: skip
 
 
-def _verdict(score: str, errors: float | None) -> Literal["better", "worse", "equal", "error unknown"]:
+def _verdict(score: str, errors: float | None) -> Verdict:
     if errors is None:
         return "error unknown"
     if abs(errors) <= EQUAL_WITHIN:
@@ -180,12 +175,18 @@ def against_run(
     items: Mapping[str, Rows] = {},
     other_items: Mapping[str, Rows] = {},
 ) -> list[Comparison]:
-    """Every score that both runs have, by suite and name; item by item where both have a suite's per-item rows."""
+    """Every score that both runs have, by suite and name; item by item where both have a suite's per-item rows.
+
+    Without a verdict where the two pages name different protocols.
+    """
     rows = []
     for suite, page in scores.items():
-        pairs = paired(items[suite], other_items[suite]) if suite in items and suite in other_items else {}
+        other = others.get(suite, {"scores": {}})
+        same = page.get("protocol") == other.get("protocol")
+        pairs = paired(items[suite], other_items[suite]) if same and suite in items and suite in other_items else {}
         for score, ours in page["scores"].items():
-            theirs = others.get(suite, {}).get("scores", {}).get(score)
+            theirs = other["scores"].get(score)
             if theirs:
-                rows.append(compare(suite, score, ours, theirs, against, "measured here", pairs.get(score)))
+                pair = pairs.get(score)
+                rows.append(compare(suite, score, ours, theirs, against, "measured here", pair, same_protocol=same))
     return rows

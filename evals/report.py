@@ -199,9 +199,13 @@ def loss_lines(run: ReportData) -> list[Line]:
     lines = []
     for baseline in run.baselines:
         page = baseline.scores.get("validation_loss")
-        if page and (ours is None or page["details"]["tokens"] == ours["details"]["tokens"]):
+        if page and (ours is None or _same_text(page, ours)):
             lines.append(Line(baseline.name, page["scores"]["loss"]["value"]))
     return lines
+
+
+def _same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one["protocol"] == other["protocol"] and one["details"]["tokens"] == other["details"]["tokens"]
 
 
 def accuracy_lines(run: ReportData) -> list[Line]:

@@ -45,7 +45,7 @@ def evaluate(
 def _of_text(
     model: LoadedModel, scorer: Scorer, shard: str, limit: int, progress: Callable[[int, int], None] | None
 ) -> EvalResult:
-    """The shard's whole documents in the model's own tokens, each from its start: bits per byte stay comparable."""
+    """The shard's whole documents in the model's own tokens, each from its start: another protocol than windows."""
     rows: list[Row] = []
     asked: list[Request] = []
     owners: list[int] = []

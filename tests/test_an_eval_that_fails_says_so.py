@@ -56,6 +56,7 @@ def test_a_continuation_longer_than_the_context_is_an_error(folder: str) -> None
         ({"label": 4}, "label 4"),
         ({"endings": ["one"]}, "1 endings"),
         ({"endings": ["a", " ", "c", "d"]}, "item 2: every ending must hold text"),
+        ({"endings": ["a", "b", "[title]", "d"]}, "item 2: every ending must hold text besides WikiHow's markup"),
         ({"ctx": ""}, "item 2, has no ctx"),
     ],
 )

@@ -7,9 +7,11 @@ from typing import Any
 import lm_eval
 import pytest
 import tiny_gpt2
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from evals import harness
+from evals.harness_model import HarnessModel
 from evals.model import LoadedModel, load
 from evals.scoring import Scorer, rolling
 
@@ -174,3 +176,10 @@ def test_rolling_windows_are_those_of_lm_eval() -> None:
         tokens = list(range(100, 100 + count))
         theirs = [make_disjoint_window(w) for w in get_rolling_token_windows(tokens, 0, 8, 1)]
         assert [(list(a), list(b)) for a, b in rolling(tokens, 0, 8)] == [(list(a), list(b)) for a, b in theirs]
+
+
+@pytest.mark.parametrize("most", [256, 300])
+def test_texts_as_long_as_the_context_are_refused(most: int, model: LoadedModel) -> None:
+    asked = Instance("generate_until", {}, ("What is 1?", {"max_gen_toks": most}), 0, ("sums", 0, 1))
+    with pytest.raises(ValueError, match=f"sums: max_gen_toks={most} leaves no room .* context of 256 tokens"):
+        HarnessModel(model, Scorer(model)).generate_until([asked])
