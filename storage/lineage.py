@@ -27,6 +27,7 @@ from storage.documents import show_documents
 from storage.lineage_rows import Rows
 
 READERS = 16  # files of a store that are read at once
+MOST_NAMED = 12  # outputs that a message lists
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,10 @@ class Lineage:
             store, found = _locate(connection, self.store, key)
             return _node(connection, store, found)
 
-    def knows(self, key: str) -> bool:
-        """Whether `key` is an output, or a file of one."""
+    def outputs(self, key: str) -> list[str]:
+        """The output that `key` is, or all those that hold a file of that name; none where it is neither."""
         with self._reading() as connection:
-            return _found(connection, self.store, key.rstrip("/")) is not None
+            return list(dict.fromkeys(name for _, name in _found(connection, self.store, key.rstrip("/"))))
 
     def made_from(self, key: str) -> list[Node]:
         """The outputs that were made from `key` itself."""
@@ -284,35 +285,41 @@ def _insert(connection: duckdb.DuckDBPyConnection, read: Sequence[Rows]) -> None
 
 
 def _locate(connection: duckdb.DuckDBPyConnection, store: str, key: str) -> tuple[str, str]:
-    """(store, name) of the output that `key` means, itself or through one of its files."""
+    """(store, name) of the output that `key` means, itself or through one of its files.
+
+    Raises ValueError where there is none, or where several have such a file.
+    """
     wanted = key.rstrip("/")
     found = _found(connection, store, wanted)
-    if found is None:
+    if len(found) > 1:
+        names = [name if store else f"{namespace}/{name}" for namespace, name in found]
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        raise ValueError(f"{len(names)} outputs have a file {key!r}: name one of {', '.join(names[:MOST_NAMED])}{more}")
+    if not found:
         near = connection.execute(
             "SELECT name FROM artifacts ORDER BY jaro_winkler_similarity(name, ?) DESC LIMIT 3", [wanted]
         ).fetchall()
         hint = f": did you mean {', '.join(k for (k,) in near)}?" if near else ": nothing has been made here yet"
         raise ValueError(f"no output or file {key!r}{hint}")
-    return found
+    return found[0]
 
 
-def _found(connection: duckdb.DuckDBPyConnection, store: str, wanted: str) -> tuple[str, str] | None:
+def _found(connection: duckdb.DuckDBPyConnection, store: str, wanted: str) -> list[tuple[str, str]]:
+    """(store, name) of the output of that name, or of every one that has such a file."""
     output = connection.execute(
         "SELECT namespace, name FROM artifacts WHERE $2 IN ('', namespace) "
         "AND ($1 IN (name, namespace || '/' || name) OR name = 'runs/' || $1) ORDER BY ended DESC",
         [wanted, store],
     )
     if found := output.fetchone():
-        return found
+        return [found]
     # a score's file lies beside its record, not below it
-    file = connection.execute(
-        "SELECT namespace, dataset FROM files WHERE $2 IN ('', namespace) AND $1 IN (path, dataset || '/' || path, "
-        "namespace || '/' || dataset || '/' || path, "
-        "namespace || '/' || regexp_replace(dataset, '[^/]*$', '') || path, "
-        "regexp_replace(dataset, '[^/]*$', '') || path) ORDER BY namespace, dataset",
+    folder = "regexp_replace(dataset, '/scores/[^/]*$', '/scores')"
+    return connection.execute(
+        f"SELECT DISTINCT namespace, dataset FROM files WHERE $2 IN ('', namespace) AND $1 IN (path, "
+        f"{folder} || '/' || path, namespace || '/' || {folder} || '/' || path) ORDER BY namespace, dataset",
         [wanted, store],
-    )
-    return file.fetchone()
+    ).fetchall()
 
 
 FACTS = ("started", "ended", "rows", "tokens", "bytes", "commit", "dirty", "code_version", "revision", "url")

@@ -1,6 +1,9 @@
 """The index says what came from what, is rebuilt from records alone, and lets many processes write."""
 
+import json
+
 import pytest
+from tiny_pipeline import gpt2
 
 from storage import objects, records
 from storage.lineage import Lineage
@@ -221,6 +224,23 @@ def test_what_a_fault_reaches(store, lineage):
     ]
     assert lineage.impact("runs/demo/scores/hellaswag") == []
     assert len(lineage.impact("corpora/c/documents")) == 4
+
+
+def test_a_file_name_that_several_outputs_have_means_all_of_them(store, lineage, tmp_path):
+    make_chain(store)
+    other = make(store, "tokens/d", "token_shards")  # each holds token_shards.bin
+    make(store, "runs/more", "trained_model", other)
+    lineage.ingest(store)
+    assert lineage.outputs("token_shards.bin") == ["tokens/c", "tokens/d"]
+    assert lineage.outputs("runs/demo/scores/hellaswag.bin") == ["runs/demo/scores/hellaswag"]
+    assert lineage.outputs("runs/hf_model.bin") == []
+    with pytest.raises(ValueError, match="2 outputs have a file 'token_shards.bin': name one of tokens/c, tokens/d"):
+        Lineage(lineage.path, store).ancestry("token_shards.bin")
+    told = gpt2("lineage", "impact", "token_shards.bin", "--store", store, "--json", cwd=tmp_path)
+    assert {row["output"]: row["made from"] for row in json.loads(told.stdout)} == {
+        **{"runs/demo": "tokens/c", "runs/demo/export": "tokens/c", "runs/demo/scores/hellaswag": "tokens/c"},
+        **{"runs/more": "tokens/d"},
+    }
 
 
 def test_the_cost_of_a_score_counts_each_output_once(store, lineage):

@@ -114,14 +114,19 @@ def impact(
     """List every model and score, and all else, that depends on this: what a fault in it reaches."""
     place = places(store)
     index = _index(store)
-    if index.knows(what):
-        nodes = index.impact(what)
+    holders = index.outputs(what)
+    if holders:
+        nodes = index.impact(*holders)
     elif readers := _readers(place, index, what):
         nodes = [*readers, *index.impact(*(node.key for node in readers))]
     else:
         raise ValueError(f"there is no output, file or document {what!r} in {place.store} that anything was made from")
-    rows = [{"output": n.key, "made by": n.job, "fingerprint": n.fingerprint} for n in nodes]
-    _print_rows(list({row["output"]: row for row in rows}.values()), None, as_json)
+    rows = {n.key: {"output": n.key, "made by": n.job, "fingerprint": n.fingerprint} for n in nodes}
+    if len(holders) > 1:  # each has a file of that name: say which of them an output stands on
+        below = {holder: {node.key for node in index.impact(holder)} for holder in holders}
+        for key, row in rows.items():
+            row["made from"] = ", ".join(holder for holder in holders if key in below[holder])
+    _print_rows(list(rows.values()), None, as_json)
 
 
 def _readers(place: Places, index: Lineage, document: str) -> list[Node]:
