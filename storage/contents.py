@@ -17,6 +17,9 @@ CARD = "README.md"  # beside a run's exported weights: it is written again with 
 TOKENS_OWN = ("plan.json", "complete.json")
 PARTIAL = re.compile(r"(^|/)(\.[^/]*\.partial|\.writable-[^/]*|[^/]*\.part(ial)?)$")
 
+# What a file raises that is not what it should be: of JSON, of UTF-8, of what it must have
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+
 Kind = Literal[
     "record",
     "recorded",  # a record mentions it
@@ -72,9 +75,14 @@ def read_records(store: str, paths: Iterable[str]) -> tuple[dict[str, Record], d
         try:
             record = from_json(path, objects.read_json(objects.join(store, path)))
             found[record.key] = record
-        except (ValueError, KeyError, TypeError) as error:  # of JSON, of UTF-8, of what a record must have
-            wrong[path] = str(error) or type(error).__name__
+        except UNREADABLE as error:
+            wrong[path] = why(error)
     return found, wrong
+
+
+def why(error: Exception) -> str:
+    """What is wrong with an unreadable file, in words."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 def key_of_record(path: str) -> str:

@@ -1,11 +1,12 @@
 """Is every file in the store what its record says, and what stands on one that is not?"""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from storage import objects
-from storage.contents import Contents, contents, key_of_record
+from storage import lineage_rows, objects
+from storage.contents import UNREADABLE, Contents, contents, key_of_record, why
 from storage.records import File, Record, file_url, fingerprint
 
 HASHERS = 8  # files that are read at once; sha256 uses a core each
@@ -16,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    kind: str  # missing, changed, foreign, record
+    kind: str  # missing, changed, foreign, record, config
     path: str  # in the store, or absolute where the bytes lie outside
     what: str  # in words
     key: str  # of the output that it belongs to; "" for none
@@ -36,7 +37,7 @@ def verify(store: str, top: Collection[str], progress: Progress = lambda done, t
     found = contents(store, top)
     files = [(record, f) for record in found.records.values() for f in record.files]
     total, done = sum(f.bytes for _, f in files), 0
-    problems = [*_records(found), *_foreign(found)]
+    problems = [*_records(found), *_configurations(store, found), *_foreign(found)]
     with ThreadPoolExecutor(HASHERS) as pool:
         for (record, f), wrong in zip(files, pool.map(lambda pair: _check(store, *pair), files), strict=True):
             done += f.bytes
@@ -72,6 +73,15 @@ def _records(found: Contents) -> Iterator[Problem]:
     for key, record in found.records.items():
         if record.fingerprint != fingerprint(record.asset, record.code_version, record.config, record.parents):
             yield Problem("record", f"{key}: its record", "does not give its own fingerprint: it was changed", key, ())
+
+
+def _configurations(store: str, found: Contents) -> Iterator[Problem]:
+    """Of runs; without one a run can neither go on nor be asked about."""
+    for path in (e.path for e in found.entries if re.fullmatch("runs/[^/]+/config.json", e.path)):
+        try:
+            lineage_rows.read(store, path)
+        except UNREADABLE as error:
+            yield Problem("config", path, f"can't be read: {why(error)}", path.removesuffix("/config.json"), ())
 
 
 def _foreign(found: Contents) -> Iterator[Problem]:

@@ -7,11 +7,12 @@ nobody and holds nobody up, and an index is never seen half-written.
 """
 
 import fcntl
+import logging
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +24,11 @@ import duckdb
 from storage import lineage_rows as rows_of
 from storage import lineage_schema as schema
 from storage import objects
+from storage.contents import UNREADABLE, why
 from storage.documents import show_documents
 from storage.lineage_rows import Rows
+
+log = logging.getLogger(__name__)
 
 READERS = 16  # files of a store that are read at once
 MOST_NAMED = 12  # outputs that a message lists
@@ -105,10 +109,10 @@ class Lineage:
         def change(connection: duckdb.DuckDBPyConnection) -> None:
             for table in (*schema.TABLES, schema.INGESTED):
                 connection.execute(f"DELETE FROM {table} WHERE namespace = ?", [store])
-            _insert(connection, read)
+            _insert(connection, read.values())
 
         self._anew_if_damaged(lambda: self._write(change))
-        return len(read)
+        return len([rows for rows in read.values() if rows])
 
     def sql(self, query: str, documents: Sequence[str] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Answer a query: (column names, rows). Nothing can be changed and no other file is read.
@@ -174,10 +178,10 @@ class Lineage:
         found = rows_of.files_of(store)  # one listing, which may take a while on S3; nobody waits for it
         gone = [path for path in known if path not in found]
         changed = [path for path, stamp in found.items() if known.get(path) != stamp]
-        if gone or changed:
-            read = _read(store, changed)
+        read = {path: rows for path, rows in _read(store, changed).items() if rows or path in known}
+        if gone or read:
             self._write(lambda connection: _replace(connection, store, read, gone))
-        return len(gone) + len(changed)
+        return len(gone) + len(read)
 
     def _anew_if_damaged(self, work: Callable[[], Any]) -> Any:
         """A file that DuckDB can't read, or not to its end, is dropped: the records have all that was in it."""
@@ -241,26 +245,35 @@ def _known(connection: duckdb.DuckDBPyConnection, store: str) -> dict[str, str]:
     return dict(connection.execute("SELECT path, modified FROM ingested WHERE namespace = ?", [store]).fetchall())
 
 
-def _read(store: str, paths: Iterable[str]) -> list[Rows]:
-    """The rows of files, many at a time, which matters on S3; a file that has gone since is left to the next ingest."""
+def _read(store: str, paths: Iterable[str]) -> dict[str, Rows]:
+    """The rows of files, by path, many at a time, which matters on S3.
+
+    A file that has gone since is left to the next ingest; one that can't be read has no rows, and a warning.
+    """
 
     def one(path: str) -> Rows | None:
         try:
             return rows_of.read(store, path)
         except FileNotFoundError:
             return None
+        except UNREADABLE as error:
+            log.warning("%s can't be read and is left out of the lineage: %s", objects.join(store, path), why(error))
+            return {}
 
+    paths = list(paths)
     with ThreadPoolExecutor(READERS) as pool:
-        return [rows for rows in pool.map(one, paths) if rows]
+        return {path: rows for path, rows in zip(paths, pool.map(one, paths), strict=True) if rows is not None}
 
 
-def _replace(connection: duckdb.DuckDBPyConnection, store: str, read: Sequence[Rows], gone: Sequence[str] = ()) -> None:
-    for rows in read:
-        _forget(connection, store, rows["ingested"][0][2])
+def _replace(
+    connection: duckdb.DuckDBPyConnection, store: str, read: Mapping[str, Rows], gone: Sequence[str] = ()
+) -> None:
+    for path in read:
+        _forget(connection, store, path)
     for path in gone:
         if not objects.exists(objects.join(store, path)):  # another process may have made it since we looked
             _forget(connection, store, path)
-    _insert(connection, read)
+    _insert(connection, read.values())
 
 
 def _forget(connection: duckdb.DuckDBPyConnection, store: str, path: str) -> None:
@@ -271,7 +284,7 @@ def _forget(connection: duckdb.DuckDBPyConnection, store: str, path: str) -> Non
     connection.execute(f"DELETE {where}", [store, path])
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, read: Sequence[Rows]) -> None:
+def _insert(connection: duckdb.DuckDBPyConnection, read: Collection[Rows]) -> None:
     """One statement a table: row by row takes a millisecond each."""
     import pyarrow as pa  # here alone: a question that finds nothing new is answered before this is loaded
 

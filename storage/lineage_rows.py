@@ -43,7 +43,7 @@ def _beside(path: str) -> list[str]:
 def read(store: str, path: str) -> Rows:
     """The rows of each table that stand on a file of the store, and that it is taken in.
 
-    Raises FileNotFoundError where it is gone.
+    Raises FileNotFoundError where it is gone, one of contents.UNREADABLE where it is not what it should be.
     """
     url, folder = objects.join(store, path), path.rpartition("/")[0]
     there = [p for p in (path, *_beside(path)) if p == path or objects.exists(objects.join(store, p))]
@@ -122,7 +122,8 @@ def _run(store: str, folder: str, config: Mapping[str, Any], inputs: Mapping[str
     """A run as it is configured, whatever of it is made yet."""
     train = config["train"]
     return (
-        *(store, objects.name_of(folder), config["recipe"], config["corpus"], train["steps"], train["batch_tokens"]),
+        *(store, objects.name_of(folder), config["recipe"], config["corpus"]),
+        *(int(train["steps"]), int(train["batch_tokens"])),
         *(inputs.get("documents"), inputs.get("tokens"), json.dumps(config)),
     )
 

@@ -127,13 +127,6 @@ def write_record(store: str, record: Record) -> None:
     objects.publish_json(record_url(store, record.key), {"schema": data.pop("schema"), "bytes": record.bytes, **data})
 
 
-def all_records(store: str) -> Iterator[Record]:
-    """Every record in the store, sorted by path."""
-    for found in objects.list_files(store, suffix="record.json"):
-        url = objects.join(store, found.path)
-        yield from_json(url, objects.read_json(url))
-
-
 def describe_file(folder: str, path: str) -> File:
     """A file of an output as its record states it, hashed."""
     url = path if path.startswith("/") or not objects.is_local(path) else objects.join(folder, path)

@@ -12,6 +12,7 @@ from storage import garbage, integrity, objects, records
 from storage.contents import FOLDERS
 from storage.records import Parent, Record
 
+CONFIG = {"recipe": "demo", "corpus": "c", "train": {"steps": 2, "batch_tokens": 64}}
 LATER = time.time() + 10 * 86400  # as of which everything here is old
 
 
@@ -37,8 +38,8 @@ def chain(store) -> str:
     )
     weights = make(store, "runs/r", tokens, names=("main.log", "checkpoints/step_000002/DONE"))
     make(store, "runs/r/scores/s", make(store, "runs/r/export", weights), names=("s.json", "s.parquet"))
+    objects.publish_json(objects.join(store, "runs/r/config.json"), CONFIG)
     for path in (
-        "runs/r/config.json",
         "runs/r/inputs.json",
         "runs/r/checkpoints/step_000001/DONE",
         "tokens/c/plan.json",
@@ -96,6 +97,8 @@ def test_records_are_checked_too(chain):
     objects.publish_bytes(url, objects.read_bytes(url)[:-20])
     assert ("record", "tokens/c/record.json") in problems(chain)
     assert {kind for kind, _ in problems(chain)} == {"record", "foreign"}  # nobody vouches for its files now
+    objects.publish_json(objects.join(chain, "runs/r/config.json"), {"recipe": "demo", "corpus": "c", "train": {}})
+    assert ("config", "runs/r/config.json") in problems(chain)
 
 
 def collected(store: str, home, needed=(), before=LATER, busy=()) -> dict[str, str]:
@@ -122,7 +125,8 @@ def test_what_was_left_half_done_goes(chain, tmp_path):
         "runs/r/scores/notes.txt": "unfinished output",
         "corpora/c/documents/copy.bin": "foreign file",
     }
-    for path in (*left, "runs/unfinished/config.json", "runs/unfinished/checkpoints/step_000001/DONE"):
+    objects.publish_json(objects.join(chain, "runs/unfinished/config.json"), CONFIG)
+    for path in (*left, "runs/unfinished/checkpoints/step_000001/DONE"):
         objects.publish_bytes(objects.join(chain, path), b"1")
     found = garbage.find(chain, tmp_path, (), LATER, FOLDERS)
     assert {path: g.what for g in found for path in g.paths} == left

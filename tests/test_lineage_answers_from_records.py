@@ -272,6 +272,28 @@ def test_a_runs_configuration_and_steps_are_rows(store, lineage):
     assert lineage.sql("SELECT count(*) FROM metrics WHERE step IS NULL")[1] == [(2,)]  # the record's are kept
 
 
+def test_what_cannot_be_read_is_named_and_the_rest_answers(store, lineage, caplog):
+    """Whether it was in the index before or not; mended, it is back."""
+    make_chain(store)
+    lineage.ingest(store)
+    url = records.record_url(store, "runs/demo/scores/hellaswag")
+    whole = objects.read_bytes(url)
+    objects.publish_bytes(url, whole[:-30])
+    objects.publish_json(f"{store}/corpora/d/documents/record.json", {"schema": 99})
+    objects.publish_json(f"{store}/runs/demo/config.json", {"recipe": "demo", "corpus": "c", "train": {}})
+    lineage.ingest(store)
+    wrong = ["corpora/d/documents/record.json", "runs/demo/config.json", "runs/demo/scores/hellaswag.record.json"]
+    assert [any(path in r.message for r in caplog.records) for path in wrong] == [True] * 3
+    assert "it has no 'steps'" in caplog.text
+    assert [n.key for n in lineage.impact("tokens/c")] == ["runs/demo", "runs/demo/export"]
+    caplog.clear()
+    assert lineage.ingest(store) == 0 and len(caplog.records) == 3  # said at each question, until it is mended
+    assert lineage.rebuild(store) == 5
+    objects.publish_bytes(url, whole)
+    assert lineage.ingest(store) == 1
+    assert len(lineage.impact("tokens/c")) == 3
+
+
 def test_checks_and_environments_are_rows(store, lineage):
     checked = {"loss_is_finite": {"passed": True, "loss": 3.25}}
     make(store, "runs/r", "trained_model", checks=checked, versions={"python": "3.12.1", "torch": "2.11.0"})
