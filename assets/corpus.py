@@ -43,7 +43,8 @@ def documents(
 ) -> dg.MaterializeResult:
     """The documents of the run's corpus: parquet in FineWeb-Edu's columns, in corpus order."""
     if new_run.config is not None:
-        maker.define(context.partition_key, from_dict(RunConfig, new_run.config))
+        retry = context.run.parent_run_id is not None
+        maker.define(context.partition_key, from_dict(RunConfig, new_run.config), retry)
     source = sources.resolve(maker.run_config(context.partition_key).corpus)
     output = documents_output(source)
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from assets import shown
 from assets.resources import Event, Launcher, Listener
-from assets.run_config import check_unchanged, config_url, stored
+from assets.run_config import check_unchanged, config_url, resuming, stored
 from assets.turns import turn, turn_or_refusal
 from storage import objects, records
 from storage.lineage import Lineage
@@ -136,9 +136,13 @@ class Maker:
     def cores(self) -> int:
         return len(os.sched_getaffinity(0))
 
-    def define(self, run: str, config: RunConfig) -> None:
-        """Write a run's config.json. Raises ValueError where the run exists with another definition."""
+    def define(self, run: str, config: RunConfig, retry: bool = False) -> None:
+        """Write a run's config.json; a retry leaves `resume` as it is. Raises ValueError where the run exists with
+        another definition."""
         check_unchanged(self.places, run, config)
+        there = stored(self.places, run)
+        if retry and there is not None:  # the first start has had its choice: checkpoints are dropped once
+            config = resuming(config, there.machine.resume)
         objects.publish_json(config_url(self.places, run), to_dict(config))
 
     def run_config(self, run: str) -> RunConfig:

@@ -1,6 +1,7 @@
 """What defines a run? The config.json in its folder, written once; no Dagster here."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from storage import objects
 from storage.places import Places
@@ -15,6 +16,11 @@ def stored(places: Places, run: str) -> RunConfig | None:
     """The configuration of a run in the store, or None."""
     url = config_url(places, run)
     return from_dict(RunConfig, objects.read_json(url), url) if objects.exists(url) else None
+
+
+def resuming(config: RunConfig, how: Literal["exact", "anyway", "no"] = "exact") -> RunConfig:
+    """The same run, started in that way."""
+    return replace(config, machine=replace(config.machine, resume=how))
 
 
 def definition(config: RunConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from assets.failures import Interrupted, ProcessFailed
 from assets.items import hellaswag_items, hellaswag_output
 from assets.making import Maker, Output, Produced, StageConfig, chosen
 from assets.resources import POOL, Event, stop
+from assets.run_config import resuming
 from storage import objects, records, starting_weights
 from storage.items import FILES
 from storage.records import Record
@@ -28,6 +29,7 @@ from training.config import RunConfig, defining, to_dict
 
 VERSION = "1"
 WEIGHTS_VERSION = "1"
+RESUME = {"exact": [], "anyway": ["--resume-anyway"], "no": ["--begin-anew"]}
 WAIT = 0.2  # seconds between two looks at a process
 
 OnEvent = Callable[[Event], None]
@@ -119,10 +121,15 @@ def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:
 
 
 def _train_arguments(maker: Maker, name: str, run: RunConfig, tokens: str) -> list[str]:
-    """The run folder, which holds config.json from here on, and where its tokens and its mirror are."""
-    folder = maker.folder(f"runs/{name}")
-    objects.publish_json(objects.join(folder, "config.json"), to_dict(run))
-    arguments = [folder, "--tokens", tokens]
+    """The run folder, which holds config.json from here on, and where its tokens and its mirror are.
+
+    Only this start resumes as it was asked to: the next one, a retry or not, goes on from where it comes to.
+    """
+    folder, lasting = maker.folder(f"runs/{name}"), resuming(run)
+    if run != lasting:
+        maker.define(name, lasting)
+    objects.publish_json(objects.join(folder, "config.json"), to_dict(lasting))
+    arguments = [folder, "--tokens", tokens, *RESUME[run.machine.resume]]
     if run.train.hellaswag:
         items = maker.parent(hellaswag_output(run.evals).key, "eval_items")
         arguments += ["--items", objects.join(maker.stage(items), FILES[1])]

@@ -94,9 +94,8 @@ def test_asked_not_to_resume_it_begins_anew(shards: str, tmp_path: Path) -> None
     other = tiny_run.config(lr=5e-3)
     Path(again, "config.json").write_text(json.dumps(to_dict(other)))
     tiny_run.steps(again, shards, until=3)
-    anew = replace(tiny_run.config(), machine=replace(other.machine, resume="no"))
-    Path(again, "config.json").write_text(json.dumps(to_dict(anew)))
-    done = tiny_run.train(again, shards)
+    Path(again, "config.json").write_text(json.dumps(to_dict(tiny_run.config())))
+    done = tiny_run.train(again, shards, 1, "--begin-anew")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "beginning anew: dropping the checkpoints of steps [3]" in Path(again, "train.log").read_text()
     assert tiny_run.losses(again) == pytest.approx(tiny_run.losses(whole), abs=1e-5)

@@ -23,6 +23,7 @@ ENDLESS = {
     "model": {"layers": 1, "channels": 32, "heads": 2, "context": 64},
     "train": {"steps": 1_000_000, "batch_tokens": 512, "val_sequences": 8, "checkpoint_every": 20, "sample_tokens": 8},
     "evals": {"completion_items": 12, "harness_items": 8},
+    "machine": {"resume": "no"},  # of the first start alone: the retry goes on
 }
 
 

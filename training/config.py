@@ -126,7 +126,7 @@ class MachineConfig:
     rendezvous: str = ""  # host:port of the first of several machines
     restarts: int = 0  # starts after a failure, each from the newest checkpoint
     # -y: go on from the newest checkpoint as if the run had never stopped; also from one of other settings, torch or
-    # GPU; or drop the checkpoints and begin anew
+    # GPU; or drop the checkpoints and begin anew. Of the next start alone
     resume: Literal["exact", "anyway", "no"] = "exact"
     micro_batch: int = 0  # -b: sequences a rank and micro-step; 0: the largest that fits
     shard_ranks: int = 0  # -z: ranks that share one optimizer state; 0: all; 1: each has its own

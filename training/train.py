@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -313,7 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", required=True, help="folder with token shards")
     parser.add_argument("--mirror", help="location that every checkpoint is copied to, and fetched from")
     parser.add_argument("--items", help="HellaSwag's items in llm.c's format, for hellaswag=true")
-    parser.add_argument("--resume-anyway", action="store_true", help="from a checkpoint of another configuration")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--resume-anyway", action="store_true", help="from a checkpoint of another configuration")
+    choice.add_argument("--begin-anew", action="store_true", help="drop the run's checkpoints first")
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())
     stop = Stop()
@@ -342,8 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
     config = from_dict(RunConfig, objects.read_json(objects.join(options.run, "config.json")))
-    if options.resume_anyway:
-        config = replace(config, machine=replace(config.machine, resume="anyway"))
+    if options.resume_anyway or options.begin_anew:
+        resume: Literal["anyway", "no"] = "anyway" if options.resume_anyway else "no"
+        config = replace(config, machine=replace(config.machine, resume=resume))
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{options.run}/flight_recorder_rank_")  # NCCL's, on a timeout
     world = distributed.join(config.machine.shard_ranks, config.machine.timeout)
     _log_to(options.run, world)

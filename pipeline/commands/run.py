@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from assets.run_config import check_unchanged, config_url
+from assets.failures import Interrupted
+from assets.run_config import check_unchanged, config_url, stored
 from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import near, results_table
@@ -74,7 +75,13 @@ def run(
     runs.check_possible(place, config)
     prepare(place)
     objects.publish_json(config_url(place, run_name), to_dict(config))
-    execute(place, "full_pipeline", run_name, names, as_json)
+    try:
+        execute(place, "full_pipeline", run_name, names, as_json)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        if config.machine.resume == "no" and config != stored(place, run_name):  # which training forgets at its start
+            message = "stopped; what is complete is kept: go on with the same command without resume=no"
+            raise Interrupted(message) from stopped
+        raise
 
 
 def named_stages(only: list[str], option: str = "--only") -> list[str]:
