@@ -18,7 +18,7 @@ from assets.resources import POOL
 from pipeline.page import SERVED_BY
 from storage import objects
 from storage.places import Places
-from training.claims import started
+from training.claims import processes_here, started
 
 POSTGRES_VARIABLE = "DAGSTER_POSTGRES_URL"
 POSTGRES_SCHEME = "postgresql+psycopg2://"
@@ -49,7 +49,7 @@ storage: # runs and events; what the steps printed lies in this folder
       env: {POSTGRES_VARIABLE}
 """
 
-HOST_TAG, PROCESS_TAG, ALIVE_TAG = "gpt2/host", "gpt2/process", "gpt2/alive"
+HOST_TAG, AMONG_TAG, PROCESS_TAG, ALIVE_TAG = "gpt2/host", "gpt2/among", "gpt2/process", "gpt2/alive"
 UNFINISHED = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
 NAMELESS_SECONDS = 300.0  # after which a run whose process has not named itself never had one for long
 ALIVE_SECONDS = 60.0  # between two notes that a run's process lives
@@ -102,7 +102,8 @@ def owned(dagster: dg.DagsterInstance, run: dg.DagsterRun) -> Iterator[None]:
     Only the process itself can say so: Dagster tells nobody where a run is executed.
     """
     pid, ended = os.getpid(), threading.Event()
-    dagster.add_run_tags(run.run_id, {HOST_TAG: platform.node(), PROCESS_TAG: f"{run.run_id}:{pid}:{started(pid)}"})
+    place = {HOST_TAG: platform.node(), AMONG_TAG: processes_here()}
+    dagster.add_run_tags(run.run_id, place | {PROCESS_TAG: f"{run.run_id}:{pid}:{started(pid)}"})
     if run.remote_job_origin is not None:
         threading.Thread(target=_end_with_server, daemon=True).start()
     alive = threading.Thread(target=_tell, args=(dagster, run.run_id, ended), daemon=True)
@@ -155,13 +156,20 @@ def _dead(record: dg.RunRecord) -> str:
         begun = record.start_time is not None and time.time() - record.start_time > NAMELESS_SECONDS
         return "The process that executed this run died before it had begun." if silent and begun else ""
     host = tags.get(HOST_TAG, "")
-    if host != platform.node():
+    if _is_elsewhere(host, tags.get(AMONG_TAG, processes_here())):
         quiet = time.time() - float(tags.get(ALIVE_TAG, "inf"))
         return f"Nothing was heard of {host} for {quiet / 60:.0f} minutes." if quiet > SILENT_SECONDS else ""
     pid, _, since = process.partition(":")
     if started(int(pid)) == since:
         return ""
     return f"The process {pid} that executed this run died without a word."
+
+
+def _is_elsewhere(host: str, among: str) -> bool:
+    """Whether a run's process can't be seen from here. Only a team's machines may share a name: without a team's
+    PostgreSQL, another boot of this name is an earlier one of this machine, whose processes are gone."""
+    rebooted = among.partition(" ")[0] != processes_here().partition(" ")[0] and POSTGRES_VARIABLE not in os.environ
+    return host != platform.node() or (among != processes_here() and not rebooted)
 
 
 def _end_with_server() -> None:

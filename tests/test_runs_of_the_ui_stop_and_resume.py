@@ -78,6 +78,30 @@ def test_a_run_whose_process_is_gone_is_marked_as_failed_and_no_other(tmp_path: 
         assert found == ["FAILURE", "CANCELING", "CANCELING", "FAILURE", "CANCELING"]
 
 
+@pytest.mark.parametrize(
+    ("boot", "container", "team", "swept"),
+    [
+        ("", "", True, True),  # a process of this machine
+        ("another", "", True, False),  # another machine of the team that has the same name
+        ("another", "", False, True),  # this machine, before it was booted again
+        ("", "another", False, False),  # another container on this machine, that has the same name
+    ],
+)
+def test_a_run_of_another_machine_of_this_name_is_left_alone(
+    boot: str, container: str, team: bool, swept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if team:
+        monkeypatch.setenv(instance.POSTGRES_VARIABLE, "postgresql+psycopg2://team/runs")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as dagster:
+        run = dagster.create_run_for_job(nothing)
+        dagster.report_run_canceling(run)
+        with instance.owned(dagster, run):
+            here = dagster.get_run_by_id(run.run_id).tags[instance.AMONG_TAG].split(" ")
+        process = {instance.PROCESS_TAG: f"{run.run_id}:{2**22 + 1}:1"}  # there is none of this number here
+        dagster.add_run_tags(run.run_id, process | {instance.AMONG_TAG: f"{boot or here[0]} {container or here[1]}"})
+        assert instance.sweep(dagster) == ([run.run_id] if swept else [])
+
+
 def tags(page: Page, run_id: str) -> dict[str, str]:
     query = "query($id: ID!) {runOrError(runId: $id) {... on Run {tags {key value}}}}"
     return {tag["key"]: tag["value"] for tag in page.ask(query, id=run_id)["runOrError"]["tags"]}
