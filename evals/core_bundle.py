@@ -8,11 +8,11 @@ import hashlib
 import logging
 import os
 import shutil
-import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
-from storage import objects
+from storage import hub, objects
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +20,6 @@ BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_VARIABLE = "GPT2_CORE_BUNDLE"  # another place of the same archive, such as a mirror
 SEEN_SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"  # as others noted it in June 2026
 NAME, PIN = "eval_bundle", "eval_bundle.zip.sha256"
-TIMEOUT = 60.0  # seconds without a byte
-CHUNK = 2**20
 
 
 def bundle(folder: str) -> str:
@@ -41,13 +39,30 @@ def fetch(cache: str) -> str:
     """
     folder, pin = Path(cache) / NAME, Path(cache) / PIN
     if not (folder / "core.yaml").exists():
-        archive = Path(cache) / f"{NAME}.zip.part"
-        found = _download(os.environ.get(BUNDLE_VARIABLE, BUNDLE), archive)
-        check(found, pin)
+        archive = Path(cache) / f"{NAME}.zip.fetched"
+        _download(os.environ.get(BUNDLE_VARIABLE, BUNDLE), archive)
+        try:
+            check_whole(archive)
+            found = objects.sha256(str(archive))
+            check(found, pin)
+        except ValueError:
+            archive.unlink()
+            raise
+        objects.publish_bytes(str(pin), f"{found}\n".encode())  # first: a folder that is there has its pin
         unpack(archive, cache)
         archive.unlink()
-        pin.write_text(found + "\n")
     return str(folder)
+
+
+def check_whole(archive: Path) -> None:
+    """Raises ValueError for an archive that ends early, or parts of two."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            torn = packed.testzip()
+    except (zipfile.BadZipFile, zlib.error) as error:
+        torn = str(error)
+    if torn is not None:
+        raise ValueError(f"{archive} is no whole zip archive ({torn}): its download broke off; run this again")
 
 
 def check(found: str, pin: Path) -> None:
@@ -62,30 +77,22 @@ def check(found: str, pin: Path) -> None:
         log.warning("CORE's bundle has sha256 %s; others noted %s in June 2026", found, SEEN_SHA256)
 
 
-def _download(url: str, archive: Path) -> str:
-    """Its sha256, in hex."""
+def _download(url: str, archive: Path) -> None:
+    """Over as many connections as it takes; what an earlier process has begun is gone on with."""
     log.info("fetching CORE's bundle from %s", url)
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(archive, "wb") as file:
-            while chunk := response.read(CHUNK):
-                digest.update(chunk)
-                file.write(chunk)
-    except OSError as error:
+        hub.fetch_file(url, str(archive), hub.Entry(archive.name, hub.size_of(url), ""), lambda _: None)
+    except ValueError as error:
         raise ValueError(
             f"CORE's bundle can't be fetched from {url} ({error}): unpack eval_bundle.zip by hand and name its "
             "folder with evals.core"
         ) from error
-    return digest.hexdigest()
 
 
 def unpack(archive: Path, cache: str) -> None:
-    """Into a temporary name, then by rename: a folder that is there is whole. Raises ValueError for a torn archive."""
+    """Into a temporary name, then by rename: a folder that is there is whole."""
     target, partial = Path(cache) / NAME, Path(cache) / f"{NAME}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    if not zipfile.is_zipfile(archive):
-        raise ValueError(f"{archive} is no zip archive: the download broke off; run this again")
     with zipfile.ZipFile(archive) as packed:
         packed.extractall(partial)
     inner = partial / NAME

@@ -6,7 +6,7 @@ import random
 import shutil
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import tiny_gpt2
 import torch
+from local_hub import LocalHub
 from transformers import GPT2LMHeadModel
 
 from evals import core, core_bundle
 from evals.model import LoadedModel, load
 from evals.scoring import Scorer
-from storage import tokenizer
+from storage import hub, tokenizer
 
 CHOICES = [
     {"query": f"Question {n}: what is {n} plus {n}?\nAnswer:", "choices": [str(2 * n), "a cat", "7 dogs"], "gold": 0}
@@ -154,7 +155,7 @@ def test_what_is_missing_is_named(change: Any, message: str, tmp_path: Path) -> 
 
 def zipped(source: Path) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as packed:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
         for file in sorted(source.rglob("*")):
             packed.write(file, Path("eval_bundle") / file.relative_to(source))
     return buffer.getvalue()
@@ -193,11 +194,41 @@ def test_another_archive_than_the_first_is_refused(archive: Path, tmp_path: Path
     assert not Path(folder).exists()
 
 
-def test_a_torn_archive_leaves_no_bundle(archive: Path, tmp_path: Path) -> None:
-    archive.write_bytes(archive.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="is no zip archive"):
+@pytest.mark.parametrize("tear", [lambda data: data[:-40], lambda data: data[:100] + b"\xff" * 99 + data[199:]])
+def test_a_torn_archive_is_no_changed_one(archive: Path, tmp_path: Path, tear: Callable[[bytes], bytes]) -> None:
+    """Nor does it become the one that all later ones are held against."""
+    (tmp_path / "cache").mkdir()
+    pin, whole = tmp_path / "cache" / core_bundle.PIN, archive.read_bytes()
+    archive.write_bytes(tear(whole))
+    for pinned in (False, True):
+        if pinned:
+            pin.write_text(sha256(whole).hexdigest())
+        with pytest.raises(ValueError, match="is no whole zip archive .*: its download broke off"):
+            core_bundle.bundle(str(tmp_path / "cache"))
+        assert [p.name for p in (tmp_path / "cache").iterdir()] == [core_bundle.PIN] * pinned
+    archive.write_bytes(whole)
+    assert len(core.read_bundle(core_bundle.bundle(str(tmp_path / "cache")))) == 3
+
+
+def test_a_bundle_that_is_there_has_its_pin(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(core_bundle, "unpack", killed)
         core_bundle.bundle(str(tmp_path / "cache"))
-    assert not (tmp_path / "cache" / core_bundle.NAME).exists()
+    assert (tmp_path / "cache" / core_bundle.PIN).read_text().strip() == sha256(archive.read_bytes()).hexdigest()
+    assert len(core.read_bundle(core_bundle.bundle(str(tmp_path / "cache")))) == 3
+
+
+def test_a_cut_download_goes_on_where_it_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = zipped(Path(write_bundle(tmp_path / "source")))
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    with LocalHub(files={"eval_bundle.zip": data}, cut_after=len(data) // 2 + 1) as server:
+        monkeypatch.setenv(core_bundle.BUNDLE_VARIABLE, f"{server.url}/eval_bundle.zip")
+        folder = core_bundle.bundle(str(tmp_path / "cache"))
+    assert len(core.read_bundle(folder)) == 3
+    assert [r for _, _, r in server.requests][-1] == f"bytes={len(data) // 2 + 1}-"
 
 
 def test_without_a_network_the_fix_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
