@@ -72,7 +72,7 @@ def stages(maker: Maker, name: str) -> list[Stage]:
     run.look("documents", lambda: corpus.documents_output(sources.resolve(config.corpus)))
     run.look("token_shards", lambda: _tokens(config, run.last("documents")))
     if config.evals.hellaswag:
-        run.look("eval_items", lambda: items.hellaswag_output(config.evals))
+        run.look("eval_items", lambda: _hellaswag(maker, config))
     run.look("eval_items", lambda: _items(run, config))
     if config.train.init_from:
         run.look("starting_weights", lambda: trainer.starting_output(config))
@@ -91,6 +91,11 @@ def stages(maker: Maker, name: str) -> list[Stage]:
 
 def _tokens(config: RunConfig, documents: Record) -> Output:
     return tokens.tokens_output(config, documents, documents.metrics["text_bytes"])
+
+
+def _hellaswag(maker: Maker, config: RunConfig) -> Output:
+    revision = items.revision_at_hand(items.hellaswag_at_hand(maker, config.evals))
+    return items.hellaswag_output(config.evals, revision)
 
 
 def _items(run: _Run, config: RunConfig) -> Output:

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from storage import hub, objects, shards, tokenizer
+from storage.library_source import local_digest
 from storage.records import File, describe_file
 
 PUBLISHED = "published"  # the place of HellaSwag's jsonl in its own repository
@@ -29,18 +30,19 @@ THROUGH_LIBRARY = "datasets:"
 FILES = ["items.jsonl", "items.bin"]
 
 
-def hellaswag(location: str, out: str, scratch: str = "") -> list[File]:
+def hellaswag(location: str, out: str, scratch: str = "", revision: str = "") -> list[File]:
     """Put HellaSwag's validation items into `out`.
 
-    `location` is a file, "published" (fetched by way of the local folder `scratch`), "hub", or "datasets:NAME".
+    `location` is a file, "published" (fetched by way of the local folder `scratch`), "hub", or "datasets:NAME"; the
+    last two at the commit `revision`, which `revision_of` gives.
     Raises ValueError where they are not the 10,042 whole items of the published set, Unreachable without a network.
     """
     if location == PUBLISHED:
         items = read_items(fetch_published(scratch or tempfile.gettempdir()))
     elif location == "hub":
-        items = from_hub()
+        items = from_hub(revision)
     elif location.startswith(THROUGH_LIBRARY):
-        items = from_library(location.removeprefix(THROUGH_LIBRARY))
+        items = from_library(location.removeprefix(THROUGH_LIBRARY), revision)
     else:
         items = read_items(location)
     check_hellaswag(items, location)
@@ -48,12 +50,26 @@ def hellaswag(location: str, out: str, scratch: str = "") -> list[File]:
 
 
 def hellaswag_version(location: str) -> str:
-    """What tells the items of one place from those of another: their file's sha256, if there is one."""
+    """What tells the items of one place from those of another: their files' sha256, or a place with commits."""
     if location == PUBLISHED:
         return HELLASWAG_SHA256
-    if location == "hub" or location.startswith(THROUGH_LIBRARY):
+    if location == "hub" or _repo(location):
         return location
+    if location.startswith(THROUGH_LIBRARY):
+        return local_digest(location.removeprefix(THROUGH_LIBRARY))
     return objects.sha256(location)
+
+
+def revision_of(location: str) -> str:
+    """The commit that a place on the hub is at now; empty for one without commits. Unreachable without a network."""
+    repo = HELLASWAG_REPO if location == "hub" else _repo(location)
+    return hub.commit_of(repo) if repo else ""
+
+
+def _repo(location: str) -> str:
+    """The hub's dataset that the `datasets` library is to load; empty for a local folder and for other places."""
+    name = location.removeprefix(THROUGH_LIBRARY) if location.startswith(THROUGH_LIBRARY) else ""
+    return "" if os.path.isdir(name) else name
 
 
 def fetch_published(folder: str) -> str:
@@ -65,16 +81,15 @@ def fetch_published(folder: str) -> str:
     return local
 
 
-def from_library(name: str) -> list[dict[str, Any]]:
+def from_library(name: str, revision: str = "") -> list[dict[str, Any]]:
     """The validation split of a dataset that the `datasets` library loads: of the hub's, or in a local folder."""
     import datasets  # here alone: it takes a second, and other places do not need it
 
-    rows = datasets.load_dataset(name, split="validation")
+    rows = datasets.load_dataset(name, split="validation", revision=revision or None)
     return [_whole(name, n, dict(row)) for n, row in enumerate(rows, 1)]
 
 
-def from_hub() -> list[dict[str, Any]]:
-    commit = hub.commit_of(HELLASWAG_REPO)
+def from_hub(commit: str) -> list[dict[str, Any]]:
     entries = [e for e in hub.list_tree(HELLASWAG_REPO, commit, "data") if "/validation-" in e.path]
     with tempfile.TemporaryDirectory() as scratch:
         paths = hub.fetch(HELLASWAG_REPO, commit, entries, scratch, lambda _: None)

@@ -41,7 +41,7 @@ class LibrarySource:
         place, config, split = [*corpus.removeprefix("datasets:").split(":"), "", ""][:3]
         if not place:
             raise ValueError(f"{corpus!r} names no dataset: write datasets:NAME, datasets:NAME:CONFIG:SPLIT")
-        revision = _local_digest(place) if os.path.isdir(place) else hub.commit_of(place)
+        revision = local_digest(place) if os.path.isdir(place) else hub.commit_of(place)
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", ":".join(filter(None, [place.strip("/"), config, split])))
         return cls(place, config, split or "train", revision, f"{label[-60:].strip('-.')}-{revision[:8]}")
 
@@ -95,6 +95,7 @@ class LibrarySource:
             yield pa.table({name: pa.array(batch[name], pa.string()) for name in COLUMNS if name in batch})
 
 
-def _local_digest(folder: str) -> str:
+def local_digest(folder: str) -> str:
+    """sha256 over a folder's files by name, in hex."""
     listed = [f"{s.path} {objects.sha256(objects.join(folder, s.path))}" for s in objects.list_files(folder)]
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()

@@ -10,7 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from local_hub import LocalHub
 
+from assets.items import hellaswag_items
+from assets.making import Maker, StageConfig
+from assets.resources import Launcher, Silent
 from storage import hub, items, shards, tokenizer
+from storage.places import Places
+from training.config import EvalConfig
 
 RAW = {  # as published: the example in llm.c's dev/data/hellaswag.py
     "ind": 24,
@@ -71,21 +76,42 @@ def test_another_number_of_items_is_not_hellaswag(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_hubs_copy_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(items, "HELLASWAG_ITEMS", 3)
-    rows = [RAW | {"label": str(n), "ctx": f"context {n}"} for n in range(3)]
+def hubs_copy(words: str) -> dict[str, bytes]:
     sink = io.BytesIO()
+    rows = [RAW | {"label": str(n), "ctx": f"{words} {n}"} for n in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), sink)
+    return {"data/validation-00000-of-00001.parquet": sink.getvalue(), "data/test-00000-of-00001.parquet": b""}
+
+
+@pytest.fixture
+def on_the_hub(monkeypatch):
+    """Three items, on a hub."""
+    monkeypatch.setattr(items, "HELLASWAG_ITEMS", 3)
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
     with LocalHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setattr(hub.time, "sleep", lambda _: None)
-        files = {
-            "data/validation-00000-of-00001.parquet": sink.getvalue(),
-            "data/test-00000-of-00001.parquet": b"",
-        }
-        server.publish("Rowan/hellaswag", "1", files)
-        items.hellaswag("hub", str(tmp_path))
+        server.publish("Rowan/hellaswag", "c0ffee", hubs_copy("context"))
+        yield server
+
+
+def test_the_hubs_copy_is_read(on_the_hub, tmp_path):
+    items.hellaswag("hub", str(tmp_path), revision=items.revision_of("hub"))
     assert [i["label"] for i in items.read_items(str(tmp_path / "items.jsonl"))] == [0, 1, 2]
+
+
+def test_a_store_keeps_the_commit_that_it_first_had(on_the_hub, tmp_path):
+    """Scores name the items by a fingerprint that holds it."""
+    maker = Maker(Places(str(tmp_path / "store"), tmp_path / "home"), Launcher(), Silent())
+    settings = EvalConfig(hellaswag="hub")
+    first = hellaswag_items(maker, StageConfig(), settings)
+    assert first.config["revision"] == "c0ffee"
+    on_the_hub.publish("Rowan/hellaswag", "beef", hubs_copy("changed"))
+    on_the_hub.requests.clear()
+    assert hellaswag_items(maker, StageConfig(), settings) == first
+    assert on_the_hub.requests == []  # so that it needs no network
+    anew = hellaswag_items(maker, StageConfig(recompute=True), settings)
+    assert anew.config["revision"] == "beef" and anew.fingerprint != first.fingerprint
+    assert anew.key == first.key == "eval_items/hellaswag-hub"
 
 
 def test_all_real_items_are_there(shared_data, tmp_path):
@@ -139,3 +165,5 @@ def test_items_come_through_the_datasets_library(monkeypatch, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set/validation-00000-of-00001.parquet")
     items.hellaswag(f"datasets:{tmp_path}/set", str(tmp_path / "out"))
     assert [i["label"] for i in items.read_items(str(tmp_path / "out/items.jsonl"))] == [0, 1, 2]
+    version = items.hellaswag_version(f"datasets:{tmp_path}/set")
+    assert len(version) == 64 and items.revision_of(f"datasets:{tmp_path}/set") == ""  # a folder has no commits
