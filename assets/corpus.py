@@ -45,7 +45,7 @@ def documents(
     if new_run.config is not None:
         retry = context.run.parent_run_id is not None
         maker.define(context.partition_key, from_dict(RunConfig, new_run.config), retry)
-    source = sources.resolve(maker.run_config(context.partition_key).corpus)
+    source = maker.source(context.partition_key)
     output = documents_output(source)
 
     def produce(progress: Callable[[Event], None]) -> Produced:

@@ -10,8 +10,9 @@ from assets.asked import Missing, asked
 from assets.baselines import beside
 from assets.card import outputs_of
 from assets.making import Maker, Output
+from assets.run_config import source_of
 from evals import core_bundle
-from storage import records, sources
+from storage import records
 from storage.records import Record
 from training.config import SUITES, RunConfig
 
@@ -69,7 +70,7 @@ class _Run:
 def stages(maker: Maker, name: str) -> list[Stage]:
     """Every stage that a run's configuration asks for, from documents to report."""
     run, config = _Run(maker, name), maker.run_config(name)
-    run.look("documents", lambda: corpus.documents_output(sources.resolve(config.corpus)))
+    run.look("documents", lambda: corpus.documents_output(source_of(maker.places, name, config.corpus)))
     run.look("token_shards", lambda: _tokens(config, run.last("documents")))
     if config.evals.hellaswag:
         run.look("eval_items", lambda: _hellaswag(maker, config))

@@ -16,9 +16,9 @@ from pydantic import Field
 
 from assets import shown
 from assets.resources import Event, Launcher, Listener
-from assets.run_config import check_unchanged, config_url, resuming, stored
+from assets.run_config import check_unchanged, config_url, keep_source, resuming, source_of, stored
 from assets.turns import turn, turn_or_refusal
-from storage import objects, records
+from storage import objects, records, sources
 from storage.lineage import Lineage
 from storage.places import Places
 from storage.records import File, Parent, Record
@@ -159,6 +159,11 @@ class Maker:
             f"run {run!r} has no {url} and no recipe has that name: start it with a recipe's job, with "
             f"`gpt2 run RECIPE --name {run}`, or name it after a recipe: {', '.join(recipes.RECIPES)}"
         )
+
+    def source(self, run: str) -> sources.Source:
+        """Where a run's documents come from, as it was when the run began."""
+        corpus = self.run_config(run).corpus
+        return keep_source(self.places, run, corpus, source_of(self.places, run, corpus))
 
     def parent(self, key: str, asset: str) -> Record:
         record = records.read_record(self.places.store, key)

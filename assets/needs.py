@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from assets.corpus import completion_output
 from assets.items import hellaswag_output
 from assets.making import Maker
-from storage import objects, sources
+from assets.run_config import source_of
+from storage import objects
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def _unreadable() -> tuple[type[Exception], ...]:
 def _documents(maker: Maker, run: str, corpus: str) -> set[str]:
     """Their key is known once the source has been looked at; where it can't be, any in the store may be meant."""
     try:
-        return {f"corpora/{sources.resolve(corpus).name}/documents"}
+        return {f"corpora/{source_of(maker.places, run, corpus).name}/documents"}
     except _unreadable() as error:
         log.warning("run %r has no documents yet and its corpus can't be read (%s): every corpus is kept", run, error)
         there = objects.list_files(objects.join(maker.places.store, "corpora"))

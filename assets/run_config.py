@@ -1,9 +1,13 @@
-"""What defines a run? The config.json in its folder, written once; no Dagster here."""
+"""What defines a run? The config.json in its folder, written once; no Dagster here.
 
+Beside it, source.json: the files and the commit on the hub that its corpus named when the run began.
+"""
+
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from storage import objects
+from storage import objects, records, sources
 from storage.places import Places
 from training.config import RunConfig, from_dict, settable_keys, to_dict
 
@@ -21,6 +25,41 @@ def stored(places: Places, run: str) -> RunConfig | None:
 def resuming(config: RunConfig, how: Literal["exact", "anyway", "no"] = "exact") -> RunConfig:
     """The same run, started in that way."""
     return replace(config, machine=replace(config.machine, resume=how))
+
+
+def source_of(places: Places, run: str, corpus: str) -> sources.Source:
+    """A run's source as it was when the run began: where the hub has moved since, that is for other runs.
+
+    The hub is asked only for a run that has neither begun nor documents. Raises ValueError as `sources.resolve`.
+    """
+    for identity, revision in _found(places, run, corpus):
+        if source := sources.found_before(corpus, identity, revision):
+            return source
+    return sources.resolve(corpus)
+
+
+def _found(places: Places, run: str, corpus: str) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """What a run's corpus was found to be, by its source.json, or else by the record of its documents."""
+    folder = objects.join(places.store, "runs", run)
+    if objects.exists(url := objects.join(folder, "source.json")):
+        noted = objects.read_json(url)
+        if noted["corpus"] == corpus:
+            yield noted["identity"], noted["revision"]
+    if objects.exists(url := objects.join(folder, "inputs.json")):
+        documents = records.read_record(places.store, objects.read_json(url).get("documents", ""))
+        if documents:
+            yield documents.config, documents.metrics.get("revision")
+
+
+def keep_source(places: Places, run: str, corpus: str, source: sources.Source) -> sources.Source:
+    """Note what a run's corpus is, once, for every command and machine; the source that counts."""
+    revision = source.details.get("revision")
+    if sources.found_before(corpus, source.identity, revision) is None:
+        return source
+    url = objects.join(places.store, "runs", run, "source.json")
+    if not objects.exists(url) or objects.read_json(url)["corpus"] != corpus:  # whose config.json somebody has removed
+        objects.publish_json(url, {"corpus": corpus, "revision": revision, "identity": source.identity})
+    return source_of(places, run, corpus)
 
 
 def definition(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import dagster as dg
 from assets import shown, trainer
 from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
 from assets.resources import RUNS, Event
-from storage import objects, records, shards, sources, tokenizer, verification
+from storage import objects, records, shards, tokenizer, verification
 from storage.documents import lookup_of
 from storage.records import Record
 from training import tokenization
@@ -57,7 +57,7 @@ def token_shards(
     if documents.metrics["text_bytes"]:
         produce = partial(_tokenize, maker, run, documents, output)
     else:
-        produce = partial(_fetch, maker, run, output)
+        produce = partial(_fetch, maker, context.partition_key, output)
     begun = context.partition_key in maker.trainings  # on shards that this job has made while it fetched documents
     if config.recompute and not begun:  # the shards that are there say that they are complete
         objects.remove_tree(records.folder_url(maker.places.store, output.key))
@@ -144,10 +144,10 @@ class Pace:
         self.progress(event)
 
 
-def _fetch(maker: Maker, run: RunConfig, output: Output, progress: Callable[[Event], None]) -> Produced:
+def _fetch(maker: Maker, run: str, output: Output, progress: Callable[[Event], None]) -> Produced:
     """Shards that somebody else has made, as they are; whoever reads them meanwhile is told when the last is there."""
     out = records.folder_url(maker.places.store, output.key)
-    source = sources.resolve(run.corpus)
+    source = maker.source(run)
     if objects.exists(complete := objects.join(out, tokenization.COMPLETE)):
         objects.remove(complete)
     objects.publish_json(objects.join(out, tokenization.PLAN), source.identity)

@@ -72,7 +72,7 @@ def _settle(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": None}
     try:
         config = runs.settled(_config(values))
-        runs.check_possible(places(), config)
+        runs.check_possible(places(), config, runs.source(places(), None, config.corpus))
     except ValueError as error:
         raise Refused(str(error)) from None  # the page shows the whole chain
     return {"run": to_dict(config)}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from assets.run_config import definition, stored
+from assets.run_config import definition, source_of, stored
 from evals.run import HARNESS_SUITES
 from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
@@ -104,9 +104,8 @@ def check_name(name: str) -> None:
         )
 
 
-def check_possible(places: Places, config: RunConfig) -> None:
-    """Raise ValueError for a run that can't succeed: its corpus, its batch, its store or its space."""
-    source = _source(config.corpus)
+def check_possible(places: Places, config: RunConfig, source: sources.Source) -> None:
+    """Raise ValueError for a run that can't succeed: its batch, its items, its store or its space."""
     check_batch(config)
     check_tasks(config.evals.harness)
     if config.train.init_from:
@@ -132,9 +131,10 @@ def check_items(place: str) -> None:
         )
 
 
-def _source(corpus: str) -> sources.Source:
+def source(places: Places, run: str | None, corpus: str) -> sources.Source:
+    """The source of a run, as it was if that has begun. Raises ValueError for one that can't be read."""
     try:
-        return sources.resolve(corpus)
+        return source_of(places, run, corpus) if run else sources.resolve(corpus)
     except objects.failures() as error:
         raise ValueError(
             f"the corpus {corpus} can't be read ({error}): check its name, and for s3:// AWS_ACCESS_KEY_ID, "

@@ -12,7 +12,7 @@ from storage.records import Record, folder_url, from_json
 # Top folders of a store. What else lies in a local one may be the home.
 CLAIMS = ".claims"  # of whoever is making an output
 FOLDERS = ("corpora", "tokens", "eval_items", "weights", "runs", "models", CLAIMS)
-RUNS_OWN = ("config.json", "inputs.json", "definition.json")  # beside a run's record
+RUNS_OWN = ("config.json", "source.json", "inputs.json", "definition.json")  # beside a run's record
 CARD = "README.md"  # beside a run's exported weights: it is written again with every new score
 TOKENS_OWN = ("plan.json", "complete.json")
 PARTIAL = re.compile(r"(^|/)(\.[^/]*\.partial|\.writable-[^/]*|[^/]*\.part(ial)?)$")

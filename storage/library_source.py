@@ -37,11 +37,12 @@ class LibrarySource:
     text_column: str = "text"
 
     @classmethod
-    def at(cls, corpus: str) -> "LibrarySource":
+    def at(cls, corpus: str, revision: str = "") -> "LibrarySource":
+        """As it is now, or at a commit of the hub's that was found before."""
         place, config, split = [*corpus.removeprefix("datasets:").split(":"), "", ""][:3]
         if not place:
             raise ValueError(f"{corpus!r} names no dataset: write datasets:NAME, datasets:NAME:CONFIG:SPLIT")
-        revision = local_digest(place) if os.path.isdir(place) else hub.commit_of(place)
+        revision = local_digest(place) if os.path.isdir(place) else revision or hub.commit_of(place)
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", ":".join(filter(None, [place.strip("/"), config, split])))
         return cls(place, config, split or "train", revision, f"{label[-60:].strip('-.')}-{revision[:8]}")
 

@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -72,6 +72,19 @@ def resolve(corpus: str) -> Source:
     if not objects.is_local(corpus) or os.path.isdir(corpus):
         return Folder.at(corpus)
     raise ValueError(f"no corpus {corpus!r}: {_suggestion(corpus)}")
+
+
+def found_before(corpus: str, identity: dict[str, Any], revision: str | None) -> Source | None:
+    """The source that `corpus` named when its identity was found at a commit of the hub, which is not asked again.
+
+    None where that is no such thing: what a folder holds is looked at each time.
+    """
+    source: Source | None = None
+    if revision and "files" in identity and (place := hub_place(corpus)):
+        source = Hub.of(place, revision, identity["files"])
+    elif corpus.startswith("datasets:") and "name" in identity:
+        source = LibrarySource.at(corpus, identity["revision"])
+    return source if source and source.identity == identity else None
 
 
 def _suggestion(corpus: str) -> str:
@@ -205,10 +218,15 @@ class Hub:
         if not found:
             raise ValueError(f"{place.repo} has no {place.suffix} file in {place.folder or 'its root'}")
         found.sort(key=lambda e: ("_val_" not in e.path, e.path))  # a shard for validation comes first
-        chosen = tuple(found[: place.files or None])
-        files = [{"path": e.path, "bytes": e.bytes, "sha256": e.sha256 or commit} for e in chosen]
+        chosen = found[: place.files or None]
+        return cls.of(place, commit, [asdict(e) | {"sha256": e.sha256 or commit} for e in chosen])
+
+    @classmethod
+    def of(cls, place: HubPlace, commit: str, files: list[dict[str, Any]]) -> "Hub":
+        """Of files that are known: path, bytes, sha256 each, the commit in place of a sha256 that is not known."""
+        entries = tuple(hub.Entry(f["path"], f["bytes"], "" if f["sha256"] == commit else f["sha256"]) for f in files)
         identity = {"kind": "hub", "repo": place.repo, "files": files}
-        return cls(place, commit, chosen, f"{place.label}-{_digest(files)}", identity)
+        return cls(place, commit, entries, f"{place.label}-{_digest(files)}", identity)
 
     @property
     def kind(self) -> str:

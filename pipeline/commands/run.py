@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from assets.failures import Interrupted
-from assets.run_config import check_unchanged, config_url, stored
+from assets.run_config import check_unchanged, config_url, keep_source, stored
 from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import near, results_table
@@ -72,9 +72,11 @@ def run(
     check_unchanged(place, run_name, config)
     names = named_stages(only or [])
     runs.check_inputs(place, run_name, config, names)
-    runs.check_possible(place, config)
+    source = runs.source(place, run_name, config.corpus)
+    runs.check_possible(place, config, source)
     prepare(place)
     objects.publish_json(config_url(place, run_name), to_dict(config))
+    keep_source(place, run_name, config.corpus, source)
     try:
         execute(place, "full_pipeline", run_name, names, as_json)
     except (Interrupted, KeyboardInterrupt) as stopped:
