@@ -46,8 +46,8 @@ def _found(places: Places, run: str, corpus: str) -> Iterator[tuple[dict[str, An
         if noted["corpus"] == corpus:
             yield noted["identity"], noted["revision"]
     if objects.exists(url := objects.join(folder, "inputs.json")):
-        documents = records.read_record(places.store, objects.read_json(url).get("documents", ""))
-        if documents:
+        key = objects.read_json(url).get("documents")
+        if key and (documents := records.read_record(places.store, key)):
             yield documents.config, documents.metrics.get("revision")
 
 
