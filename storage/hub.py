@@ -16,9 +16,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -58,8 +57,8 @@ def endpoint() -> str:
 def commit_of(repo: str, revision: str = "main") -> str:
     """The commit that a branch or tag names now. Raises ValueError where there is no such dataset."""
     url = f"{endpoint()}/api/datasets/{repo}/revision/{urllib.parse.quote(revision, safe='')}"
-    with _opened(url, f"dataset {repo} at {revision}") as response:
-        return str(json.load(response)["sha"])
+    answer, _ = _ask(url, f"dataset {repo} at {revision}")
+    return str(answer["sha"])
 
 
 def list_tree(repo: str, commit: str, folder: str = "") -> list[Entry]:
@@ -68,9 +67,9 @@ def list_tree(repo: str, commit: str, folder: str = "") -> list[Entry]:
     url: str | None = f"{endpoint()}/api/datasets/{repo}/tree/{commit}{place}?recursive=false&expand=false"
     found: list[dict[str, Any]] = []
     while url:
-        with _opened(url, f"folder {folder or '/'} of dataset {repo}") as response:
-            found += json.load(response)
-            url = _next_page(response.headers.get("Link", ""))
+        page, link = _ask(url, f"folder {folder or '/'} of dataset {repo}")
+        found += page
+        url = _next_page(link)
     files = [e for e in found if e["type"] == "file"]
     return sorted((_entry(e) for e in files), key=lambda e: e.path)
 
@@ -106,17 +105,19 @@ def fetch(
     folder: str,
     progress: Callable[[int], None],
     done: Callable[[Entry, str], None] = lambda entry, local: None,
+    check: Callable[[Entry, str], None] = lambda entry, part: None,
 ) -> list[str]:
     """Fetch files into a local folder, several at once; their paths there, in order.
 
-    `progress` gets the bytes that are here, over all files; `done` gets each file once it is whole.
+    `progress` gets the bytes that are here, over all files; `done` gets each file once it is whole,
+    `check` before it gets its name, to raise ValueError where it is not what it should be.
     Raises ValueError where a file can't be had whole.
     """
     counter = _Counter(progress)
 
     def one(entry: Entry) -> str:
         local = os.path.join(folder, os.path.basename(entry.path))
-        fetch_file(_place(repo, commit, entry), local, entry, counter.of(entry.path))
+        fetch_file(_place(repo, commit, entry), local, entry, counter.of(entry.path), check)
         done(entry, local)
         return local
 
@@ -163,7 +164,13 @@ class _Counter:
         return count
 
 
-def fetch_file(url: str, local: str, entry: Entry, progress: Callable[[int], None]) -> None:
+def fetch_file(
+    url: str,
+    local: str,
+    entry: Entry,
+    progress: Callable[[int], None],
+    check: Callable[[Entry, str], None] = lambda entry, part: None,
+) -> None:
     """Make `local` the whole, checked file; what an earlier process has begun is gone on with."""
     if os.path.exists(local) and os.path.getsize(local) == entry.bytes:
         progress(entry.bytes)
@@ -174,6 +181,7 @@ def fetch_file(url: str, local: str, entry: Entry, progress: Callable[[int], Non
         _fetch_part(url, part, entry, progress)
         found = _sha256(part)
         if not entry.sha256 or found == entry.sha256:
+            check(entry, str(part))
             objects.sync(str(part))
             os.replace(part, local)
             return
@@ -241,24 +249,26 @@ def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
     return request
 
 
-@contextmanager
-def _opened(url: str, what: str) -> Iterator[http.client.HTTPResponse]:
-    """An answer of the hub's interface, asked for again while the hub is busy or out of reach."""
-    response = None
+def _ask(url: str, what: str) -> tuple[Any, str]:
+    """A whole answer of the hub's interface and its Link header, asked for again while the hub is busy or out of reach.
+
+    Raises ValueError where the hub refuses, and Unreachable where no answer comes whole.
+    """
     failures = 0
-    while response is None:
+    while True:
+        reason: Exception
+        wait: float | None = None
         try:
-            response = urllib.request.urlopen(_request(url, {}), timeout=TIMEOUT)
+            with urllib.request.urlopen(_request(url, {}), timeout=TIMEOUT) as response:
+                return json.load(response), response.headers.get("Link", "")
         except urllib.error.HTTPError as error:
             if not _is_passing(error.code):
                 raise ValueError(f"{what} is not to be had from {endpoint()}: {_explain(error)}") from error
-            failures += 1
-            _pause(url, failures, LIST_ATTEMPTS, error, _asked_wait(error))
-        except OSError as error:
-            failures += 1
-            _pause(url, failures, LIST_ATTEMPTS, error, None)
-    with response:
-        yield response
+            reason, wait = error, _asked_wait(error)
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:  # also in the midst of an answer
+            reason = error
+        failures += 1
+        _pause(url, failures, LIST_ATTEMPTS, reason, wait)
 
 
 def _explain(error: urllib.error.HTTPError) -> str:

@@ -245,12 +245,13 @@ class Hub:
         folder = out if objects.is_local(out) else os.path.join(elsewhere, self.name)
 
         def keep(entry: hub.Entry, local: str) -> None:
-            check_fetched(local)
             if folder != out:
                 objects.publish_file(local, objects.join(out, objects.name_of(entry.path)))
                 os.unlink(local)
 
-        hub.fetch(self.place.repo, self.commit, missing, folder, lambda n: progress(here + n, total), keep)
+        hub.fetch(
+            self.place.repo, self.commit, missing, folder, lambda n: progress(here + n, total), keep, check_fetched
+        )
         return [self._describe(out, entry) for entry in self.entries]
 
     def text_bytes(self, enough: int) -> int:
@@ -289,9 +290,9 @@ class Hub:
         return File(name, stat.bytes, stat.modified, entry.sha256)
 
 
-def check_fetched(local: str) -> None:
+def check_fetched(entry: hub.Entry, local: str) -> None:
     """Raises ValueError where a fetched file is no parquet with text, or no whole token shard."""
-    if local.endswith(".bin"):
+    if entry.path.endswith(".bin"):
         shards.read_header(local)
     else:
         _check_file(local)

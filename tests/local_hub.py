@@ -17,6 +17,8 @@ class LocalHub:
     heads: dict[str, str] = field(default_factory=dict)  # repo → commit of main
     files: dict[str, bytes] = field(default_factory=dict)  # path → bytes, of a server that is no hub
     cut_after: int = 0  # bytes of a file that a connection brings before it breaks; 0: all
+    cut_answers: int = 0  # of the interface to come that break off in their midst
+    silent_answers: int = 0  # of the interface to come that stop in their midst and keep the connection
     busy: int = 0  # answers of 429 to come
     retry_after: str = "0"
     wrong_bytes: int = 0  # files to come with their first byte changed
@@ -81,6 +83,14 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
+        if status == 200 and self.hub.cut_answers:
+            self.hub.cut_answers -= 1
+            self.close_connection = True
+            body = body[: len(body) // 2]
+        if status == 200 and self.hub.silent_answers:
+            self.hub.silent_answers -= 1
+            self.wfile.write(body[:1])
+            return
         self.wfile.write(body)
 
     def tell(self, parts: list[str], query: dict[str, list[str]]) -> None:

@@ -114,6 +114,21 @@ def test_busy_answers_are_waited_out_as_long_as_they_ask(local, tmp_path, monkey
     assert waits == [7.0] * 3
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again(local):
+    local.cut_answers = 3
+    assert len(sources.resolve("fineweb-edu-10B").identity["files"]) == 3
+    local.cut_answers = 4
+    with pytest.raises(hub.Unreachable, match="can't be had after 4 attempts .* check the network"):
+        sources.resolve("fineweb-edu-10B")
+    assert local.cut_answers == 0
+
+
+def test_an_answer_that_stops_coming_is_asked_for_again(local, monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    local.silent_answers = 2
+    assert hub.commit_of(REPO) == "c0ffee"
+
+
 def test_wrong_bytes_are_fetched_again_and_never_kept(local, tmp_path):
     local.wrong_bytes = 1
     fetch("fineweb-edu-10B:1", tmp_path / "once")
@@ -224,8 +239,10 @@ def test_what_is_not_there_is_named_with_the_fix(local, monkeypatch):
 
 def test_parquet_without_text_is_refused_when_it_comes(local, tmp_path):
     local.publish("o/n", "1", {"a.parquet": parquet(["x"], column="content")})
-    with pytest.raises(ValueError, match="has no column `text`"):
-        fetch("hf://datasets/o/n", tmp_path)
+    for _ in range(2):  # the second time without fetching it again
+        with pytest.raises(ValueError, match="has no column `text`"):
+            fetch("hf://datasets/o/n", tmp_path)
+    assert len(ranges(local)) == 1 and not (tmp_path / "a.parquet").exists()
 
 
 def shard(tokens: list[int], magic: int = shards.MAGIC) -> bytes:
