@@ -93,7 +93,17 @@ class LibrarySource:
         for batch in stream.iter(ROWS):
             if "text" not in batch:
                 raise ValueError(f"datasets:{self.place} has no column `text`, only {', '.join(batch)}")
-            yield pa.table({name: pa.array(batch[name], pa.string()) for name in COLUMNS if name in batch})
+            strange = next((text for text in batch["text"] if not isinstance(text, str | bytes | None)), None)
+            if strange is not None:
+                raise ValueError(f"datasets:{self.place} has a text that is no string: {strange!r:.99}")
+            columns = {name: batch[name] for name in COLUMNS if name in batch}
+            others = {name: _strings(values) for name, values in columns.items() if name != "text"}
+            yield pa.table({name: pa.array(values, pa.string()) for name, values in (columns | others).items()})
+
+
+def _strings(values: list[Any]) -> list[str | None]:
+    """Ids are numbers in many a dataset."""
+    return [None if value is None else str(value) for value in values]
 
 
 def local_digest(folder: str) -> str:

@@ -38,6 +38,15 @@ def test_a_large_dataset_becomes_several_files(folder, tmp_path, monkeypatch):
     assert [t for b in sources.documents(urls) for t in sources.texts(b)] == [row["text"] for row in ROWS]
 
 
+def test_ids_that_are_numbers_are_kept_and_texts_must_be_strings(folder, tmp_path):
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": "x", "id": n}) + "\n" for n in range(3)))
+    (file,) = sources.resolve(f"datasets:{folder}").fetch(str(tmp_path / "out"), lambda *_: None)
+    assert pq.read_table(tmp_path / "out" / file.path)["id"].to_pylist() == ["0", "1", "2"]
+    (folder / "train.jsonl").write_text(json.dumps({"text": 7}))
+    with pytest.raises(ValueError, match="has a text that is no string: 7"):
+        sources.resolve(f"datasets:{folder}").fetch(str(tmp_path / "other"), lambda *_: None)
+
+
 def test_its_content_is_its_identity(folder):
     before = sources.resolve(f"datasets:{folder}")
     (folder / "train.jsonl").write_text(json.dumps(ROWS[0]))
