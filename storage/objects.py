@@ -53,8 +53,10 @@ def open_file(url: str, mode: str = "rb") -> IO[Any]:
 
 
 def read_bytes(url: str) -> bytes:
-    with open_file(url) as f:
-        return f.read()
+    """All of an object. It may be replaced meanwhile: a file opened on S3 insists on the object that it was."""
+    if is_local(url):
+        return Path(url).read_bytes()
+    return bytes(_remote(url).cat_file(url))
 
 
 def read_text(url: str) -> str:

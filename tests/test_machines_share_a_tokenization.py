@@ -14,6 +14,7 @@ import pytest
 from storage import objects
 from training import claims, pieces, tokenization
 from training.claims import Claims
+from training.workers import Here
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 SHARD_TOKENS = 5_000
@@ -158,6 +159,35 @@ def test_a_claim_has_one_owner_until_it_is_released(tmp_path, where, request):
         one.release("piece-000001")
         assert two.take("piece-000001")
     assert objects.list_files(place) == []
+
+
+def test_work_of_others_is_asked_for_once_a_look(corpus, tmp_path, monkeypatch):
+    """Whoever finds 17 of 18 pieces taken lists the claims once, and reads each of them once."""
+    out, place = str(tmp_path / "shared"), str(tmp_path / "shared" / "pieces")
+    listed: list[str] = []
+    read: list[str] = []
+    list_files, read_bytes = objects.list_files, objects.read_bytes
+    monkeypatch.setattr(objects, "list_files", lambda url, suffix="": listed.append(url) or list_files(url, suffix))
+    monkeypatch.setattr(objects, "read_bytes", lambda url: read.append(url) or read_bytes(url))
+    with Claims(f"{place}/claims") as other, Claims(f"{place}/claims") as ours:
+        assert all(other.take(f"piece-{number:06d}") for number in range(17))
+        listed.clear()
+        job = tokenization._Job(out, "c", SHARD_TOKENS, place, lambda *_: None, ours)
+        job.extend(pieces.plan_pieces(corpus))
+        assert [job.step(Here()) for _ in range(5)] == [True, False, False, False, False]
+        assert job.encoded.keys() == {17}
+        time.sleep(tokenization.POLL)
+        job._look()
+    claims_listed = [url for url in listed if "/claims" in url]
+    assert claims_listed == [f"{place}/claims", f"{place}/claims/piece-000017", f"{place}/claims"]
+    assert len([url for url in read if "/claims/" in url]) == 17
+
+
+def test_a_claim_that_is_just_being_made_is_held(tmp_path):
+    """On a local disk its name is there before its text."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "000000").touch()
+    assert not Claims(str(tmp_path)).take("work")
 
 
 def test_a_renewed_claim_outlives_many_leases_and_a_silent_one_does_not(tmp_path, monkeypatch):

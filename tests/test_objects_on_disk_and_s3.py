@@ -39,6 +39,24 @@ def test_only_the_first_of_two_creates_an_exclusive_object(root: str) -> None:
     assert objects.read_bytes(claim) == b"first"
 
 
+def test_an_object_that_is_replaced_while_it_is_read_is_whole(root: str) -> None:
+    contents, ended = [b"a" * 100, b"b" * 200], threading.Event()
+
+    def replace() -> None:
+        while not ended.is_set():
+            for content in contents:
+                objects.publish_bytes(f"{root}/claim", content)
+
+    objects.publish_bytes(f"{root}/claim", contents[0])
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        assert {objects.read_bytes(f"{root}/claim") for _ in range(50)} <= set(contents)
+    finally:
+        ended.set()
+        writer.join()
+
+
 def test_the_stamp_of_an_object_changes_with_its_content(root: str) -> None:
     url = objects.join(root, "x")
     objects.publish_bytes(url, b"one")

@@ -16,6 +16,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +55,15 @@ def started(pid: int) -> str:
     return "gone" if words[0] in "ZX" else words[19]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A claim as it was when it last changed."""
+
+    state: str
+    since: float
+    process: dict[str, Any]
+
+
 class Claims:
     """The claims of one process in a place that all machines reach. Use as a context: it renews them.
 
@@ -72,7 +83,7 @@ class Claims:
         self.lock = threading.Lock()
         self.held: dict[str, int] = {}  # name → number of our claim on it
         self.renewed: dict[str, float] = {}  # name → when our claim on it was last renewed
-        self.seen: dict[str, tuple[str, float]] = {}  # name → (the last claim on it, since when)
+        self.seen: dict[str, Seen] = {}  # name → the last claim on it
         self.alive: set[str] = set()  # names whose owner was seen to live: it is here, or has renewed its claim
         self.beats = 0
         self.ended = threading.Event()
@@ -102,6 +113,17 @@ class Claims:
                 self.held[name], self.renewed[name] = number, time.monotonic()
         return taken
 
+    def held_by_others(self) -> set[str]:
+        """The work that others are at, by one listing; only claims that have changed since the last are read."""
+        last: dict[str, objects.Stat] = {}
+        for claim in objects.list_files(self.place):
+            name, _, number = claim.path.rpartition("/")
+            if name not in self.held:
+                last[name] = replace(claim, path=number)
+        with ThreadPoolExecutor(16) as pool:
+            dead = list(pool.map(self._is_dead, last.keys(), last.values()))
+        return {name for name, gone in zip(last, dead, strict=True) if not gone}
+
     def release(self, name: str) -> None:
         """Give up a claim, on work that is done or that others may do."""
         with self.lock:
@@ -123,26 +145,25 @@ class Claims:
         return str(self._read(name, claims[-1]).get("owner", "")) if claims else ""
 
     def _read(self, name: str, claim: objects.Stat) -> dict[str, Any]:
-        """What a claim says; empty where it has been released since."""
+        """What a claim says; empty where it has been released since, or made so lately that its text is to come."""
         try:
-            return dict(objects.read_json(objects.join(self.place, name, claim.path)))
+            return dict(json.loads(objects.read_bytes(objects.join(self.place, name, claim.path)) or b"{}"))
         except FileNotFoundError:
             return {}
 
     def _is_dead(self, name: str, last: objects.Stat) -> bool:
         """Whether the last claim's process is gone from here, or was silent for a lease, as long as we watched it."""
-        process = self._read(name, last).get("process", {})
-        if process.get("among") == processes_here() != "":
-            if started(process["pid"]) != process["started"]:
+        before, state = self.seen.get(name), f"{last.path} {last.modified}"
+        if before is None or before.state != state:
+            self.seen[name] = Seen(state, time.monotonic(), self._read(name, last).get("process", {}))
+            if before:
+                self.alive.add(name)
+        seen = self.seen[name]
+        if seen.process.get("among") == processes_here() != "":
+            if started(seen.process["pid"]) != seen.process["started"]:
                 return True
             self.alive.add(name)
-        now = time.monotonic()
-        state = f"{last.path} {last.modified}"
-        before, since = self.seen.setdefault(name, (state, now))
-        if before != state:
-            self.seen[name], since = (state, now), now
-            self.alive.add(name)
-        return now - since > self.lease
+        return time.monotonic() - seen.since > self.lease
 
     def _keep_renewing(self) -> None:
         while not self.ended.wait(self.lease / RENEWALS):

@@ -188,6 +188,7 @@ class _Job:
         self.encoded: dict[int, Encoded] = {}  # by the piece's place in the corpus
         self.cut: dict[int, list[File]] = {}  # finished shards
         self.begun: set[str] = set()  # names of the work that this process has begun
+        self.elsewhere: set[str] = set()  # names of the work that others were at when we last looked
         self.complete = False  # said by the output itself
         self.lacks_shards = False  # of an output that says that it is complete
         self.looked = -POLL
@@ -249,7 +250,10 @@ class _Job:
 
     def _begin(self, name: str) -> bool:
         """Whether this process is to do a piece of work now."""
-        if name in self.begun or (self.claims and not self.claims.take(name)):
+        if name in self.begun or name in self.elsewhere:
+            return False
+        if self.claims and not self.claims.take(name):
+            self.elsewhere.add(name)
             return False
         self.begun.add(name)
         return True
@@ -287,6 +291,8 @@ class _Job:
             self.complete = self.finished()
             self.lacks_shards = not self.complete
             return
+        if self.claims:  # before what is done: work ends first and its claim then
+            self.elsewhere = self.claims.held_by_others()
         names = {s.path for s in objects.list_files(self.place, ".json")}
         new = [p for p in self.pieces if p.index not in self.encoded and p.name("json") in names]
         with ThreadPoolExecutor(16) as pool:
