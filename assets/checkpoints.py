@@ -20,7 +20,7 @@ from assets.scores import DTYPES
 from assets.tokens import validation_shard
 from assets.trainer import trained_output
 from storage import objects
-from storage.records import read_record
+from storage.records import Record, read_record
 from training.config import RunConfig
 
 VERSION = "1"
@@ -66,11 +66,11 @@ def unscored(maker: Maker, name: str) -> list[int]:
 
 
 def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questions: Asked) -> Output:
-    """The weights have no record while they are trained: what they will be, and the step, define them."""
+    """The weights have no record while they are trained: their output as it will be, and the step, define them."""
     tokens = maker.input(name, "tokens", "token_shards")
-    trained = trained_output(name, run, tokens).fingerprint
-    definition = {"trained_model": trained, "step": step, "suite": questions.suite, "dtype": run.evals.dtype}
-    return Output("checkpoint_scores", _key(name, step), VERSION, definition, [tokens, *questions.reads])
+    definition = {"step": step, "suite": questions.suite, "dtype": run.evals.dtype}
+    parents: list[Record | Output] = [trained_output(name, run, tokens), tokens, *questions.reads]
+    return Output("checkpoint_scores", _key(name, step), VERSION, definition, parents)
 
 
 def _key(name: str, step: int) -> str:

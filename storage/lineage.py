@@ -39,7 +39,7 @@ class Node:
     """An output and what it was made from."""
 
     key: str
-    job: str  # the asset that made it; "" where its record is gone
+    job: str  # the asset that made it; "" where it has no record: a run that still trains, or one that is gone
     fingerprint: str
     replaced: bool = False  # the store now holds another version of it than the one that was used
     inputs: tuple["Node", ...] = ()

@@ -38,10 +38,11 @@ def test_the_sensor_asks_for_each_kept_checkpoint_once(
     shown = seen.asset_observation.metadata
     assert shown["step"].value == 4
     assert shown["completion_acc"].value == record.metrics["scores"]["completion_acc"]["value"]
-    lineage = Lineage(places(store).lineage)
+    lineage = Lineage(places(store).lineage, store)
     lineage.ingest(store)
-    below = {node.job for node in lineage.ancestry(record.key).inputs}
-    assert below == {"token_shards", "eval_items"}
+    below = {node.job: node.replaced for node in lineage.ancestry(record.key).inputs}
+    assert below == {"trained_model": False, "token_shards": False, "eval_items": False}
+    assert record.key in [node.key for node in lineage.impact("runs/tiny")]
 
 
 def tick(dagster: dg.DagsterInstance) -> list[dg.RunRequest]:

@@ -62,7 +62,8 @@ def _line(node: Node) -> str:
     code = (
         [f"commit {facts['commit'][:10]}{' with changes' if facts.get('dirty') else ''}"] if "commit" in facts else []
     )
-    replaced = ["[yellow]replaced since[/yellow]"] if node.replaced else []
+    since = "replaced since" if node.job else "without a record here: not finished yet, or removed since"
+    replaced = [f"[yellow]{since}[/yellow]"] if node.replaced else []
     described = ", ".join([*counts, *made, *source, *when, *code, *replaced])
     return f"[bold]{node.key}[/bold]  {node.job} [dim]{node.fingerprint[:12]}[/dim]  {described}"
 
