@@ -74,7 +74,7 @@ class Produced:
     tokens: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     gpus: int = 0  # that were held while it was made
-    price: float = 0.0  # dollars an hour of one of them
+    price: float = 0.0  # dollars an hour of one of them; 0: not told
     seconds: float | None = None  # paid for, over all attempts; None: the time of this one
     ledger: dict[str, float | int | None] = field(default_factory=dict)  # more of what it cost
 
@@ -405,8 +405,9 @@ def describe(made: Made) -> dict[str, Any]:
 
 
 def _cost(seconds: float, gpus: int, price: float) -> dict[str, float | None]:
+    """Dollars are those of GPUs whose price is told; what is not known is None, never 0."""
     gpu_hours = seconds / 3600 * gpus
-    return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "dollars": gpu_hours * price, "joules": None}
+    return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "dollars": gpu_hours * price or None, "joules": None}
 
 
 def image(name: str, png: bytes) -> dg.MarkdownMetadataValue:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from storage import objects
@@ -82,7 +83,7 @@ def _of_record(store: str, record: Record) -> Rows:
         "metrics": [(store, key, name, value, None) for name, value in numbers],
         "scores": [(store, key, run, suite, name, *score, _model_of(key)) for name, score in scores],
         "checks": [(store, key, name, *_outcome(found)) for name, found in record.checks.items()],
-        "costs": [(store, key, *(record.cost.get(name) for name in COSTS))],
+        "costs": [(store, key, *(_cost(record, name) for name in COSTS))],
         "environments": [_environment(store, record)],
     }
 
@@ -94,12 +95,22 @@ def _outcome(found: Mapping[str, Any]) -> tuple[bool, str]:
 COSTS = ("seconds", "gpu_hours", "dollars", "joules", "goodput", "restarts", "rewinds", "skipped_updates")
 
 
+def _cost(record: Record, name: str) -> float | None:
+    """Records of before had 0 dollars where no price was told, which says nothing of what it cost."""
+    return (record.cost.get(name) or None) if name == "dollars" else record.cost.get(name)
+
+
 def _artifact(store: str, record: Record) -> tuple[Any, ...]:
     return (
         *(store, record.key, record.asset, record.fingerprint, record.code_version, _run_of(record.key)),
-        *(json.dumps(record.config), record.started, record.ended),
+        *(json.dumps(record.config), _time(record.started), _time(record.ended)),
         *(record.rows, record.tokens, record.bytes, len(record.files), json.dumps(record.metrics)),
     )
+
+
+def _time(text: str) -> str:
+    """Raises ValueError for what is none, which would stop the rows of all other files, too."""
+    return datetime.fromisoformat(text).isoformat()
 
 
 def _environment(store: str, record: Record) -> tuple[Any, ...]:

@@ -9,14 +9,14 @@ import torch
 from tiny_pipeline import copied, gpt2
 
 from assets.card import outputs_of
-from assets.making import Maker
+from assets.making import Maker, _cost
 from assets.model import _training_metadata
 from assets.report import report_data
 from assets.resources import Launcher, Silent
 from evals.report import build
 from storage.lineage import Lineage
 from storage.places import places
-from storage.records import read_record, write_record
+from storage.records import Record, read_record, write_record
 from training.energy import EnergyMeter
 from training.metrics import RunLog, ledger
 
@@ -101,12 +101,26 @@ def test_a_finished_runs_cost_is_in_its_record_and_shown(finished, tmp_path):
     assert record is not None
     cost = {name: value for name, value in record.cost.items() if name != "seconds"}
     assert cost == {
-        **{"gpu_hours": 0.0, "dollars": 0.0, "joules": None},
+        **{"gpu_hours": 0.0, "dollars": None, "joules": None},  # no price was told
         **{"goodput": 1.0, "restarts": 0, "rewinds": 0, "skipped_updates": 0},
     }
     told = json.loads(gpt2("lineage", "cost", "tiny", "--store", finished.store, "--json", cwd=tmp_path).stdout)
     assert {row["job"] for row in told} == {"documents", "token_shards", "trained_model"}
     (weights,) = [row for row in told if row["key"] == "runs/tiny"]
     assert (weights["goodput"], weights["restarts"], weights["joules"]) == (1.0, 0, None)
+    assert {row["dollars"] for row in told} == {None}
+    steps = Path(finished.store, "runs/tiny/metrics.jsonl").read_text().splitlines()
+    assert {json.loads(step)["cost"] for step in steps} == {None}
     page = Path(finished.store, "runs/tiny/report/index.html").read_text()
     assert "useful steps of all paid" in page and "100.0%" in page
+
+
+def test_dollars_are_told_where_a_price_is(tmp_path):
+    assert _cost(1800.0, 8, 2.5)["dollars"] == 10.0
+    assert _cost(1800.0, 8, 0.0)["dollars"] is None
+    cost = _cost(1800.0, 8, 0.0) | {"dollars": 0.0}  # as before
+    former = Record("a", "runs/r", "f", "1", {}, [], [], "2026-11-24T10:00:00", "2026-11-24T11:00:00", cost=cost)
+    write_record(str(tmp_path), former)
+    index = Lineage(tmp_path / "lineage.duckdb")
+    index.ingest(str(tmp_path))
+    assert [(c.gpu_hours, c.dollars) for c in index.cost("runs/r")] == [(4.0, None)]

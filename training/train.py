@@ -278,7 +278,7 @@ class Trainer:
         shown["seconds"] = seconds
         hours = p.seconds / 3600 * world.size
         kept: dict[str, Any] = {"position": p.position, "skipped": p.skipped, "joules": joules}
-        kept["cost"] = hours * config.machine.price_per_gpu_hour
+        kept["cost"] = hours * config.machine.price_per_gpu_hour or None  # no price is told: not known
         kept["save_seconds"], self.stopped = self.stopped, 0.0
         if world.is_first:
             self.log.metrics(p.step, **shown, **kept, **self.health())
