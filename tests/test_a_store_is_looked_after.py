@@ -163,6 +163,16 @@ def test_the_commands_say_and_do_it(finished, tmp_path):
     assert json.loads(gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path).stdout)["garbage"] == []  # new
     refused = gpt2("store", "gc", "--hours", "0.5", "--store", str(store), cwd=tmp_path)
     assert refused.returncode == 2 and "running run" in refused.stderr
+    old = time.time() - 3 * 86400
+    os.utime(store / "tokens/old/plan.json", (old, old))
+    listed = json.loads(gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path).stdout)
+    assert (listed["deleted"], [g["name"] for g in listed["garbage"]]) == (False, ["tokens/old"])
+    assert (store / "tokens/old/plan.json").exists()
+    before = {path for path in store.rglob("*") if path.is_file() and path.parts[-2] != "old"}
+    deleted = json.loads(gpt2("store", "gc", "--store", str(store), "--json", "--yes", cwd=tmp_path).stdout)
+    assert deleted == listed | {"deleted": True}
+    assert not (store / "tokens/old").exists()
+    assert all(path.exists() for path in before if "dagster" not in path.parts)  # and nothing else
 
 
 def test_a_run_whose_corpus_is_gone_keeps_every_corpus(finished, tmp_path):

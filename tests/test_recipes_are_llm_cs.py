@@ -1,12 +1,15 @@
 """The recipes hold the numbers of llm.c's scripts, and every flag of its trainer has a setting."""
 
+import dataclasses
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
 from tiny_pipeline import gpt2
 
+from pipeline import launchpad
 from training import config, model_config, plan, recipes
 
 # llm.c's scripts: model, steps, batch, LR, final fraction, T, checkpoints every / kept / major every, skip z.
@@ -47,6 +50,17 @@ def test_every_flag_of_llm_c_is_named_beside_its_setting() -> None:
     text = Path(config.__file__).read_text() + Path(model_config.__file__).read_text()
     named = set(re.findall(r"(?<![\w-])-[a-z]{1,2}(?![\w-])", text))
     assert [flag for flag in FLAGS if flag not in named] == []
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """In words beside llm.c's flag: the launchpad shows them."""
+    hints = typing.get_type_hints(config.RunConfig).values()
+    for section in filter(dataclasses.is_dataclass, hints):
+        assert isinstance(section, type)
+        said = launchpad.comments(section)
+        for field in dataclasses.fields(section):
+            words = re.findall("[a-zA-Z]{2,}", re.sub(r"^(-\w+, )*-\w+", "", said.get(field.name, "")))
+            assert len(words) >= 3, f"{section.__name__}.{field.name}: {said.get(field.name)}"
 
 
 @pytest.mark.parametrize(("descriptor", "channels", "layers"), [("d24", 1024, 24), ("gpt3:c1536", 1536, 24)])

@@ -75,7 +75,7 @@ def test_graphql_tells_the_chain_with_groups_checks_and_partitions(ui: Page) -> 
     } == ASSETS
     for name, node in nodes.items():
         assert {"demo", "tiny"} <= {*node["partitionKeys"]}, name
-        assert node["kinds"] and node["description"], name
+        assert node["kinds"] and node["description"] and node["opVersion"], name
         assert [m["partition"] for m in node["assetMaterializations"]] == ([] if name in UNMADE else ["tiny"])
         for check in node["assetChecksOrError"].get("checks", []):
             assert check["blocking"] == (name != "inspection")

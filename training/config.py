@@ -18,32 +18,32 @@ TRAINER_VERSION = "2"  # raise it when the same configuration gives other weight
 class TrainConfig:
     """Everything that defines the trained weights, given the tokens. The comment names llm.c's flag."""
 
-    steps: int  # -x
+    steps: int  # -x: optimizer steps of the whole run
     batch_tokens: int  # -d: tokens an optimizer step, over all ranks
-    lr: float  # -l: the schedule's maximum
+    lr: float  # -l: learning rate, the schedule's maximum
     final_lr_fraction: float = 0.1  # -q: of lr, at the last step
-    warmup_steps: int = 700  # -u
-    schedule: Literal["cosine", "linear", "constant", "wsd", "trapezoid"] = "cosine"  # -k
+    warmup_steps: int = 700  # -u: steps in which the learning rate rises to its maximum; `constant` has none
+    schedule: Literal["cosine", "linear", "constant", "wsd", "trapezoid"] = "cosine"  # -k: how lr falls
     cooldown: float = 0.4  # of `trapezoid`: the share of the run, at its end, in which the rate falls
     weight_decay: float = 0.1  # -c: on 2-D weights only; with Muon on the blocks' only, where it goes the update's way
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # AdamW's decay, a step, of the gradients' running mean
+    beta2: float = 0.95  # AdamW's decay, a step, of the running mean of their squares
+    eps: float = 1e-8  # AdamW's: added to the root of that mean, which it divides by
     clip: float = 1.0  # largest global gradient norm; 0: any
-    # muon: the blocks' matrices by Muon at `lr`, embedding and head by AdamW at their own rates; the schedule is one
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    embedding_lr: float = 0.3
-    head_lr: float = 0.004
-    momentum: float = 0.95  # Muon's
-    momentum_warmup_steps: int = 0  # in which the momentum rises to that from 0.85
+    # with muon, embedding and head are AdamW's at rates of their own; the schedule is one
+    optimizer: Literal["adamw", "muon"] = "adamw"  # what updates the weights; muon: the blocks' matrices, at `lr`
+    embedding_lr: float = 0.3  # with muon: the embedding's learning rate, the schedule's maximum
+    head_lr: float = 0.004  # with muon: the head's learning rate, the schedule's maximum
+    momentum: float = 0.95  # Muon's: the decay, a step, of the gradients' running mean
+    momentum_warmup_steps: int = 0  # steps in which the momentum rises to that from 0.85
     neuron_beta2: float = 0.0  # Muon's updates are evened out over neurons, by mean squares of that decay; 0: not
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of weights, activations and gradients in training
     master_weights: bool = True  # -w: fp32 masters behind bf16 weights; false: stochastic rounding
     fp8: bool = False  # fp8 operands in the blocks' products, but those of weight gradients: H100 or newer
-    init_seed: int = 42
+    init_seed: int = 42  # of the initial weights, and of the samples while training
     init_from: str = ""  # -e with a checkpoint: a Hugging Face folder or hub name, or an llm.c .bin
     shuffle: bool = True  # a seeded permutation of the sequences within each shard
-    order_seed: int = 42
+    order_seed: int = 42  # of the order in which a shard's sequences are read
     overfit: bool = False  # -a: train on the first batch only, to debug
     val_every: int = 250  # -v: steps; 0: only at the end
     val_batches: int = 20  # -m: batches of val_sequences x T tokens each, or as many as the split holds
@@ -125,18 +125,18 @@ class MachineConfig:
     nnodes: int = 1  # machines; the others run `python -m training.launch` by hand (docs/training.md)
     rendezvous: str = ""  # host:port of the first of several machines
     restarts: int = 0  # starts after a failure, each from the newest checkpoint
-    # -y: go on from the newest checkpoint as if the run had never stopped; also from one of other settings, torch or
-    # GPU; or drop the checkpoints and begin anew. Of the next start alone
-    resume: Literal["exact", "anyway", "no"] = "exact"
+    # anyway: also from a checkpoint of other settings, torch or GPU; no: drop the checkpoints and begin anew. Of the
+    # next start alone
+    resume: Literal["exact", "anyway", "no"] = "exact"  # -y: from the newest checkpoint, as if it had never stopped
     micro_batch: int = 0  # -b: sequences a rank and micro-step; 0: the largest that fits
     shard_ranks: int = 0  # -z: ranks that share one optimizer state; 0: all; 1: each has its own
     timeout: float = 600.0  # seconds after which ranks that wait for each other give up: one of them hangs
     overlap: bool = True  # gradients and weights travel while others are computed; false: to measure what it brings
     recompute: int = -1  # -r: 0 none, 1 GELU, 2 also LayerNorm, 3 whole blocks; -1: the least that fits
     gelu_epilogue: bool = True  # -ge: on a GPU, GELU inside the product before it; the last bits differ
-    memory_gib: float = 0.0  # of a GPU that training may take; 0: all of it
+    memory_gib: float = 0.0  # GiB of a GPU that training may take; 0: all of it
     workers: int = 0  # processes that tokenize; 0: one a core
-    price_per_gpu_hour: float = 0.0  # dollars
+    price_per_gpu_hour: float = 0.0  # dollars an hour of one GPU; 0: none is told, and no cost in dollars is
 
     def __post_init__(self) -> None:
         if self.recompute not in (-1, 0, 1, 2, 3):

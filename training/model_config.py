@@ -11,11 +11,11 @@ GPT2_VOCABULARY = 50257
 class ModelConfig:
     """The sizes of a decoder: GPT-2 or GPT-3 shaped, or of the speed recipe's architecture."""
 
-    layers: int
-    channels: int
-    heads: int
+    layers: int  # blocks, one behind the other
+    channels: int  # numbers that stand for a token between blocks
+    heads: int  # of attention in each block; they divide the channels
     context: int = 1024  # -t: tokens a sequence, T; also the number of learned positions
-    vocab: int = GPT2_VOCABULARY
+    vocab: int = GPT2_VOCABULARY  # tokens that there are
     family: Literal["gpt2", "nanochat"] = "gpt2"  # nanochat: transformers' name of the speed recipe's architecture
 
     def __post_init__(self) -> None:

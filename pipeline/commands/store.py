@@ -104,15 +104,16 @@ def gc(
     place = _existing(store)
     before = time.time() - 3600 * hours
     found = _garbage(place, before)
-    if as_json:
-        print(json.dumps({"deleted": yes, "bytes": _bytes(found), "garbage": [asdict(g) for g in found]}, indent=2))
-    else:
+    if not as_json:
         console().print(_table(found) if found else "nothing: everything in the store is referred to, or new")
     if found and (yes or (not as_json and typer.confirm(f"Delete these {size(_bytes(found))}?"))):
         now = _garbage(place, before)  # a run may have begun while the question stood
-        garbage.remove(place.store, [g for g in now if g in found])
+        found = [g for g in now if g in found]
+        garbage.remove(place.store, found)
         if not as_json:
             print(f"deleted {size(_bytes(found))}")
+    if as_json:
+        print(json.dumps({"deleted": yes, "bytes": _bytes(found), "garbage": [asdict(g) for g in found]}, indent=2))
 
 
 def _bytes(found: Sequence[Garbage]) -> int:
