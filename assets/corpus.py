@@ -12,7 +12,7 @@ from assets.making import Check, Maker, Output, Produced, StageConfig, materiali
 from assets.resources import RUNS, Event, NewRun
 from assets.tokens import validation_shard
 from evals import completion_items
-from storage import hub, items, objects, records, sources
+from storage import hub, items, objects, parquet, records, sources
 from storage.records import Record
 from training.config import EvalConfig, RunConfig, from_dict
 
@@ -55,8 +55,8 @@ def documents(
         with tokenized_ahead(context, maker, source, output, progress) as tell:
             files = source.fetch(folder, tell, scratch=str(maker.places.home / "downloads" / source.name))
         urls = [records.file_url(maker.places.store, output.key, f.path) for f in files]
-        rows = sum(sources.read_metadata(url).num_rows for url in urls)
-        text_bytes = sources.total_text_bytes(urls)
+        rows = sum(parquet.read_metadata(url).num_rows for url in urls)
+        text_bytes = parquet.total_text_bytes(urls)
         return Produced(files=files, rows=rows, metrics={"text_bytes": text_bytes, **source.details})
 
     made, checks = maker.make(config, output, produce, [HAS_DOCUMENTS])

@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import Event
-from storage import items, records
+from storage import items, objects, records
 from storage.records import Record
-from storage.sources import safe_name
 from training.config import EvalConfig
 
 ITEMS_VERSION = "2"
@@ -16,7 +15,7 @@ def hellaswag_output(settings: EvalConfig, revision: str = "") -> Output:
     """HellaSwag's validation items, by their file's content or, where they have one, by their commit on the hub."""
     version = items.hellaswag_version(settings.hellaswag)
     definition = {"suite": "hellaswag", "version": version} | ({"revision": revision} if revision else {})
-    name = safe_name(version if "hub" in version or ":" in version else version[:8])
+    name = objects.safe_name(version if "hub" in version or ":" in version else version[:8])
     return Output("eval_items", f"eval_items/hellaswag-{name}", ITEMS_VERSION, definition)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from storage import objects, sources
+from storage import objects, parquet
 from storage.records import File
 
 COLUMNS = "dagster/column_schema"  # Dagster shows what is under this name as the asset's columns
@@ -16,7 +16,7 @@ MOST_FILES = 50  # that a table lists
 
 def parquet_columns(url: str) -> dict[str, Any]:
     """Columns of a parquet file, and their types."""
-    schema = sources.read_metadata(url).schema.to_arrow_schema()
+    schema = parquet.read_metadata(url).schema.to_arrow_schema()
     return _columns((name, str(kind)) for name, kind in zip(schema.names, schema.types, strict=True))
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from storage import sources
+from storage import parquet
 from storage.shards import shard_name, write_shard
 from storage.tokenizer import EOT, encode
 from training import plan
@@ -52,8 +52,8 @@ def make_tokens(data: str, folder: Path) -> str:
     """Three shards of the corpus's first documents."""
     parts: list[np.ndarray] = []
     files = [str(path) for path in sorted(Path(data).glob("*.parquet"))]
-    for batch in sources.documents(files):
-        for text in sources.texts(batch):
+    for batch in parquet.documents(files):
+        for text in parquet.texts(batch):
             parts += [np.array([EOT], dtype=np.uint16), encode(text)]
         if sum(map(len, parts)) >= 3 * SHARD_TOKENS:
             break

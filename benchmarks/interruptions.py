@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage import hub, objects, shards, sources
+from storage import hub, objects, parquet, shards
 from training import tokenization
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def digest(folder: Path) -> str:
 
 def work(out: str, work_folder: str, variant: str, files: list[str]) -> None:
     """What the killed process does."""
-    size = tokenization.automatic_shard_tokens(sources.total_text_bytes(files))
+    size = tokenization.automatic_shard_tokens(parquet.total_text_bytes(files))
     workers, engine = (2, "ray") if variant == "ray" else (int(variant), "processes")
     tokenization.tokenize(files, out, "c", size, work_folder, workers, lambda *_: None, engine_name=engine)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from storage import sources
+from storage import parquet
 from storage.batch_tokenizer import batch_tokenizer
 from storage.shards import Split, open_shard, shard_name, shard_paths, write_shard
 
@@ -76,19 +76,19 @@ def shards_of(place: str, split: Split, scratch: Path) -> list[str]:
         return [place]
     if found := (shard_paths(place, split) if os.path.isdir(place) else []):
         return found
-    parquet = [place] if place.endswith(".parquet") else sorted(map(str, Path(place).glob("*.parquet")))
-    if not parquet:
+    files = [place] if place.endswith(".parquet") else sorted(map(str, Path(place).glob("*.parquet")))
+    if not files:
         raise ValueError(f"{place} holds neither {split} shards (*_{split}_*.bin) nor parquet files")
-    shard = scratch / f"encoded-{fingerprint(parquet)[:12]}.bin"
+    shard = scratch / f"encoded-{fingerprint(files)[:12]}.bin"
     if not shard.exists():
-        write_shard(str(shard), encode(parquet))
+        write_shard(str(shard), encode(files))
     return [str(shard)]
 
 
 def encode(files: Sequence[str]) -> np.ndarray:
     """All documents of parquet files as one stream of tokens."""
     encoder = batch_tokenizer()
-    batches = sources.text_batches(sources.documents(files), BATCH_BYTES)
+    batches = parquet.text_batches(parquet.documents(files), BATCH_BYTES)
     return np.concatenate([encoder.encode(texts)[0] for texts, _ in batches])
 
 

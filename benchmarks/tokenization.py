@@ -29,7 +29,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from interruptions import digest
 
-from storage import sources, tokenizer
+from storage import parquet, tokenizer
 from training import tokenization
 from training.workers import process_pool
 
@@ -58,7 +58,7 @@ def timed(run: Callable[[], int]) -> Taken:
 
 
 def plain_tiktoken(files: list[str]) -> Callable[[], int]:
-    texts = [text for batch in sources.documents(files) for text in sources.texts(batch)]
+    texts = [text for batch in parquet.documents(files) for text in parquet.texts(batch)]
     encode = tokenizer.encoding().encode_ordinary
     return lambda: sum(len(encode(text)) + 1 for text in texts)
 
@@ -68,7 +68,7 @@ def riptoken(files: list[str]) -> Callable[[], int] | None:
         import riptoken
     except ModuleNotFoundError:
         return None
-    texts = [text for batch in sources.documents(files) for text in sources.texts(batch)]
+    texts = [text for batch in parquet.documents(files) for text in parquet.texts(batch)]
     special = {tokenizer.EOT_TEXT: tokenizer.EOT}
     encode = riptoken.CoreBPE(tokenizer.merge_ranks(), special, tokenizer.PATTERN).encode_ordinary
     return lambda: sum(len(encode(text)) + 1 for text in texts)
@@ -89,7 +89,7 @@ def two_runs(files: list[str]) -> Taken:
 
 def make_shards(workers: int, files: list[str]) -> None:
     """What that process does."""
-    size = tokenization.automatic_shard_tokens(sources.total_text_bytes(files))
+    size = tokenization.automatic_shard_tokens(parquet.total_text_bytes(files))
     with tempfile.TemporaryDirectory() as folder:
         out, work = f"{folder}/out", f"{folder}/work"
         taken = timed(lambda: tokenization.tokenize(files, out, "c", size, work, workers, lambda *_: None).tokens)
@@ -115,7 +115,7 @@ def contamination(files: list[str], location: str) -> None:
         found = inspection.merged(list(pool.map(inspection.contamination, [[f] for f in files], [asked] * len(files))))
         peak = pool.submit(peak_memory).result()
     wall, cpu = clock()[0] - before[0], clock()[1] - before[1]
-    text = sources.total_text_bytes(files) / 1e6
+    text = parquet.total_text_bytes(files) / 1e6
     print(
         f"contamination: {found.items - 1:,} items and a planted one in {found.documents:,} documents ({text:,.0f} MB)"
     )
@@ -194,7 +194,7 @@ def main() -> None:
         contamination(files, options.items)
     two = found[f"shards, 2 workers{list(copies)[-1]}"]
     sizes = sum(os.path.getsize(f) for f in files) * options.times
-    project(two[0].tokens, sources.total_text_bytes(files) * options.times, sizes, median(two, "cpu"))
+    project(two[0].tokens, parquet.total_text_bytes(files) * options.times, sizes, median(two, "cpu"))
 
 
 if __name__ == "__main__":

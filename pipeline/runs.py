@@ -97,10 +97,10 @@ def tokens_of(places: Places, run: str) -> str:
 
 
 def check_name(name: str) -> None:
-    if not name or name != sources.safe_name(name):
+    if not name or name != objects.safe_name(name):
         raise ValueError(
             f"--name {name!r} is not a good name for a folder: use letters, digits, '.', '_' and '-', "
-            f"such as {sources.safe_name(name) or 'my-run'}"
+            f"such as {objects.safe_name(name) or 'my-run'}"
         )
 
 

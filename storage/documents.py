@@ -110,15 +110,15 @@ def show_documents(connection: duckdb.DuckDBPyConnection, stores: Sequence[str])
 
 def texts_at(url: str, rows: Iterable[int]) -> dict[int, str]:
     """The text of rows of a parquet file, by row, from one reading of each row group that holds one of them."""
-    from storage import sources  # parquet takes as long to load as all that only looks documents up
+    from storage import parquet  # parquet takes as long to load as all that only looks documents up
 
     wanted, first = sorted(set(rows)), 0
     found: dict[int, str] = {}
-    metadata = sources.read_metadata(url)
+    metadata = parquet.read_metadata(url)
     for group in range(metadata.num_row_groups):
         count = metadata.row_group(group).num_rows
         if inside := [row for row in wanted if first <= row < first + count]:
-            texts = [text for batch in sources.read_groups(url, [group]) for text in sources.texts(batch)]
+            texts = [text for batch in parquet.read_groups(url, [group]) for text in parquet.texts(batch)]
             found |= {row: texts[row - first] for row in inside}
         first += count
     if wanted and wanted[-1] >= first:

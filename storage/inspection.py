@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage import objects, shards, sources, tokenizer
+from storage import objects, parquet, shards, tokenizer
 from storage.shingles import Hashes, Words, shingles, words_of
 from storage.verification import read_table, source_url
 
@@ -131,7 +131,7 @@ def _named_batches(files: Sequence[str]) -> Iterator[tuple[list[bytes], list[str
             yield from _batches_of_shard(url)
             continue
         row = 0
-        for texts, others in sources.text_batches(sources.read_groups(url, None), BATCH_TEXT):
+        for texts, others in parquet.text_batches(parquet.read_groups(url, None), BATCH_TEXT):
             table = pa.Table.from_batches(others)
             ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(texts)
             yield texts, [str(name) if name else f"{url} row {row + n}" for n, name in enumerate(ids)]

@@ -7,7 +7,6 @@ Datasets that are parquet on the hub already are quicker to have by their place,
 
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import hub, objects
+from storage import hub, objects, parquet
 from storage.records import File, describe_file
 
 FILE_TEXT = 2**30  # bytes of text a parquet file
 ROWS = 1000  # documents a row group, as in FineWeb-Edu
-COLUMNS = ("text", "id", "url", "dump")  # that are kept where they are there
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class LibrarySource:
     revision: str  # a commit of the hub's, or a digest of a local folder's files
     name: str
     kind: str = "documents"
-    text_column: str = "text"
 
     @classmethod
     def at(cls, corpus: str, revision: str = "") -> "LibrarySource":
@@ -43,7 +40,7 @@ class LibrarySource:
         if not place:
             raise ValueError(f"{corpus!r} names no dataset: write datasets:NAME, datasets:NAME:CONFIG:SPLIT")
         revision = local_digest(place) if os.path.isdir(place) else revision or hub.commit_of(place)
-        label = re.sub(r"[^A-Za-z0-9._-]+", "-", ":".join(filter(None, [place.strip("/"), config, split])))
+        label = objects.safe_name(":".join(filter(None, [place, config, split])))
         return cls(place, config, split or "train", revision, f"{label[-60:].strip('-.')}-{revision[:8]}")
 
     @property
@@ -79,7 +76,7 @@ class LibrarySource:
                 with pq.ParquetWriter(path, more.schema, compression="zstd") as writer:
                     while more is not None and size < FILE_TEXT:
                         writer.write_table(more)
-                        size += more["text"].nbytes
+                        size += more[parquet.TEXT].nbytes
                         more = next(batches, None)
                 yield path
 
@@ -91,13 +88,13 @@ class LibrarySource:
             self.place, self.config or None, split=self.split, revision=revision, streaming=True
         )
         for batch in stream.iter(ROWS):
-            if "text" not in batch:
+            if parquet.TEXT not in batch:
                 raise ValueError(f"datasets:{self.place} has no column `text`, only {', '.join(batch)}")
-            strange = next((text for text in batch["text"] if not isinstance(text, str | bytes | None)), None)
+            strange = next((text for text in batch[parquet.TEXT] if not isinstance(text, str | bytes | None)), None)
             if strange is not None:
                 raise ValueError(f"datasets:{self.place} has a text that is no string: {strange!r:.99}")
-            columns = {name: batch[name] for name in COLUMNS if name in batch}
-            others = {name: _strings(values) for name, values in columns.items() if name != "text"}
+            columns = {name: batch[name] for name in parquet.COLUMNS if name in batch}
+            others = {name: _strings(values) for name, values in columns.items() if name != parquet.TEXT}
             yield pa.table({name: pa.array(values, pa.string()) for name, values in (columns | others).items()})
 
 

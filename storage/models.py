@@ -9,7 +9,6 @@ from typing import Any
 
 from storage import objects
 from storage.hub import endpoint
-from storage.sources import safe_name
 
 # what a model folder needs; other frameworks' weights, which some repositories hold beside these, stay there
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -44,7 +43,7 @@ def from_folder(folder: Path) -> Model:
         what = "holds no config.json" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {what}: give a run, a Hugging Face model folder, or a hub name")
     files = {s.path: objects.sha256(str(folder / s.path)) for s in objects.list_files(str(folder)) if counts(s.path)}
-    return Model(safe_name(folder.resolve().name), {"files": files}, str(folder.resolve()))
+    return Model(objects.safe_name(folder.resolve().name), {"files": files}, str(folder.resolve()))
 
 
 def counts(path: str) -> bool:
@@ -72,7 +71,7 @@ def from_hub(name: str) -> Model:
 
 
 def _short(repo: str) -> str:
-    return safe_name(repo.rsplit("/", 1)[-1])
+    return objects.safe_name(repo.rsplit("/", 1)[-1])
 
 
 def _patterns(files: Sequence[str]) -> tuple[str, ...]:
@@ -129,7 +128,7 @@ def push(folder: str, repo: str, message: str) -> str:
 
 def check_push(repo: str) -> None:
     """Raises ValueError for a name that is no repository's, and without a token."""
-    if repo.count("/") != 1 or not all(part == safe_name(part) for part in repo.split("/")):
+    if repo.count("/") != 1 or not all(part == objects.safe_name(part) for part in repo.split("/")):
         raise ValueError(f"--push-to {repo}: write OWNER/NAME, a repository on the hub")
     if not os.environ.get("HF_TOKEN"):
         raise ValueError("--push-to needs a token that may write on the hub: set HF_TOKEN")

@@ -8,6 +8,7 @@ an S3 object appears with the PUT that completes it.
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -37,6 +38,11 @@ def join(root: str, *parts: str) -> str:
 
 def name_of(url: str) -> str:
     return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def safe_name(text: str) -> str:
+    """`text` with what a path or an object key can't hold turned into dashes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "corpus"
 
 
 def exists(url: str) -> bool:

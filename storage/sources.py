@@ -12,23 +12,16 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from storage import embedded, hub, objects, shards
+from storage import embedded, hub, objects, parquet, shards
 from storage.library_source import LibrarySource
 from storage.records import File, describe_file
 
-TEXT = "text"
-COLUMNS = ("text", "id", "dump", "url")  # what is read of each document, where it is there
-FOOTER_BYTES = 64 * 1024  # of a parquet file's end, which holds the sizes and statistics of all of its data
 HASHED_AT_ONCE = 8  # files: on S3 one connection is slower than a disk
-BATCH_ROWS = 256  # rows in memory at once: documents may be a megabyte each
 
 Progress = Callable[[int, int], None]
 
@@ -48,8 +41,6 @@ class Source(Protocol):
     def name(self) -> str: ...
     @property
     def identity(self) -> dict[str, Any]: ...
-    @property
-    def text_column(self) -> str: ...
     def fetch(self, out: str, progress: Progress, scratch: str = "") -> list[File]: ...
 
 
@@ -101,7 +92,6 @@ class Embedded:
     """The English that every Python carries; its version is the corpus's revision."""
 
     kind = "documents"
-    text_column = TEXT
 
     def __init__(self) -> None:
         self.details: dict[str, Any] = {}
@@ -127,7 +117,6 @@ class Folder:
     name: str
     identity: dict[str, Any]
     details: dict[str, Any]
-    text_column: str = TEXT
     kind: str = "documents"
 
     @classmethod
@@ -137,12 +126,12 @@ class Folder:
         if not found:
             raise ValueError(f"{url} holds no .parquet file: name a folder that does, or put documents there")
         with ThreadPoolExecutor(16) as pool:
-            footers = list(pool.map(lambda stat: _check_file(objects.join(url, stat.path)), found))
+            footers = list(pool.map(lambda stat: parquet.check_file(objects.join(url, stat.path)), found))
         files = [
             {"path": stat.path, "bytes": stat.bytes, "footer_sha256": footer}
             for stat, footer in zip(found, footers, strict=True)
         ]
-        name = f"{safe_name(objects.name_of(url))}-{_digest(files)}"
+        name = f"{objects.safe_name(objects.name_of(url))}-{_digest(files)}"
         return cls(url, name, {"kind": "parquet", "files": files}, {"url": url})
 
     def fetch(self, out: str, progress: Progress, scratch: str = "") -> list[File]:
@@ -188,7 +177,7 @@ def hub_place(corpus: str) -> HubPlace | None:
     if crawl := re.fullmatch(r"fineweb-edu:(CC-MAIN-[\w-]+)", base):
         return HubPlace(f"fineweb-edu-{crawl[1]}", FINEWEB_EDU, f"data/{crawl[1]}", ".parquet", revision, files)
     if place := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/?(.*)", base):
-        return HubPlace(safe_name(base.split("/", 3)[3]), place[1], place[2], ".parquet", revision, files)
+        return HubPlace(objects.safe_name(base.split("/", 3)[3]), place[1], place[2], ".parquet", revision, files)
     return None
 
 
@@ -209,7 +198,6 @@ class Hub:
     entries: tuple[hub.Entry, ...]
     name: str
     identity: dict[str, Any]
-    text_column: str = TEXT
 
     @classmethod
     def at(cls, place: HubPlace) -> "Hub":
@@ -270,11 +258,11 @@ class Hub:
 
     def _text_bytes_of(self, entry: hub.Entry, scratch: str) -> int:
         local = os.path.join(scratch, objects.name_of(entry.path))
-        hub.fetch_end(self.place.repo, self.commit, entry, local, FOOTER_BYTES)
-        if (footer := _footer_bytes(local)) > FOOTER_BYTES:
+        hub.fetch_end(self.place.repo, self.commit, entry, local, parquet.FOOTER_BYTES)
+        if (footer := parquet.footer_bytes(local)) > parquet.FOOTER_BYTES:
             hub.fetch_end(self.place.repo, self.commit, entry, local, footer)
-        _check_file(local)
-        return sum(group_text_bytes(read_metadata(local)))
+        parquet.check_file(local)
+        return sum(parquet.group_text_bytes(parquet.read_metadata(local)))
 
     def whole(self, out: str) -> list[str]:
         """The files in `out`, in corpus order, up to the first that is not there yet."""
@@ -295,103 +283,8 @@ def check_fetched(entry: hub.Entry, local: str) -> None:
     if entry.path.endswith(".bin"):
         shards.read_header(local)
     else:
-        _check_file(local)
+        parquet.check_file(local)
 
 
 def _digest(files: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def safe_name(text: str) -> str:
-    """`text` with what a path or an object key can't hold turned into dashes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "corpus"
-
-
-def _check_file(url: str) -> str:
-    """sha256 of a parquet file's end. Raises ValueError where it is broken or has no text column."""
-    metadata = read_metadata(url)
-    schema = metadata.schema.to_arrow_schema()
-    if TEXT not in schema.names or not _is_text(schema.field(TEXT).type):
-        columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
-        raise ValueError(f"{url} has no column `{TEXT}` of strings, only {columns}: rename the one with the text")
-    with objects.open_file(url) as f:
-        f.seek(0, os.SEEK_END)
-        f.seek(max(0, f.tell() - FOOTER_BYTES))
-        return hashlib.sha256(f.read()).hexdigest()
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
-
-
-def _footer_bytes(local: str) -> int:
-    """Bytes at a parquet file's end that hold its metadata, by its last eight: their length, and the format's name."""
-    with open(local, "rb") as f:
-        f.seek(max(0, os.path.getsize(local) - 8))
-        length, name = f.read(4), f.read(4)
-    return int.from_bytes(length, "little") + 8 if name == b"PAR1" else 0
-
-
-def read_metadata(url: str) -> pq.FileMetaData:
-    """Raises ValueError where `url` is no whole parquet file."""
-    with objects.open_file(url) as f:
-        try:
-            return pq.ParquetFile(f).metadata
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{url} is no whole parquet file ({error}): fetch it again or remove it") from error
-
-
-def total_text_bytes(files: Sequence[str]) -> int:
-    """Bytes of text in `files`, uncompressed, from their metadata alone."""
-    with ThreadPoolExecutor(16) as pool:
-        return sum(sum(group_text_bytes(m)) for m in pool.map(read_metadata, files))
-
-
-def group_text_bytes(metadata: pq.FileMetaData) -> list[int]:
-    """Uncompressed bytes of the text column in each row group: an upper bound where texts repeat."""
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    column = paths.index(TEXT)
-    groups = range(metadata.num_row_groups)
-    return [metadata.row_group(g).column(column).total_uncompressed_size for g in groups]
-
-
-def documents(files: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Documents of `files` in corpus order, as batches of the COLUMNS that a file has."""
-    for url in files:
-        yield from read_groups(url, None)
-
-
-def read_groups(url: str, groups: Sequence[int] | None) -> Iterator[pa.RecordBatch]:
-    """Batches of some row groups of a file, all by default; memory stays bounded however large a group is."""
-    with objects.open_file(url) as f:
-        parquet = pq.ParquetFile(f, buffer_size=2**20, pre_buffer=False)
-        columns = [name for name in COLUMNS if name in parquet.schema_arrow.names]
-        yield from parquet.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
-
-
-def text_batches(read: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[list[bytes], list[pa.RecordBatch]]]:
-    """Documents in batches of about `size` bytes of text: (texts, their other columns)."""
-    found: list[bytes] = []
-    others: list[pa.RecordBatch] = []
-    held = 0
-    for batch in read:
-        here = text_bytes(batch)
-        found += here
-        others.append(batch.drop_columns([TEXT]))
-        held += sum(map(len, here))
-        if held >= size:
-            yield found, others
-            found, others, held = [], [], 0
-    if found:
-        yield found, others
-
-
-def text_bytes(batch: pa.RecordBatch) -> list[bytes]:
-    """The bytes of each document's text; a missing one is empty."""
-    column = batch.column(batch.schema.get_field_index(TEXT)).cast(pa.large_binary())
-    return [value or b"" for value in column.to_pylist()]
-
-
-def texts(batch: pa.RecordBatch) -> list[str]:
-    """The text of each document, bytes that are no UTF-8 (lone surrogates) as U+FFFD."""
-    return [value.decode("utf-8", "replace") for value in text_bytes(batch)]

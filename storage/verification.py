@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import objects, shards, sources, tokenizer
+from storage import objects, parquet, shards, tokenizer
 
 READ_AT_ONCE = 4  # shards
 
@@ -100,11 +100,11 @@ def _check_document(stream: _Stream, row: dict[str, Any], url: str) -> None:
 
 def document_text(url: str, row: int) -> str:
     """The text of one row of a parquet file, reading only its row group."""
-    metadata = sources.read_metadata(url)
+    metadata = parquet.read_metadata(url)
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
         if row < rows:
-            read = sources.read_groups(url, [group])
-            return [text for batch in read for text in sources.texts(batch)][row]
+            read = parquet.read_groups(url, [group])
+            return [text for batch in read for text in parquet.texts(batch)][row]
         row -= rows
     raise ValueError(f"{url} has no row {row}")

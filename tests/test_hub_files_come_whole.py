@@ -16,6 +16,7 @@ import pytest
 from local_hub import LocalHub
 
 from storage import hub, objects, shards, sources
+from storage.parquet import FOOTER_BYTES, total_text_bytes
 from training import tokenization
 
 REPO = "HuggingFaceFW/fineweb-edu"
@@ -268,14 +269,14 @@ def test_bytes_of_text_are_known_before_the_files_come(local, tmp_path):
     rows = pa.table({"text": [f"number {n} " * 9 for n in range(3000)]})
     pq.write_table(rows, tmp_path / "many_groups.parquet", row_group_size=4)
     data = (tmp_path / "many_groups.parquet").read_bytes()
-    assert int.from_bytes(data[-8:-4], "little") > 2 * sources.FOOTER_BYTES
+    assert int.from_bytes(data[-8:-4], "little") > 2 * FOOTER_BYTES
     local.publish("o/n", "1", {"a.parquet": data, "b.parquet": parquet(["x" * 100_000])})
     source = sources.resolve("hf://datasets/o/n")
     found = source.text_bytes(10**12)
     asked = [int(r.removeprefix("bytes=").rstrip("-")) for r in ranges(local) if r]
     assert min(asked) > 0 and len(ranges(local)) == 3
     files = [f"{tmp_path}/fetched/{f.path}" for f in source.fetch(f"{tmp_path}/fetched", lambda *_: None)]
-    assert found == sources.total_text_bytes(files)
+    assert found == total_text_bytes(files)
     assert 0 < source.text_bytes(1) < found
     local.publish("o/none", "1", {"a.parquet": parquet(["x" * 100_000], column="content")})
     with pytest.raises(ValueError, match=r"a.parquet has no column `text`"):

@@ -6,11 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import embedded, objects, sources, tokenizer
+from storage import embedded, objects, parquet, sources, tokenizer
 
 
 def texts_of(urls):
-    return [text for batch in sources.documents(urls) for text in sources.texts(batch)]
+    return [text for batch in parquet.documents(urls) for text in parquet.texts(batch)]
 
 
 def write(path, texts, column="text"):
@@ -51,7 +51,7 @@ def test_a_folder_on_s3_is_a_source(tmp_path, s3_store):
 
 def test_bytes_of_text_come_from_metadata(tmp_path):
     write(tmp_path / "000.parquet", [f"text number {i} " * 50 for i in range(100)])
-    total = sources.total_text_bytes([str(tmp_path / "000.parquet")])
+    total = parquet.total_text_bytes([str(tmp_path / "000.parquet")])
     exact = sum(len(f"text number {i} " * 50) for i in range(100))
     assert exact <= total <= 1.1 * exact
 

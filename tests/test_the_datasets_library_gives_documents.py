@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from storage import library_source, objects, sources
+from storage import library_source, objects, parquet, sources
 
 ROWS = [{"text": f"document {n} " * 20, "url": f"u/{n}", "stars": n} for n in range(2500)]
 
@@ -35,7 +35,7 @@ def test_a_large_dataset_becomes_several_files(folder, tmp_path, monkeypatch):
     files = source.fetch(str(tmp_path / "out"), lambda *state: seen.append(state))
     urls = [objects.join(str(tmp_path / "out"), f.path) for f in files]
     assert len(files) == 3 and seen[-1][0] == sum(f.bytes for f in files)
-    assert [t for b in sources.documents(urls) for t in sources.texts(b)] == [row["text"] for row in ROWS]
+    assert [t for b in parquet.documents(urls) for t in parquet.texts(b)] == [row["text"] for row in ROWS]
 
 
 def test_ids_that_are_numbers_are_kept_and_texts_must_be_strings(folder, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import objects, sources
+from storage import objects, parquet
 from storage.batch_tokenizer import Mismatch, batch_tokenizer, encode_by_reference
 
 log = logging.getLogger(__name__)
@@ -71,12 +71,12 @@ def plan_pieces(files: Sequence[str], root: str = "", first: int = 0) -> list[Pi
     """The pieces of files in corpus order, from their metadata alone; `first` counts the pieces before them."""
     pieces: list[Piece] = []
     with ThreadPoolExecutor(16) as pool:
-        described = list(pool.map(lambda url: (url, sources.read_metadata(url), objects.stat(url)), files))
+        described = list(pool.map(lambda url: (url, parquet.read_metadata(url), objects.stat(url)), files))
     for url, metadata, stat in described:
         file = named(url, root)
         content = f"{EDITION} {file} {stat}"
         row = 0
-        for groups, text_bytes in _group_runs(sources.group_text_bytes(metadata)):
+        for groups, text_bytes in _group_runs(parquet.group_text_bytes(metadata)):
             key = hashlib.sha256(f"{content} {groups}".encode()).hexdigest()[:16]
             pieces.append(Piece(first + len(pieces), url, file, groups, row, text_bytes, key))
             row += sum(metadata.row_group(g).num_rows for g in groups)
@@ -117,8 +117,8 @@ def _encode_piece(place: str, piece: Piece, encode: Encode) -> Encoded:
     lengths, described = [np.zeros(0, dtype=np.int64)], []
     with scratch_beside(place) as scratch:
         with open(f"{scratch}/bin", "wb") as f:
-            read = sources.read_groups(piece.url, piece.groups)
-            for texts, descriptions in sources.text_batches(read, BATCH_TEXT):
+            read = parquet.read_groups(piece.url, piece.groups)
+            for texts, descriptions in parquet.text_batches(read, BATCH_TEXT):
                 tokens, counts = encode(texts)
                 tokens.tofile(f)
                 lengths.append(counts)

@@ -1,0 +1,106 @@
+"""How are documents read from parquet files, and how much text is in them?"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage import objects
+
+TEXT = "text"
+COLUMNS = ("text", "id", "dump", "url")  # what is read of each document, where it is there
+FOOTER_BYTES = 64 * 1024  # of a parquet file's end, which holds the sizes and statistics of all of its data
+BATCH_ROWS = 256  # rows in memory at once: documents may be a megabyte each
+
+
+def check_file(url: str) -> str:
+    """sha256 of a parquet file's end. Raises ValueError where it is broken or has no text column."""
+    metadata = read_metadata(url)
+    schema = metadata.schema.to_arrow_schema()
+    if TEXT not in schema.names or not _is_text(schema.field(TEXT).type):
+        columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
+        raise ValueError(f"{url} has no column `{TEXT}` of strings, only {columns}: rename the one with the text")
+    with objects.open_file(url) as f:
+        f.seek(0, os.SEEK_END)
+        f.seek(max(0, f.tell() - FOOTER_BYTES))
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
+
+
+def footer_bytes(local: str) -> int:
+    """Bytes at a parquet file's end that hold its metadata, by its last eight: their length, and the format's name."""
+    with open(local, "rb") as f:
+        f.seek(max(0, os.path.getsize(local) - 8))
+        length, name = f.read(4), f.read(4)
+    return int.from_bytes(length, "little") + 8 if name == b"PAR1" else 0
+
+
+def read_metadata(url: str) -> pq.FileMetaData:
+    """Raises ValueError where `url` is no whole parquet file."""
+    with objects.open_file(url) as f:
+        try:
+            return pq.ParquetFile(f).metadata
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{url} is no whole parquet file ({error}): fetch it again or remove it") from error
+
+
+def total_text_bytes(files: Sequence[str]) -> int:
+    """Bytes of text in `files`, uncompressed, from their metadata alone."""
+    with ThreadPoolExecutor(16) as pool:
+        return sum(sum(group_text_bytes(m)) for m in pool.map(read_metadata, files))
+
+
+def group_text_bytes(metadata: pq.FileMetaData) -> list[int]:
+    """Uncompressed bytes of the text column in each row group: an upper bound where texts repeat."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    column = paths.index(TEXT)
+    groups = range(metadata.num_row_groups)
+    return [metadata.row_group(g).column(column).total_uncompressed_size for g in groups]
+
+
+def documents(files: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Documents of `files` in corpus order, as batches of the COLUMNS that a file has."""
+    for url in files:
+        yield from read_groups(url, None)
+
+
+def read_groups(url: str, groups: Sequence[int] | None) -> Iterator[pa.RecordBatch]:
+    """Batches of some row groups of a file, all by default; memory stays bounded however large a group is."""
+    with objects.open_file(url) as f:
+        file = pq.ParquetFile(f, buffer_size=2**20, pre_buffer=False)
+        columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+        yield from file.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
+
+
+def text_batches(read: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[list[bytes], list[pa.RecordBatch]]]:
+    """Documents in batches of about `size` bytes of text: (texts, their other columns)."""
+    found: list[bytes] = []
+    others: list[pa.RecordBatch] = []
+    held = 0
+    for batch in read:
+        here = text_bytes(batch)
+        found += here
+        others.append(batch.drop_columns([TEXT]))
+        held += sum(map(len, here))
+        if held >= size:
+            yield found, others
+            found, others, held = [], [], 0
+    if found:
+        yield found, others
+
+
+def text_bytes(batch: pa.RecordBatch) -> list[bytes]:
+    """The bytes of each document's text; a missing one is empty."""
+    column = batch.column(batch.schema.get_field_index(TEXT)).cast(pa.large_binary())
+    return [value or b"" for value in column.to_pylist()]
+
+
+def texts(batch: pa.RecordBatch) -> list[str]:
+    """The text of each document, bytes that are no UTF-8 (lone surrogates) as U+FFFD."""
+    return [value.decode("utf-8", "replace") for value in text_bytes(batch)]
