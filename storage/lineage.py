@@ -26,7 +26,7 @@ from storage import lineage_schema as schema
 from storage import objects
 from storage.contents import UNREADABLE, why
 from storage.documents import show_documents
-from storage.lineage_rows import Rows
+from storage.lineage_rows import FOLLOWS, Rows, Taken
 
 log = logging.getLogger(__name__)
 
@@ -177,8 +177,9 @@ class Lineage:
             known = _known(connection, store)
         found = rows_of.files_of(store)  # one listing, which may take a while on S3; nobody waits for it
         gone = [path for path in known if path not in found]
-        changed = [path for path, stamp in found.items() if known.get(path) != stamp]
-        read = {path: rows for path, rows in _read(store, changed).items() if rows or path in known}
+        changed = [path for path, stamp in found.items() if path not in known or known[path][0] != stamp]
+        taken = {path: (size, last) for path, (_, size, last) in known.items() if size}
+        read = {path: rows for path, rows in _read(store, changed, taken).items() if rows or path in known}
         if gone or read:
             self._write(lambda connection: _replace(connection, store, read, gone))
         return len(gone) + len(read)
@@ -241,11 +242,13 @@ class Lineage:
         return duckdb.connect(str(copy), read_only=True)
 
 
-def _known(connection: duckdb.DuckDBPyConnection, store: str) -> dict[str, str]:
-    return dict(connection.execute("SELECT path, modified FROM ingested WHERE namespace = ?", [store]).fetchall())
+def _known(connection: duckdb.DuckDBPyConnection, store: str) -> dict[str, tuple[str, int, str]]:
+    """What of a store is in the index: path → (modified, and of a run's metrics bytes and last line)."""
+    query = "SELECT path, modified, coalesce(size, 0), coalesce(last, '') FROM ingested WHERE namespace = ?"
+    return {path: (stamp, size, last) for path, stamp, size, last in connection.execute(query, [store]).fetchall()}
 
 
-def _read(store: str, paths: Iterable[str]) -> dict[str, Rows]:
+def _read(store: str, paths: Iterable[str], taken: Mapping[str, Taken] | None = None) -> dict[str, Rows]:
     """The rows of files, by path, many at a time, which matters on S3.
 
     A file that has gone since is left to the next ingest; one that can't be read has no rows, and a warning.
@@ -253,7 +256,7 @@ def _read(store: str, paths: Iterable[str]) -> dict[str, Rows]:
 
     def one(path: str) -> Rows | None:
         try:
-            return rows_of.read(store, path)
+            return rows_of.read(store, path, (taken or {}).get(path, (0, "")))
         except FileNotFoundError:
             return None
         except UNREADABLE as error:
@@ -268,18 +271,25 @@ def _read(store: str, paths: Iterable[str]) -> dict[str, Rows]:
 def _replace(
     connection: duckdb.DuckDBPyConnection, store: str, read: Mapping[str, Rows], gone: Sequence[str] = ()
 ) -> None:
-    for path in read:
-        _forget(connection, store, path)
+    known = _known(connection, store)
+    read = {path: rows for path, rows in read.items() if _fits(rows, known.get(path))}
+    for path, rows in read.items():
+        _forget(connection, store, path, rows.get(FOLLOWS) is None)
     for path in gone:
         if not objects.exists(objects.join(store, path)):  # another process may have made it since we looked
             _forget(connection, store, path)
     _insert(connection, read.values())
 
 
-def _forget(connection: duckdb.DuckDBPyConnection, store: str, path: str) -> None:
+def _fits(rows: Rows, known: tuple[str, int, str] | None) -> bool:
+    """Whether what these rows follow on is in the index; if another process changed that, the next ingest sees it."""
+    return FOLLOWS not in rows or (known is not None and rows[FOLLOWS] == [(known[1],)])
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, store: str, path: str, with_rows: bool = True) -> None:
     where = "FROM ingested WHERE namespace = ? AND path = ?"
     for (dataset,) in connection.execute(f"SELECT dataset {where}", [store, path]).fetchall():
-        for table, condition in rows_of.stands_on(path).items():
+        for table, condition in rows_of.stands_on(path).items() if with_rows else ():
             connection.execute(f"DELETE FROM {table} WHERE namespace = $1 AND {condition}", [store, dataset])
     connection.execute(f"DELETE {where}", [store, path])
 

@@ -9,7 +9,9 @@ from storage import objects
 from storage.contents import FOLDERS
 from storage.records import Record, from_json, record_url
 
-Rows = dict[str, list[tuple[Any, ...]]]  # by table
+Rows = dict[str, list[tuple[Any, ...]]]  # by table; those under FOLLOWS follow on what is in the index: (bytes of it,)
+Taken = tuple[int, str]  # of a run's metrics: how many bytes are in the index, and the last line of them
+FOLLOWS = "follows"
 
 
 def files_of(store: str) -> dict[str, str]:
@@ -41,9 +43,10 @@ def _beside(path: str) -> list[str]:
     return [path.replace("config.json", "inputs.json")] if path.endswith("config.json") else []
 
 
-def read(store: str, path: str) -> Rows:
+def read(store: str, path: str, taken: Taken = (0, "")) -> Rows:
     """The rows of each table that stand on a file of the store, and that it is taken in.
 
+    Of a run's metrics only those after what is `taken`, where the file still has that as it was.
     Raises FileNotFoundError where it is gone, one of contents.UNREADABLE where it is not what it should be.
     """
     url, folder = objects.join(store, path), path.rpartition("/")[0]
@@ -54,11 +57,11 @@ def read(store: str, path: str) -> Rows:
         record = from_json(url, objects.read_json(url))
         rows, dataset = _of_record(store, record), record.key
     elif path.endswith("metrics.jsonl"):
-        rows, dataset = {"metrics": list(_of_steps(store, folder, objects.read_text(url)))}, folder
+        return _of_metrics(store, folder, path, stamp, taken)
     else:
         config, inputs = [*(objects.read_json(objects.join(store, p)) for p in there), {}][:2]
         rows, dataset = {"runs": [_run(store, folder, config, inputs)]}, folder
-    return rows | {"ingested": [(store, dataset, path, stamp)]}
+    return rows | {"ingested": [(store, dataset, path, stamp, None, None)]}
 
 
 def stands_on(path: str) -> dict[str, str]:
@@ -139,8 +142,32 @@ def _run(store: str, folder: str, config: Mapping[str, Any], inputs: Mapping[str
     )
 
 
-def _of_steps(store: str, folder: str, text: str) -> Iterator[tuple[Any, ...]]:
-    for line in text[: text.rfind("\n") + 1].splitlines():  # the last one may be being written
+def _of_metrics(store: str, folder: str, path: str, stamp: str, taken: Taken) -> Rows:
+    start, lines = _appended(objects.join(store, path), *taken)
+    size, last = start + len(lines), lines[lines[:-1].rfind(b"\n") + 1 :].decode() or (taken[1] if start else "")
+    rows: Rows = {FOLLOWS: [(start,)]} if start else {}
+    rows["metrics"] = list(_of_steps(store, folder, lines))
+    return rows | {"ingested": [(store, folder, path, stamp, size, last)]}
+
+
+def _appended(url: str, size: int, last: str) -> tuple[int, bytes]:
+    """Where the lines begin that are new, and these lines; all of them, where the file is another than it was.
+
+    One that was cut back, as a run's is on resume, and grew again has another line there: its seconds differ.
+    """
+    mark = last.encode()
+    if mark and (found := objects.read_bytes(url, size - len(mark))).startswith(mark):
+        return size, _whole(found[len(mark) :])
+    return 0, _whole(objects.read_bytes(url))
+
+
+def _whole(lines: bytes) -> bytes:
+    """Without the last one, where it is still being written."""
+    return lines[: lines.rfind(b"\n") + 1]
+
+
+def _of_steps(store: str, folder: str, lines: bytes) -> Iterator[tuple[Any, ...]]:
+    for line in lines.splitlines():
         values = json.loads(line)
         step = values.pop("step")
         for name, value in _flatten(values)[0]:

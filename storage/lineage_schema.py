@@ -65,6 +65,12 @@ def _4_scores_name_their_model(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("ALTER TABLE scores ADD COLUMN model VARCHAR")
 
 
+def _5_metrics_grow(connection: duckdb.DuckDBPyConnection) -> None:
+    """How far the lines of a run's metrics are taken in: while it trains, only what was appended is read."""
+    connection.execute("ALTER TABLE ingested ADD COLUMN size BIGINT")
+    connection.execute("ALTER TABLE ingested ADD COLUMN last VARCHAR")
+
+
 def _rename(connection: duckdb.DuckDBPyConnection, table: str, **columns: str) -> None:
     for old, new in columns.items():
         connection.execute(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
@@ -76,6 +82,7 @@ MIGRATIONS: tuple[Migration, ...] = (
     _2_names_of_openlineage,
     _3_runs_checks_costs_environments,
     _4_scores_name_their_model,
+    _5_metrics_grow,
 )
 VERSION = len(MIGRATIONS)
 

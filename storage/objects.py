@@ -58,11 +58,13 @@ def open_file(url: str, mode: str = "rb") -> IO[Any]:
     return _remote(url).open(url, mode)
 
 
-def read_bytes(url: str) -> bytes:
-    """All of an object. It may be replaced meanwhile: a file opened on S3 insists on the object that it was."""
+def read_bytes(url: str, start: int = 0) -> bytes:
+    """An object from byte `start` on. It may be replaced meanwhile: a file opened on S3 insists on the one it was."""
     if is_local(url):
-        return Path(url).read_bytes()
-    return bytes(_remote(url).cat_file(url))
+        with open(url, "rb") as f:
+            f.seek(start)
+            return f.read()
+    return bytes(_remote(url).cat_file(url)[start:])  # a range that an object no longer has would be refused
 
 
 def read_text(url: str) -> str:

@@ -1,6 +1,7 @@
 """The index says what came from what, is rebuilt from records alone, and lets many processes write."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_pipeline import gpt2
@@ -270,6 +271,34 @@ def test_a_runs_configuration_and_steps_are_rows(store, lineage):
     assert lineage.ingest(store) == 1
     assert lineage.sql(runs)[1] == [("demo", "demo", "c", 2, 64, "corpora/c/documents", "tokens/c")]
     assert lineage.sql("SELECT count(*) FROM metrics WHERE step IS NULL")[1] == [(2,)]  # the record's are kept
+
+
+def test_of_a_run_that_trains_only_new_steps_are_read(store, lineage, monkeypatch):
+    path = Path(store, "runs/demo/metrics.jsonl")
+    path.parent.mkdir(parents=True)
+    steps = "SELECT step, name, value FROM metrics ORDER BY ALL"
+
+    def write(mode: str, *lines: tuple[int, float], half: str = "") -> None:
+        with open(path, mode) as file:
+            file.write("".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in lines) + half)
+        lineage.ingest(store)
+
+    write("w", (0, 3.5), (1, 3.25), half='{"step": 2, "lo')
+    starts: list[int] = []
+    read_bytes = objects.read_bytes
+    monkeypatch.setattr(objects, "read_bytes", lambda url, at=0: starts.append(at) or read_bytes(url, at))
+    write("a", half='ss": 3.0}\n')
+    write("a", (3, 2.5))
+    assert len(starts) == 2 and min(starts) > 0
+    monkeypatch.undo()
+    grown = [(0, "loss", 3.5), (1, "loss", 3.25), (2, "loss", 3.0), (3, "loss", 2.5)]
+    assert lineage.sql(steps)[1] == grown
+    write("w", (0, 3.5), (1, 3.0))  # cut back and begun again: shorter
+    assert lineage.sql(steps)[1] == [(0, "loss", 3.5), (1, "loss", 3.0)]
+    write("w", (0, 3.5), (1, 2.0), (2, 1.5))  # and longer
+    assert lineage.sql(steps)[1] == [(0, "loss", 3.5), (1, "loss", 2.0), (2, "loss", 1.5)]
+    lineage.rebuild(store)
+    assert lineage.sql(steps)[1] == [(0, "loss", 3.5), (1, "loss", 2.0), (2, "loss", 1.5)]
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_answers(store, lineage, caplog):

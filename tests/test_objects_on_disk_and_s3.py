@@ -37,6 +37,7 @@ def test_only_the_first_of_two_creates_an_exclusive_object(root: str) -> None:
     assert objects.create_exclusive(claim, b"first")
     assert not objects.create_exclusive(claim, b"second")
     assert objects.read_bytes(claim) == b"first"
+    assert (objects.read_bytes(claim, 3), objects.read_bytes(claim, 9)) == (b"st", b"")
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_whole(root: str) -> None:
