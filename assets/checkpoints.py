@@ -55,14 +55,15 @@ def checkpoint_scores() -> None:
     score_checkpoint()
 
 
-def unscored(maker: Maker, name: str) -> list[int]:
-    """Steps of the checkpoints that a run keeps for good and that nothing has scored; the last step has its suites."""
+def unscored(maker: Maker, name: str) -> dict[int, str]:
+    """Steps of the checkpoints that a run keeps for good and that nothing has scored -> what tells such a checkpoint
+    from another of its name and step; the last step has its suites."""
     train = maker.run_config(name).train
     place = objects.join(maker.folder(f"runs/{name}"), "checkpoints")
-    done = {objects.name_of(s.path.rpartition("/")[0]) for s in objects.list_files(place, DONE)}
-    steps = sorted(int(folder.removeprefix("step_")) for folder in done if folder.startswith("step_"))
-    kept = [step for step in steps if train.keep_every and step % train.keep_every == 0 and step < train.steps]
-    return [step for step in kept if read_record(maker.places.store, _key(name, step)) is None]
+    done = {objects.name_of(s.path.rpartition("/")[0]): s.modified for s in objects.list_files(place, DONE)}
+    made = {int(name.removeprefix("step_")): when for name, when in done.items() if name.startswith("step_")}
+    kept = [step for step in sorted(made) if train.keep_every and step % train.keep_every == 0 and step < train.steps]
+    return {step: made[step] for step in kept if read_record(maker.places.store, _key(name, step)) is None}
 
 
 def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questions: Asked) -> Output:

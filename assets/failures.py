@@ -1,5 +1,7 @@
 """How can a launched process end other than well? Errors that the command line tells apart; no Dagster here."""
 
+STOPPED = "stopped; what is complete is kept, the same command goes on from there"  # what a signal comes to
+
 
 class ProcessFailed(RuntimeError):
     """It ended with another status than 0; the message holds the end of its output."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.failures import Interrupted
+from assets.failures import STOPPED, Interrupted
 from pipeline import definitions, instance
 from pipeline.terminal import Terminal
 from storage.lineage import Lineage
@@ -63,8 +63,7 @@ def _execute(
                 .execute_in_process(instance=dagster, run_config=LOG_QUIETLY | config, **options)
             )
         except dg.DagsterExecutionInterruptedError as interrupted:  # Dagster's name for it, within a step
-            message = "stopped; what is complete is kept, the same command goes on from there"
-            raise Interrupted(message) from interrupted
+            raise Interrupted(STOPPED) from interrupted
         finally:
             terminal.close()
     # Once: the stages have added what they made. After a run that fails, the next command that asks does it.

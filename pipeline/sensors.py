@@ -10,6 +10,10 @@ from assets.resources import Launcher, Silent
 from pipeline import instance, runs
 from storage.places import places
 
+CHECKPOINT_TAG = "gpt2/checkpoint"
+ATTEMPTS = 3  # to score a checkpoint
+FAILURE = dg.DagsterRunStatus.FAILURE
+
 
 @dg.sensor(
     target=None,
@@ -31,9 +35,14 @@ def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 def new_checkpoints(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest]:
     maker = Maker(places(), Launcher(), Silent())
     for run in {*context.instance.get_dynamic_partitions("run")} & {*runs.known_runs(maker.places)}:
-        for step in unscored(maker, run):
+        for step, made in unscored(maker, run).items():
+            checkpoint = {CHECKPOINT_TAG: f"{run}@{step} of {made}"}
+            failed = context.instance.get_runs_count(dg.RunsFilter(tags=checkpoint, statuses=[FAILURE]))
+            if failed >= ATTEMPTS:
+                continue
             yield dg.RunRequest(
-                run_key=f"{run}@{step}",
+                run_key=f"{run}@{step} of {made}, attempt {failed + 1}",  # one that goes on is not asked for twice
+                tags=checkpoint,
                 partition_key=run,
                 run_config={"ops": {"score_checkpoint": {"config": {"step": step}}}},
             )

@@ -1,5 +1,6 @@
 """A checkpoint that a run keeps is found by the sensor, scored once, and its score leads down to the documents."""
 
+import os
 from pathlib import Path
 
 import dagster as dg
@@ -14,6 +15,11 @@ from storage.lineage import Lineage
 from storage.places import places
 
 
+@dg.job
+def nothing() -> None:
+    """A job without steps, in place of one that fails."""
+
+
 def test_the_sensor_asks_for_each_kept_checkpoint_once(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -26,7 +32,14 @@ def test_the_sensor_asks_for_each_kept_checkpoint_once(
         assert tick(dagster) == []  # this Dagster knows no runs yet
         dagster.add_dynamic_partitions("run", ["tiny"])
         asked = tick(dagster)
-        assert [(request.run_key, request.partition_key) for request in asked] == [("tiny@4", "tiny")]
+        assert [request.partition_key for request in asked] == ["tiny"]
+        assert asked[0].run_config["ops"]["score_checkpoint"]["config"] == {"step": 4}
+        assert tick(dagster) == asked  # under the same key, which Dagster launches once
+        keys = asked_after_failures(dagster, asked[0])
+        assert len({asked[0].run_key, *keys}) == sensors.ATTEMPTS
+        done_again = Path(store, "runs/tiny/checkpoints/step_000004/DONE")
+        os.utime(done_again, (1, 1))  # as when the run is made again
+        assert tick(dagster)[0].run_key not in {asked[0].run_key, *keys}
         job = build().resolve_job_def("checkpoint_scores")
         done = job.execute_in_process(asked[0].run_config, partition_key="tiny", instance=dagster)
         (seen,) = dagster.fetch_observations(dg.AssetKey("trained_model"), limit=1).records
@@ -43,6 +56,16 @@ def test_the_sensor_asks_for_each_kept_checkpoint_once(
     below = {node.job: node.replaced for node in lineage.ancestry(record.key).inputs}
     assert below == {"trained_model": False, "token_shards": False, "eval_items": False}
     assert record.key in [node.key for node in lineage.impact("runs/tiny")]
+
+
+def asked_after_failures(dagster: dg.DagsterInstance, asked: dg.RunRequest) -> list[str]:
+    """The keys under which a score is asked for again, while all that it comes to is a failure."""
+    keys = []
+    while requests := tick(dagster):
+        keys += [request.run_key for request in requests]
+        failed = dagster.create_run_for_job(nothing, tags=dict(asked.tags))
+        dagster.report_run_failed(failed)
+    return keys
 
 
 def tick(dagster: dg.DagsterInstance) -> list[dg.RunRequest]:

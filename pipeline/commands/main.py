@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from assets.failures import Interrupted, ProcessFailed
+from assets.failures import STOPPED, Interrupted, ProcessFailed
 from pipeline.commands import lineage
 
 HELP = "Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all."
@@ -41,7 +41,7 @@ def main() -> None:
     except (Interrupted, ProcessFailed) as error:
         sys.exit(_say(str(error), 1))
     except KeyboardInterrupt:
-        sys.exit(_say("stopped; what is complete is kept, the same command goes on from there", 1))
+        sys.exit(_say(STOPPED, 1))
 
 
 def _say(message: str, status: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from assets.failures import Interrupted
+from assets.failures import STOPPED, Interrupted
 from assets.run_config import check_unchanged, config_url, keep_source, stored
 from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
@@ -81,8 +81,8 @@ def run(
         execute(place, "full_pipeline", run_name, names, as_json)
     except (Interrupted, KeyboardInterrupt) as stopped:
         if config.machine.resume == "no" and config != stored(place, run_name):  # which training forgets at its start
-            message = "stopped; what is complete is kept: go on with the same command without resume=no"
-            raise Interrupted(message) from stopped
+            message = str(stopped) or STOPPED
+            raise Interrupted(message.replace("same command", "same command without resume=no")) from stopped
         raise
 
 
