@@ -9,8 +9,9 @@ tiktoken is the reference: it encodes some documents of each batch as well, and 
 this Python's Unicode tables do not know, or with bytes that are no UTF-8, goes to it whole.
 """
 
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -28,9 +29,14 @@ WHITE_SPACE = [*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)]
 WHITE_SPACE += [0x2028, 0x2029, 0x202F, 0x205F, 0x3000]  # Unicode's White_Space: the pattern's \s
 MEMORY = 64 * 2**20  # bytes of words remembered at once; when they are full, the memory starts anew
 WORD_OVERHEAD = 120  # bytes that Python and numpy take for a word beside its own
-CHECKED = 4  # documents of each batch that tiktoken encodes too
+CHECKED = 4  # documents of each batch that tiktoken encodes too,
+CHECKED_TEXT = 64 * 2**10  # about so many bytes of each
+
+# Blanks after a visible character, ASCII or one of three bytes: there a word always ends, whatever follows
+CUT = re.compile(rb"(?:(?<=[!-~])|(?<=[\xe3-\xef][\x80-\xbf][\x81-\xbf]))[ \n]")
 
 Lengths = NDArray[np.int64]
+Encode = Callable[[Sequence[bytes]], tuple[Tokens, Lengths]]
 
 
 class Mismatch(Exception):
@@ -49,6 +55,21 @@ def encode_by_reference(documents: Sequence[bytes]) -> tuple[Tokens, Lengths]:
     eot = np.array([EOT], dtype=np.uint16)
     stream = np.concatenate([eot[:0], *(part for tokens in encoded for part in (eot, tokens))])
     return stream, np.array([1 + len(tokens) for tokens in encoded], dtype=np.int64)
+
+
+def encode_in_parts(document: bytes, size: int, encode: Encode) -> tuple[Tokens, Lengths]:
+    """What `encode` gives for one document, in memory for about `size` bytes of it at a time."""
+    streams = [encode([part])[0] for part in _parts(document, size)]
+    stream = np.concatenate([streams[0], *(tokens[1:] for tokens in streams[1:])])  # EOT stands before the first alone
+    return stream, np.array([len(stream)], dtype=np.int64)
+
+
+def _parts(document: bytes, size: int) -> Iterator[bytes]:
+    first = 0
+    while cut := CUT.search(document, first + size):
+        yield document[first : cut.start()]
+        first = cut.start()
+    yield document[first:]
 
 
 class BatchTokenizer:
@@ -71,9 +92,10 @@ class BatchTokenizer:
         if starts is None:
             return encode_by_reference(documents)
         stream, lengths = self._gather(self._words(text, starts))
-        expected, _ = encode_by_reference(documents[:CHECKED])
-        if not np.array_equal(stream[: len(expected)], expected):
-            raise Mismatch(f"the document that begins with {documents[0][:80]!r} or one soon after it")
+        for document, start in zip(documents[:CHECKED], np.cumsum(lengths) - lengths, strict=False):
+            expected, _ = encode_by_reference([next(_parts(document, CHECKED_TEXT))])
+            if not np.array_equal(stream[start : start + len(expected)], expected):
+                raise Mismatch(f"the document that begins with {document[:80]!r}")
         return stream, lengths
 
     def _words(self, text: bytes, starts: NDArray[np.int32]) -> NDArray[np.int32]:

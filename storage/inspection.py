@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from storage import objects, parquet, shards, tokenizer
 from storage.shingles import Hashes, Words, shingles, words_of
-from storage.verification import read_table, source_url
+from storage.verification import source_url
 
 OVERLAP_WORDS = 13  # as in GPT-3's appendix C
 BATCH_TEXT = 2 * 2**20  # bytes of text looked at together
@@ -177,7 +177,7 @@ def held_out(tokens_folder: str, most: int = MOST_VALIDATION) -> HeldOut:
             for name, text in zip(names, texts, strict=True)
         ]
         return HeldOut(frozenset(name for name, _ in named), named[:most])
-    rows = read_table(index).to_pylist()
+    rows = parquet.read_table(index).to_pylist()
     names = [row["id"] or f"{source_url(tokens_folder, row['file'])} row {row['row']}" for row in rows]
     tokens = shards.read_tokens(shard, 0, shards.read_header(shard))
     texts = [tokenizer.decode(tokens[row["start"] + 1 : row["start"] + row["tokens"]]) for row in rows[:most]]
@@ -277,7 +277,7 @@ def _sizes(shard: str) -> pa.Table:
     """start, tokens and dump of the documents in a shard."""
     index = shard.removesuffix(".bin") + ".documents.parquet"
     if objects.exists(index):
-        return read_table(index, ["start", "tokens", "dump"])
+        return parquet.read_table(index, ["start", "tokens", "dump"])
     count = shards.read_header(shard)
     starts = np.flatnonzero(shards.read_tokens(shard, 0, count) == tokenizer.EOT)
     sizes = np.diff(starts, append=count)

@@ -13,7 +13,8 @@ from storage import objects
 TEXT = "text"
 COLUMNS = ("text", "id", "dump", "url")  # what is read of each document, where it is there
 FOOTER_BYTES = 64 * 1024  # of a parquet file's end, which holds the sizes and statistics of all of its data
-BATCH_ROWS = 256  # rows in memory at once: documents may be a megabyte each
+BATCH_ROWS = 32  # rows in memory at once, or fewer, of
+BATCH_TEXT = 4 * 2**20  # about so many bytes of text, if they are like their row group
 
 
 def check_file(url: str) -> str:
@@ -39,6 +40,11 @@ def footer_bytes(local: str) -> int:
         f.seek(max(0, os.path.getsize(local) - 8))
         length, name = f.read(4), f.read(4)
     return int.from_bytes(length, "little") + 8 if name == b"PAR1" else 0
+
+
+def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
+    with objects.open_file(url) as f:
+        return pq.ParquetFile(f).read(columns, use_threads=False)
 
 
 def read_metadata(url: str) -> pq.FileMetaData:
@@ -75,30 +81,43 @@ def read_groups(url: str, groups: Sequence[int] | None) -> Iterator[pa.RecordBat
     with objects.open_file(url) as f:
         file = pq.ParquetFile(f, buffer_size=2**20, pre_buffer=False)
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-        yield from file.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
+        yield from file.iter_batches(_rows_at_once(file.metadata, groups), groups, columns, use_threads=False)
+
+
+def _rows_at_once(metadata: pq.FileMetaData, groups: Sequence[int] | None) -> int:
+    sizes = group_text_bytes(metadata)
+    chosen = range(len(sizes)) if groups is None else groups
+    largest = max((sizes[g] // max(metadata.row_group(g).num_rows, 1) for g in chosen), default=0)
+    return min(max(BATCH_TEXT // max(largest, 1), 1), BATCH_ROWS)
 
 
 def text_batches(read: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[list[bytes], list[pa.RecordBatch]]]:
-    """Documents in batches of about `size` bytes of text: (texts, their other columns)."""
+    """Documents in batches of at most `size` bytes of text, a larger one alone: (texts, their other columns)."""
     found: list[bytes] = []
     others: list[pa.RecordBatch] = []
     held = 0
     for batch in read:
-        here = text_bytes(batch)
-        found += here
-        others.append(batch.drop_columns([TEXT]))
-        held += sum(map(len, here))
-        if held >= size:
-            yield found, others
-            found, others, held = [], [], 0
+        described, first = batch.drop_columns([TEXT]), 0
+        for row, text in enumerate(_each_text(batch)):
+            if found and held + len(text) > size:
+                yield found, [*others, described.slice(first, row - first)]
+                found, others, held, first = [], [], 0, row
+            found.append(text)
+            held += len(text)
+        others.append(described.slice(first))
     if found:
         yield found, others
 
 
+def _each_text(batch: pa.RecordBatch) -> Iterator[bytes]:
+    """The bytes of each document's text, one at a time; a missing one is empty."""
+    column = batch.column(batch.schema.get_field_index(TEXT)).cast(pa.large_binary())
+    return (value.as_py() or b"" for value in column)
+
+
 def text_bytes(batch: pa.RecordBatch) -> list[bytes]:
     """The bytes of each document's text; a missing one is empty."""
-    column = batch.column(batch.schema.get_field_index(TEXT)).cast(pa.large_binary())
-    return [value or b"" for value in column.to_pylist()]
+    return list(_each_text(batch))
 
 
 def texts(batch: pa.RecordBatch) -> list[str]:

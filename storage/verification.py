@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage import objects, parquet, shards, tokenizer
 
@@ -46,7 +44,7 @@ def verify(folder: str, sample: int = 50, seed: int = 0) -> Verified:
 
 def _sample(indexes: list[str], size: int, seed: int) -> tuple[int, list[dict[str, Any]]]:
     """(documents in the indexes, some of their rows in corpus order), with one index in memory at a time."""
-    begins = [np.flatnonzero(read_table(url, ["start"])["start"].to_numpy() >= 0) for url in indexes]
+    begins = [np.flatnonzero(parquet.read_table(url, ["start"])["start"].to_numpy() >= 0) for url in indexes]
     ends = np.cumsum([0, *map(len, begins)])
     total = int(ends[-1])
     chosen = np.array(sorted(random.Random(seed).sample(range(total), min(size, total))), dtype=np.int64)
@@ -54,7 +52,7 @@ def _sample(indexes: list[str], size: int, seed: int) -> tuple[int, list[dict[st
     for url, inside, first, last in zip(indexes, begins, ends, ends[1:], strict=False):
         here = chosen[(chosen >= first) & (chosen < last)] - first
         if len(here):
-            rows += read_table(url).take(inside[here]).to_pylist()
+            rows += parquet.read_table(url).take(inside[here]).to_pylist()
     return total, rows
 
 
@@ -64,11 +62,6 @@ def source_url(folder: str, file: str) -> str:
         return file
     store = folder.rstrip("/").rsplit("/", 2)[0]  # folder is STORE/tokens/CORPUS
     return objects.join(store, file)
-
-
-def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
-    with objects.open_file(url) as f:
-        return pq.ParquetFile(f).read(columns, use_threads=False)
 
 
 class _Stream:

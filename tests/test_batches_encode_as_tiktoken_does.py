@@ -5,10 +5,11 @@ import random
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 
 from storage import batch_tokenizer, tokenizer
-from storage.batch_tokenizer import BatchTokenizer, Mismatch, encode_by_reference
+from storage.batch_tokenizer import BatchTokenizer, Mismatch, encode_by_reference, encode_in_parts
 
 
 def check(texts: list[str], batch: BatchTokenizer | None = None) -> None:
@@ -86,3 +87,25 @@ def test_a_wrong_word_is_noticed():
     batch.tokens[batch.starts[batch.numbers[b" words"]]] += 1
     with pytest.raises(Mismatch, match="right words"):
         batch.encode([b"right words"])
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_a_document_in_parts_has_the_same_tokens(size: int) -> None:
+    odd = [
+        "a  b \n\n c's 'll \u3000 x\u00a0 y  ",
+        "\u4f60\u597d\u3002\n\u3000 \u4e16\u754c \u754c  1 2",
+        "",
+        " ",
+        "x" * 50,
+        "\u2003 \u2003\n!",
+    ]
+    for text in [*odd, " ".join(odd), "\n".join(odd * 3)]:
+        document = text.encode()
+        whole, in_parts = encode_by_reference([document]), encode_in_parts(document, size, BatchTokenizer().encode)
+        assert all(np.array_equal(one, other) for one, other in zip(whole, in_parts, strict=True))
+
+
+def test_a_document_with_bytes_that_are_no_utf8_has_the_same_tokens_in_parts() -> None:
+    document = b"a \xe4\xb8 b\xed\xa0\x81 c\xff \xe3\x80 d " * 5
+    whole, in_parts = encode_by_reference([document]), encode_in_parts(document, 3, BatchTokenizer().encode)
+    assert np.array_equal(whole[0], in_parts[0])

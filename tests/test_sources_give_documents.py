@@ -144,3 +144,18 @@ def test_docstrings_are_read_without_importing(tmp_path):
         "Do something that is worth a sentence.",
         "A comment block explains why the code below does what it does, over two lines.",
     ]
+
+
+def test_large_documents_are_held_a_few_at_a_time(tmp_path):
+    """24 documents of 1 MB and 100 small ones: their batches are bounded by bytes and lose nothing."""
+    texts = [f"{n} " * 350_000 for n in range(10, 34)] + [f"small {n}" for n in range(100)]
+    pq.write_table(pa.table({"text": texts[:24], "id": list(map(str, range(24)))}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"text": texts[24:], "id": list(map(str, range(24, 124)))}), tmp_path / "1.parquet")
+    read = list(parquet.documents([str(tmp_path / "0.parquet"), str(tmp_path / "1.parquet")]))
+    assert max(batch.nbytes for batch in read) < 1.1 * parquet.BATCH_TEXT
+    batches = list(parquet.text_batches(read, 3 * 2**20))
+    assert max(sum(map(len, found)) for found, _ in batches) <= 3 * 2**20
+    assert [text.decode() for found, _ in batches for text in found] == texts
+    assert [n for _, others in batches for o in others for n in o["id"].to_pylist()] == list(map(str, range(124)))
+    alone = list(parquet.text_batches(read, 1000))
+    assert [len(found) for found, _ in alone[:24]] == [1] * 24

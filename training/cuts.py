@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import objects, shards
+from storage import objects, parquet, shards
 from storage.records import File
 from training.pieces import INDEX_SCHEMA, Piece, scratch_beside
 
@@ -82,7 +82,7 @@ def _shard_index(place: str, cut: Cut) -> pa.Table:
     """Every document that has a token in the shard, the one that runs in from the shard before included."""
     tables = []
     for piece, start in cut.overlaps():
-        table = _read_index(piece.path(place, "parquet"))
+        table = parquet.read_table(piece.path(place, "parquet"))
         begins = table["position"].to_numpy() + start
         inside = (begins < cut.stop) & (begins + table["tokens"].to_numpy() > cut.start)
         table = table.filter(pa.array(inside))
@@ -90,11 +90,6 @@ def _shard_index(place: str, cut: Cut) -> pa.Table:
         columns |= {"start": pa.array(begins[inside] - cut.start), "position": pa.array(begins[inside])}
         tables.append(pa.table(columns, schema=INDEX_SCHEMA))
     return pa.concat_tables(tables)
-
-
-def _read_index(url: str) -> pa.Table:
-    with objects.open_file(url) as f:
-        return pq.ParquetFile(f).read(use_threads=False)
 
 
 def document_at(shard: str, position: int) -> dict[str, object]:
@@ -107,6 +102,6 @@ def document_at(shard: str, position: int) -> dict[str, object]:
         raise ValueError(f"{shard} has no token {position:,}, only 0 to {count - 1:,}")
     if not objects.exists(index_name(shard)):
         raise ValueError(f"{os.path.basename(shard)} has no index of documents: it was tokenized elsewhere")
-    table = _read_index(index_name(shard))
+    table = parquet.read_table(index_name(shard))
     row = int(np.searchsorted(table["start"].to_numpy(), position, side="right")) - 1
     return table.slice(row, 1).to_pylist()[0]

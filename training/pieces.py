@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import objects, parquet
-from storage.batch_tokenizer import Mismatch, batch_tokenizer, encode_by_reference
+from storage.batch_tokenizer import Encode, Mismatch, batch_tokenizer, encode_by_reference, encode_in_parts
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ INDEX_SCHEMA = pa.schema(
     + [("position", pa.int64())]  # of its EOT in the whole corpus's stream
     + [("tokens", pa.int64())]  # its length with the EOT
 )
-
-Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _encode_piece(place: str, piece: Piece, encode: Encode) -> Encoded:
         with open(f"{scratch}/bin", "wb") as f:
             read = parquet.read_groups(piece.url, piece.groups)
             for texts, descriptions in parquet.text_batches(read, BATCH_TEXT):
-                tokens, counts = encode(texts)
+                tokens, counts = encode(texts) if len(texts) > 1 else encode_in_parts(texts[0], BATCH_TEXT, encode)
                 tokens.tofile(f)
                 lengths.append(counts)
                 described += descriptions
