@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from storage import objects, records, shards
 from storage.records import File, Parent, Record
+from storage.shards import index_name
 from training import recipes
 from training.config import RunConfig, override, to_dict
-from training.cuts import index_name
 from training.pieces import INDEX_SCHEMA
 
 CORPUS, RUN = "fineweb-edu-10B-simulated", "simulated"

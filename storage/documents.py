@@ -16,8 +16,8 @@ import duckdb
 
 from storage import objects
 from storage.records import Record, file_url
+from storage.shards import INDEX
 
-INDEX = ".documents.parquet"  # ends the name of a shard's index
 LOOKUP_MEMORY = "4GB"  # that sorting may take; beyond it DuckDB goes to the disk
 COLUMNS = ("id", "url", "dump", "file", "row", "start", "position", "tokens")
 

@@ -1,6 +1,8 @@
 """What is in a corpus: does it hold the eval items, how much of it is there twice, how long are its documents?
 
-Everything reads the corpus once, batch by batch, in bounded memory. Overlap is what contamination reports in
+Each question reads the text once, batch by batch: whether the items are in it, whether the validation documents are,
+and what is there twice. Beside a batch only the last keeps anything, 8 bytes a document, and 512 more for each of the
+first million. Overlap is what contamination reports in
 papers count: a run of 13 words of an item (its context and right ending) that stands in a training document.
 A corpus is its parquet files, or shards of tokens where somebody else has made these and there is no text.
 """
@@ -126,7 +128,7 @@ def merged(parts: Sequence[Contamination]) -> Contamination:
 
 def _named_batches(files: Sequence[str]) -> Iterator[tuple[list[bytes], list[str]]]:
     """Batches of texts with the names of their documents."""
-    for url in files:
+    for url in map(objects.absolute, files):  # as `held_out` names them
         if url.endswith(".bin"):
             yield from _batches_of_shard(url)
             continue
@@ -167,8 +169,8 @@ class HeldOut:
 
 
 def held_out(tokens_folder: str, most: int = MOST_VALIDATION) -> HeldOut:
-    shard = shards.shard_paths(tokens_folder, "val")[0]
-    index = shard.removesuffix(".bin") + ".documents.parquet"
+    shard = shards.shard_paths(objects.absolute(tokens_folder), "val")[0]
+    index = shards.index_name(shard)
     if not objects.exists(index):
         batches = list(_batches_of_shard(shard))
         named = [
@@ -275,7 +277,7 @@ def lengths(tokens_folder: str, dumps: int = 30) -> Lengths:
 
 def _sizes(shard: str) -> pa.Table:
     """start, tokens and dump of the documents in a shard."""
-    index = shard.removesuffix(".bin") + ".documents.parquet"
+    index = shards.index_name(shard)
     if objects.exists(index):
         return parquet.read_table(index, ["start", "tokens", "dump"])
     count = shards.read_header(shard)

@@ -36,6 +36,10 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def absolute(url: str) -> str:
+    return os.path.abspath(url) if is_local(url) else url
+
+
 def name_of(url: str) -> str:
     return url.rstrip("/").rsplit("/", 1)[-1]
 

@@ -23,12 +23,18 @@ HEADER_BYTES = HEADER_INTS * 4
 BLOCK_BYTES = 8 * 2**20  # read at once
 ITEM_START = 65535  # no token has this id, so a reader that lost its place notices
 CHOICES = 4
+INDEX = ".documents.parquet"  # ends the name of a shard's index
 
 Split = Literal["train", "val"]
 
 
 def shard_name(corpus: str, split: Split, index: int) -> str:
     return f"{corpus}_{split}_{index:06d}.bin"
+
+
+def index_name(shard: str) -> str:
+    """The name, or the location, of the index of documents that lies beside a shard."""
+    return shard.removesuffix(".bin") + INDEX
 
 
 def split_of(index: int) -> Split:

@@ -33,7 +33,7 @@ def verify(folder: str, sample: int = 50, seed: int = 0) -> Verified:
     counts = [shards.read_header(path) for path in paths]
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         largest = max(pool.map(shards.check_tokens, paths))
-    indexes = [path.removesuffix(".bin") + ".documents.parquet" for path in paths]
+    indexes = [shards.index_name(path) for path in paths]
     indexes = [url for url in indexes if objects.exists(url)]
     documents, chosen = _sample(indexes, sample, seed)
     stream = _Stream(paths, counts)
@@ -60,7 +60,7 @@ def source_url(folder: str, file: str) -> str:
     """Where the documents' file lies that an index in `folder` names: by its path in the store, or in full."""
     if file.startswith("/") or not objects.is_local(file):
         return file
-    store = folder.rstrip("/").rsplit("/", 2)[0]  # folder is STORE/tokens/CORPUS
+    store = objects.absolute(folder).rstrip("/").rsplit("/", 2)[0]  # folder is STORE/tokens/CORPUS
     return objects.join(store, file)
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import batch_tokenizer, shards, tokenizer, verification
+from storage import batch_tokenizer, inspection, shards, tokenizer, verification
 from training import pieces, tokenization
 
 TEXTS = [f"document {n} says {'word ' * (n * 7 % 300)}" for n in range(120)] + ["", "Übergröße 🙂 \0"]
@@ -52,6 +52,21 @@ def test_documents_that_are_gone_are_said(folder, tmp_path):
     (tmp_path / "documents.parquet").unlink()
     with pytest.raises(ValueError, match="documents.parquet is not there any more"):
         verification.verify(str(folder))
+
+
+def test_a_store_is_verified_from_inside_by_a_relative_path(tmp_path, monkeypatch):
+    """The indexes name the documents by their path in the store; none has an id, so names lead to them."""
+    file = tmp_path / "corpora" / "c" / "documents.parquet"
+    file.parent.mkdir(parents=True)
+    texts = [" ".join(str(1000 * n + k) for k in range(60)) for n in range(len(TEXTS))]
+    pq.write_table(pa.table({"text": texts}), file)
+    out, work = str(tmp_path / "tokens" / "c"), str(tmp_path / "work")
+    tokenization.tokenize([str(file)], out, "c", 3_000, work, 1, lambda *_: None, root=str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert verification.verify("tokens/c").compared == 50
+    here = inspection.validation_overlap(["corpora/c/documents.parquet"], "tokens/c")
+    assert here == inspection.validation_overlap([str(file)], out)
+    assert here.documents < len(TEXTS)  # those of the validation shard are left out
 
 
 def test_a_cut_shard_is_found(folder):

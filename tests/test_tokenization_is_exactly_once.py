@@ -126,6 +126,14 @@ def test_no_scratch_tokens_stay_behind(corpus, tmp_path):
     assert [p.name for p in (tmp_path / "work").rglob("*") if p.is_file()] == ["lock"]
 
 
+def test_used_pieces_are_removed_once(corpus, tmp_path, monkeypatch):
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: (removed.append(path), unlink(path, missing_ok)))
+    run(corpus[0], tmp_path)
+    assert len(removed) == len(set(removed)) > 10
+
+
 def test_a_removed_shard_is_made_again(corpus, tmp_path):
     run(corpus[0], tmp_path)
     before = digests(tmp_path / "out")

@@ -30,10 +30,6 @@ class Cut:
         return zip(self.pieces, self.piece_starts, strict=True)
 
 
-def index_name(shard: str) -> str:
-    return shard.removesuffix(".bin") + ".documents.parquet"
-
-
 def record_name(index: int) -> str:
     """The file that says, once a shard is published, which files it has."""
     return f"shard-{index:06d}.json"
@@ -45,13 +41,13 @@ def cut_shard(place: str, out: str, corpus: str, cut: Cut) -> tuple[Cut, list[Fi
     with scratch_beside(place) as scratch:
         pq.write_table(_shard_index(place, cut), f"{scratch}/index", compression="zstd")
         _write_tokens(place, cut, f"{scratch}/tokens")
-        index = _publish(f"{scratch}/index", out, index_name(name))
-        files = [_publish(f"{scratch}/tokens", out, name), index]
+        index = _publish_described(f"{scratch}/index", out, shards.index_name(name))
+        files = [_publish_described(f"{scratch}/tokens", out, name), index]
     objects.publish_json(objects.join(place, record_name(cut.index)), [asdict(f) for f in files])
     return cut, files
 
 
-def _publish(local: str, out: str, name: str) -> File:
+def _publish_described(local: str, out: str, name: str) -> File:
     url = objects.join(out, name)
     digest = objects.sha256(local)
     objects.publish_file(local, url)
@@ -100,8 +96,8 @@ def document_at(shard: str, position: int) -> dict[str, object]:
     count = shards.read_header(shard)
     if not 0 <= position < count:
         raise ValueError(f"{shard} has no token {position:,}, only 0 to {count - 1:,}")
-    if not objects.exists(index_name(shard)):
+    if not objects.exists(shards.index_name(shard)):
         raise ValueError(f"{os.path.basename(shard)} has no index of documents: it was tokenized elsewhere")
-    table = parquet.read_table(index_name(shard))
+    table = parquet.read_table(shards.index_name(shard))
     row = int(np.searchsorted(table["start"].to_numpy(), position, side="right")) - 1
     return table.slice(row, 1).to_pylist()[0]

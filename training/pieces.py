@@ -124,7 +124,7 @@ def _encode_piece(place: str, piece: Piece, encode: Encode) -> Encoded:
         counts = np.concatenate(lengths)
         pq.write_table(_index(piece, counts, described), f"{scratch}/parquet", compression="zstd")
         for kind in KINDS[:2]:
-            publish(f"{scratch}/{kind}", piece.path(place, kind))
+            move_into_place(f"{scratch}/{kind}", piece.path(place, kind))
     encoded = Encoded(int(counts.sum()), len(counts))
     objects.publish_json(piece.path(place, "json"), asdict(encoded))
     return encoded
@@ -138,7 +138,7 @@ def scratch_beside(place: str) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
-def publish(local: str, url: str) -> None:
+def move_into_place(local: str, url: str) -> None:
     """Move a finished scratch file to where it appears whole."""
     if objects.is_local(url):
         objects.sync(local)  # a machine that loses its power may otherwise keep the name and lose the bytes

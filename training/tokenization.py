@@ -26,11 +26,11 @@ import numpy as np
 from storage import objects
 from storage.records import File
 from training.claims import Claims
-from training.cuts import Cut, cut_shard, document_at, index_name, record_name
+from training.cuts import Cut, cut_shard, document_at, record_name
 from training.pieces import KINDS, Encoded, Piece, encode_piece, plan_pieces, read_encoded
 from training.workers import Engine, Processes, engine, process_pool
 
-__all__ = ["Tokenized", "automatic_shard_tokens", "document_at", "index_name", "tokenize", "tokenize_ahead"]
+__all__ = ["Tokenized", "automatic_shard_tokens", "document_at", "tokenize", "tokenize_ahead"]
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +190,7 @@ class _Job:
         self.begun: set[str] = set()  # names of the work that this process has begun
         self.elsewhere: set[str] = set()  # names of the work that others were at when we last looked
         self.complete = False  # said by the output itself
+        self.removed: set[int] = set()  # pieces whose tokens are used and removed
         self.lacks_shards = False  # of an output that says that it is complete
         self.looked = -POLL
 
@@ -355,9 +356,10 @@ class _Job:
         starts = self._starts()
         for i in range(len(starts) - 1):
             over = range(starts[i] // self.shard_tokens, -(-starts[i + 1] // self.shard_tokens))
-            if all(index in self.cut for index in over):
+            if i not in self.removed and all(index in self.cut for index in over):
                 for kind in KINDS[:2]:
                     Path(self.pieces[i].path(self.place, kind)).unlink(missing_ok=True)
+                self.removed.add(i)
 
     def _complete(self) -> None:
         counts = [[self.encoded[p.index].tokens, self.encoded[p.index].documents] for p in self.pieces]

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import objects, shards
+from storage.shards import index_name
 from training.config import RunConfig
-from training.cuts import index_name
 from training.order import Order
 
 
