@@ -57,7 +57,7 @@ def test_a_run_of_one_home_is_seen_in_another(
     assert made.returncode == 0, made.stderr
     assert not (tmp_path / "mine/dagster/history").exists()  # nothing went to SQLite
     monkeypatch.setenv("GPT2_HOME", str(tmp_path / "yours"))
-    instance.prepare(places(store))
+    prepare_home(places(store), monkeypatch)
     with dg.DagsterInstance.get() as dagster:
         (run,) = dagster.get_runs()
         assert (run.tags["dagster/partition"], run.is_success) == ("ours", True)
@@ -75,7 +75,7 @@ def test_a_run_launched_from_the_page_lies_in_postgres_too(
         assert page.status(run) == "SUCCESS"
     assert not (tmp_path / "store/dagster/history").exists()
     monkeypatch.setenv(instance.POSTGRES_VARIABLE, postgres)
-    instance.prepare(places(store))
+    prepare_home(places(store), monkeypatch)
     with dg.DagsterInstance.get() as dagster:
         assert dagster.get_run_by_id(run).is_success
         (made,) = dagster.fetch_materializations(dg.AssetKey("token_shards"), limit=1).records
@@ -123,7 +123,10 @@ def test_settings_that_a_user_wrote_stay_and_what_they_lack_is_said(
 
 
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Places(str(folder / "store"), folder / "home")
+    prepare_home(Places(str(folder / "store"), folder / "home"), monkeypatch)
+
+
+def prepare_home(here: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in here.variables():
         monkeypatch.setenv(name, "")  # so that it is put back
     instance.prepare(here)

@@ -172,6 +172,8 @@ def test_other_downloads_stop_where_one_fails(local, tmp_path):
     local.held[slow] = threading.Event()
 
     def refuse(entry: hub.Entry, path: str) -> None:
+        while not (tmp_path / "001_00000.parquet.part").exists():
+            time.sleep(0.01)
         threading.Timer(0.3, local.held[slow].set).start()
         raise KeyboardInterrupt
 

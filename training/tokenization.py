@@ -131,9 +131,15 @@ def _lock(work: str) -> Iterator[None]:
         except BlockingIOError:
             log.warning("waiting for another process that tokenizes in %s", work)
             fcntl.flock(f, fcntl.LOCK_EX)
-        for left in Path(work).glob("partial-*"):  # by a killed worker; nobody else is here
-            shutil.rmtree(left)
+        _remove_partial(work)
         yield
+        _remove_partial(work)  # a killed run's worker may have outlived it by a moment
+
+
+def _remove_partial(work: str) -> None:
+    """What killed workers have left; nobody else is here."""
+    for left in Path(work).glob("partial-*"):
+        shutil.rmtree(left)
 
 
 def _start(out: str, place: str, plan: dict[str, Any], shared: bool, pieces: set[str]) -> None:
