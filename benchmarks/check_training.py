@@ -27,13 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from storage import parquet
+from benchmarks.token_corpora import encode
 from storage.shards import shard_name, write_shard
-from storage.tokenizer import EOT, encode
 from training import plan
 from training.bench import configure
 from training.config import RunConfig, TrainConfig, override, to_dict
@@ -50,14 +48,7 @@ MEMORY_ROWS = (("d12", 64), ("d24", 32), ("d36", 16), ("d48", 16))
 
 def make_tokens(data: str, folder: Path) -> str:
     """Three shards of the corpus's first documents."""
-    parts: list[np.ndarray] = []
-    files = [str(path) for path in sorted(Path(data).glob("*.parquet"))]
-    for batch in parquet.documents(files):
-        for text in parquet.texts(batch):
-            parts += [np.array([EOT], dtype=np.uint16), encode(text)]
-        if sum(map(len, parts)) >= 3 * SHARD_TOKENS:
-            break
-    tokens = np.concatenate(parts)
+    tokens = encode(sorted(map(str, Path(data).glob("*.parquet"))), 3 * SHARD_TOKENS)
     folder.mkdir()
     for index in range(3):
         name = shard_name("check", "train" if index else "val", index)

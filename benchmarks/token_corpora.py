@@ -1,6 +1,7 @@
 """Which shards does a benchmark train on and validate on? Given or made from parquet, and named by their content."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -85,11 +86,14 @@ def shards_of(place: str, split: Split, scratch: Path) -> list[str]:
     return [str(shard)]
 
 
-def encode(files: Sequence[str]) -> np.ndarray:
-    """All documents of parquet files as one stream of tokens."""
-    encoder = batch_tokenizer()
-    batches = parquet.text_batches(parquet.documents(files), BATCH_BYTES)
-    return np.concatenate([encoder.encode(texts)[0] for texts, _ in batches])
+def encode(files: Sequence[str], enough: float = math.inf) -> np.ndarray:
+    """Documents of parquet files as one stream of tokens: all, or until they are enough."""
+    encoder, parts, count = batch_tokenizer(), [], 0
+    for texts, _ in parquet.text_batches(parquet.documents(files), BATCH_BYTES):
+        parts.append(encoder.encode(texts)[0])
+        if (count := count + len(parts[-1])) >= enough:
+            break
+    return np.concatenate(parts)
 
 
 def fingerprint(files: Iterable[str]) -> str:

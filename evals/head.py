@@ -51,14 +51,12 @@ def reduce_in_cache(pieces: Iterable[Tensor], count: int, owners: Tensor, wanted
     chosen = torch.full(wanted.shape, -torch.inf, device=wanted.device)
     start = 0
     for logits in pieces:  # (m, v)
-        width = logits.shape[-1]
-        inside = (wanted >= start) & (wanted < start + width)
-        chosen = torch.where(inside, logits[owners, (wanted - start).clamp(0, width - 1)], chosen)
+        chosen = _pick(logits, start, owners, wanted, chosen)
         highest = torch.maximum(top, logits.amax(-1, keepdim=True))
         # in place: a second tensor of this size costs more than the exp itself
         sums = logits.sub_(highest).exp_().sum(-1, keepdim=True)
         total = total * (top - highest).double().exp() + sums
-        top, start = highest, start + width
+        top, start = highest, start + logits.shape[-1]
     top, total = top.squeeze(-1)[owners], total.squeeze(-1)[owners]
     return chosen.double() - top.double() - total.log(), chosen == top
 
@@ -70,12 +68,17 @@ def reduce_by_rows(pieces: Iterable[Tensor], count: int, owners: Tensor, wanted:
     chosen = torch.full(wanted.shape, -torch.inf, device=wanted.device)
     start = 0
     for logits in pieces:  # (m, v)
-        width = logits.shape[-1]
-        inside = (wanted >= start) & (wanted < start + width)
-        chosen = torch.where(inside, logits[owners, (wanted - start).clamp(0, width - 1)], chosen)
+        chosen = _pick(logits, start, owners, wanted, chosen)
         highest, where = logits.max(-1)
         # the difference of the two is that log; both are exact, or small where they are rounded
         below = logits.log_softmax(-1).gather(-1, where[:, None]).squeeze(-1)
         total = torch.logaddexp(total, highest.double() - below.double())
-        top, start = torch.maximum(top, highest), start + width
+        top, start = torch.maximum(top, highest), start + logits.shape[-1]
     return chosen.double() - total[owners], chosen == top[owners]
+
+
+def _pick(logits: Tensor, start: int, owners: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
+    """`chosen`, with the logits of the wanted tokens that lie in this piece, which begins with token `start`."""
+    width = logits.shape[-1]
+    inside = (wanted >= start) & (wanted < start + width)
+    return torch.where(inside, logits[owners, (wanted - start).clamp(0, width - 1)], chosen)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from assets.run_config import definition, source_of, stored
 from evals.run import HARNESS_SUITES
@@ -16,6 +17,9 @@ from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
 from training import launch, plan, recipes
 from training.config import SUITES, RunConfig, override, settable_keys
+
+if TYPE_CHECKING:
+    from assets.making import Maker
 
 CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
 EXPORT_BYTES = 4  # a parameter
@@ -217,3 +221,11 @@ def check_space(places: Places, config: RunConfig, corpus_bytes: int) -> None:
                 f"{place} has {free / 2**30:.1f} GiB free, this run needs about {needed / 2**30:.1f} GiB "
                 f"(tokens and {kept} checkpoints): choose another disk with --store, or keep fewer checkpoints"
             )
+
+
+def silent_maker(places: Places) -> "Maker":
+    """For commands that only ask what there is, or what would be made."""
+    from assets.making import Maker  # Dagster takes a second to load
+    from assets.resources import Launcher, Silent
+
+    return Maker(places, Launcher(), Silent())

@@ -9,6 +9,8 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 pytest.importorskip("triton")
 
+from fused_models import batch, interpreted, moved  # noqa: E402
+
 from training import kernels  # noqa: E402
 from training.config import ModelConfig  # noqa: E402
 from training.kernels_model_fp8 import Fp8Model, Fp8Modern  # noqa: E402
@@ -18,25 +20,16 @@ CONFIG = ModelConfig(layers=2, channels=32, heads=2, context=16, vocab=200)
 
 
 def model(config: ModelConfig = CONFIG) -> Model:
-    made = build_model(config)
-    made.init_weights(seed=1)
-    with torch.no_grad():
-        for i, weight in enumerate(made.parameters()):
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
-    return made.bfloat16()
+    return moved(build_model(config), 0.1).bfloat16()
 
 
 @pytest.mark.parametrize("which", ["plain", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "fused"), [("gpt2", Fp8Model), ("nanochat", Fp8Modern)])
 def test_loss_and_gradients(family: str, fused: type, which: str) -> None:
-    plain = kernels.references()
-    ops = plain
-    if which == "triton":
-        ops = dataclasses.replace(kernels.fused(0), multiply=plain.multiply, attention=plain.attention)
+    ops = kernels.references() if which == "plain" else interpreted()
     expected, ours = (model(dataclasses.replace(CONFIG, family=family)) for _ in range(2))
     ours.runner = fused(ours, ops)
-    tokens = torch.randint(0, CONFIG.vocab, (2, 17), generator=torch.Generator().manual_seed(1))
-    losses = [m(tokens[:, :-1], tokens[:, 1:]) for m in (expected, ours)]
+    losses = [m(*batch(2, 16, CONFIG.vocab, seed=1)) for m in (expected, ours)]
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
     for loss in losses:
         loss.backward()

@@ -1,6 +1,5 @@
 """Does the model run by hand give what autograd gives? Loss and every gradient, with plain and Triton kernels."""
 
-import dataclasses
 import os
 
 import pytest
@@ -8,6 +7,9 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 pytest.importorskip("triton")
+
+import fused_models  # noqa: E402
+from fused_models import interpreted, moved  # noqa: E402
 
 from training import kernels  # noqa: E402
 from training.config import ModelConfig  # noqa: E402
@@ -17,24 +19,12 @@ from training.kernels_model import FusedModel  # noqa: E402
 CONFIG = ModelConfig(layers=2, channels=32, heads=2, context=16, vocab=200)
 
 
-def interpreted() -> kernels.Kernels:
-    """The Triton kernels, with the products and the attention that need a GPU in plain PyTorch."""
-    plain = kernels.references()
-    return dataclasses.replace(kernels.fused(0), multiply=plain.multiply, attention=plain.attention)
-
-
 def model() -> GPT2:
-    made = GPT2(CONFIG)
-    made.init_weights(seed=1)
-    with torch.no_grad():
-        for i, weight in enumerate(made.parameters()):
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
-    return made
+    return moved(GPT2(CONFIG), 0.1)
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(0, CONFIG.vocab, (2, 17), generator=torch.Generator().manual_seed(seed))
-    return tokens[:, :-1], tokens[:, 1:]
+    return fused_models.batch(2, 16, CONFIG.vocab, seed)
 
 
 @pytest.mark.parametrize(

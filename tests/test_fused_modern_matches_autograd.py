@@ -1,6 +1,5 @@
 """Does the speed recipe's model run by hand give what autograd gives? With plain and with Triton kernels."""
 
-import dataclasses
 import os
 
 import pytest
@@ -8,6 +7,9 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 pytest.importorskip("triton")
+
+import fused_models  # noqa: E402
+from fused_models import interpreted, moved  # noqa: E402
 
 from training import kernels  # noqa: E402
 from training.config import ModelConfig  # noqa: E402
@@ -18,25 +20,17 @@ CONFIG = ModelConfig(layers=2, channels=32, heads=2, context=16, vocab=200)
 
 
 def model() -> Modern:
-    made = Modern(CONFIG)
-    made.init_weights(seed=1)
-    with torch.no_grad():
-        for i, weight in enumerate(made.parameters()):
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
-    return made
+    return moved(Modern(CONFIG), 0.1)
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(0, CONFIG.vocab, (2, 17), generator=torch.Generator().manual_seed(seed))
-    return tokens[:, :-1], tokens[:, 1:]
+    return fused_models.batch(2, 16, CONFIG.vocab, seed)
 
 
 @pytest.mark.parametrize("which", ["plain", "triton"])
 def test_loss_and_accumulated_gradients(which: str) -> None:
     expected, ours = model(), model()
-    plain = kernels.references()
-    interpreted = dataclasses.replace(kernels.fused(0), multiply=plain.multiply, attention=plain.attention)
-    ours.runner = FusedModern(ours, plain if which == "plain" else interpreted)
+    ours.runner = FusedModern(ours, kernels.references() if which == "plain" else interpreted())
     for seed in (1, 2):
         losses = [(m(*batch(seed)) * 0.5) for m in (expected, ours)]
         torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-6)

@@ -3,9 +3,11 @@
 import copy
 from dataclasses import replace
 
+import fused_models
 import pytest
 import tiny_run
 import torch
+from fused_models import assert_as_near_as_plain, gradients, moved
 from torch import Tensor
 
 from training import kernels
@@ -24,45 +26,26 @@ MODEL = model_from_descriptor("modern:d2c768")
 
 
 def model() -> Modern:
-    made = Modern(MODEL)
-    made.init_weights(seed=1)
-    with torch.no_grad():
-        for i, weight in enumerate(made.parameters()):
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.02)
-    return made.to(DEVICE, torch.bfloat16)
+    return moved(Modern(MODEL), 0.02).to(DEVICE, torch.bfloat16)
 
 
 def batch(sequences: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(0, 50257, (sequences, 1025), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def gradients(made: Modern, sequences: int) -> tuple[Tensor, list[Tensor]]:
-    for parameter in made.parameters():
-        parameter.grad = None
-    loss = made(*batch(sequences))
-    loss.backward()
-    return loss.detach(), [p.grad for p in made.parameters()]
+    tokens, targets = fused_models.batch(sequences, 1024, 50257, seed=3)
+    return tokens.to(DEVICE), targets.to(DEVICE)
 
 
 def test_errors_are_those_of_plain_bf16() -> None:
     plain = model()
-    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).float()
+    fused = copy.deepcopy(plain)
     assert kernels.accelerate(fused, DEVICE)
-    results = [gradients(made, 2) for made in (exact, plain, fused)]
-    torch.testing.assert_close(results[2][0], results[0][0], rtol=1e-3, atol=0)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(*batch(2)), results[2][0], rtol=1e-5, atol=0)
-    for right, usual, ours in zip(*(grads for _, grads in results), strict=True):
-        error, expected = (((g.float() - right).norm() / right.norm()).item() for g in (ours, usual))
-        assert error < 1.5 * expected + 1e-3
+    assert_as_near_as_plain(plain, fused, *batch(2), loss_rtol=1e-3)
 
 
 def test_fp8_stays_near_bf16() -> None:
     plain = model()
     fp8 = copy.deepcopy(plain)
     assert kernels.accelerate(fp8, DEVICE, fp8=True)
-    (loss, right), (loss_fp8, ours) = gradients(plain, 2), gradients(fp8, 2)
+    (loss, right), (loss_fp8, ours) = gradients(plain, *batch(2)), gradients(fp8, *batch(2))
     torch.testing.assert_close(loss_fp8, loss, rtol=1e-3, atol=0)
     for a, b in zip(ours, right, strict=True):
         assert ((a.float() - b.float()).norm() / b.float().norm()).item() < 0.15
@@ -72,9 +55,9 @@ def test_fp8_stays_near_bf16() -> None:
 def test_the_same_step_gives_the_same_bits(fp8: bool) -> None:
     made = model()
     assert kernels.accelerate(made, DEVICE, fp8=fp8)
-    loss, first = gradients(made, 64)
+    loss, first = gradients(made, *batch(64))
     for _ in range(5):
-        again, grads = gradients(made, 64)
+        again, grads = gradients(made, *batch(64))
         assert torch.equal(loss, again)
         assert all(torch.equal(a, b) for a, b in zip(first, grads, strict=True))
 

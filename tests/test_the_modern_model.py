@@ -1,6 +1,7 @@
 """Is the speed recipe's model transformers' `nanochat`?"""
 
 import torch
+from fused_models import moved
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
 from training.model_config import ModelConfig
@@ -10,8 +11,7 @@ CONFIG = ModelConfig(layers=2, channels=64, heads=2, context=32, vocab=200)
 
 
 def pair() -> tuple[Modern, NanoChatForCausalLM]:
-    ours = Modern(CONFIG)
-    ours.init_weights(seed=1)
+    ours = moved(Modern(CONFIG), 0.1)
     theirs = NanoChatForCausalLM(
         NanoChatConfig(
             vocab_size=CONFIG.vocab, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
@@ -21,9 +21,6 @@ def pair() -> tuple[Modern, NanoChatForCausalLM]:
     )  # fmt: skip
     names = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     state = {"model.embed_tokens.weight": ours.wte.weight[:200], "lm_head.weight": ours.head.weight[:200]}
-    with torch.no_grad():
-        for i, weight in enumerate(ours.parameters()):
-            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
     for name, weight in ours.named_parameters():
         if name.startswith("blocks."):
             _, layer, part = name.removesuffix(".weight").split(".", 2)

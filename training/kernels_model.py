@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from training.gpt2 import GPT2, Attention, Block
 from training.kernels import AttentionKernel, Kernels
+from training.model_config import ModelConfig
 
 LOGITS_BYTES = 420 * 1024**2  # of one chunk of the head's bf16 logits
 
@@ -41,14 +42,30 @@ class Head(NamedTuple):
     grad_weight: Tensor  # (Vp, C)
 
 
-class FusedModel:
+class Fused:
+    """What every architecture's fused passes share."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        self.config, self.ops = config, kernels
+        self.attention: dict[tuple[int, int], AttentionKernel] = {}
+        self.anchor = torch.zeros((), requires_grad=True)  # makes autograd call our backward
+
+    def attention_kernel(self, B: int, T: int) -> AttentionKernel:
+        if (B, T) not in self.attention:
+            self.attention[B, T] = self.ops.attention(B, T, self.config.heads, self.config.head_size)
+        return self.attention[B, T]
+
+    def add_weight_gradient(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
+        self.ops.multiply(dy, x, transpose_a=True, out=grad_of(weight), add=weight.grad)
+
+
+class FusedModel(Fused):
     """Runs a GPT2's loss and gradients: called like the model, with the same result."""
 
     def __init__(self, model: GPT2, kernels: Kernels, recompute: int = 0, gelu_epilogue: bool = True) -> None:
-        self.model, self.ops, self.recompute, self.gelu_epilogue = model, kernels, recompute, gelu_epilogue
+        super().__init__(model.config, kernels)
+        self.model, self.recompute, self.gelu_epilogue = model, recompute, gelu_epilogue
         self.blocks = cast("list[Block]", list(model.blocks))
-        self.attention: dict[tuple[int, int], AttentionKernel] = {}
-        self.anchor = torch.zeros((), requires_grad=True)  # makes autograd call our backward
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -61,12 +78,6 @@ class FusedModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.ops.embed(tokens.contiguous(), self.model.wte.weight, self.model.wpe.weight)
-
-    def attention_kernel(self, B: int, T: int) -> AttentionKernel:
-        if (B, T) not in self.attention:
-            config = self.model.config
-            self.attention[B, T] = self.ops.attention(B, T, config.heads, config.head_size)
-        return self.attention[B, T]
 
     def block_forward(
         self, block: Block, x: Tensor, branch: Tensor | None, shape: torch.Size
@@ -118,9 +129,6 @@ class FusedModel:
         self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
         return dx
 
-    def add_weight_gradient(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
-        self.ops.multiply(dy, x, transpose_a=True, out=grad_of(weight), add=weight.grad)
-
     def add_bias_gradient(self, attn: Attention, dqkv: Tensor) -> None:
         """Of queries and values. That of the keys is zero: it moves all scores of a query alike, softmax ignores it."""
         self.ops.add_column_sums(dqkv.view(len(dqkv), 3, -1)[:, ::2], grad_of(attn.c_attn.bias).view(3, -1)[::2])
@@ -139,7 +147,7 @@ class FusedModel:
         return self.ops.norm_backward(dy, x, norm.weight, norm.bias, mean, rstd, stream, grads)
 
     def head(self, x: Tensor, targets: Tensor, gradients: bool) -> Head:
-        return head_loss(self.ops, x, self.model.wte.weight, targets, self.model.config.vocab, gradients)
+        return head_loss(self.ops, x, self.model.wte.weight, targets, self.config.vocab, gradients)
 
 
 class _Loss(torch.autograd.Function):

@@ -85,7 +85,7 @@ class Fp8Modern(modern.FusedModern):
         x1, y, rstd1 = ops.rms_forward(x, branch, rows_like(x))
         qkv = linear(ops, y, attn.c_attn).view(B, T, 3, attn.heads, C // attn.heads)
         rstd_qk = ops.rotate_forward(qkv, *self.turns(T))
-        out, saved = self.kernel(B, T).forward(qkv)
+        out, saved = self.attention_kernel(B, T).forward(qkv)
         x2 = linear(ops, ops.quantize(out.view(-1, C)), attn.c_proj)
         x2, y, rstd2 = ops.rms_forward(x1, x2, rows_like(x))
         g = linear(ops, y, mlp.c_fc)
@@ -104,7 +104,7 @@ class Fp8Modern(modern.FusedModern):
         del x2, g, dh, dh8, dy
         self.add_weight_gradient(attn.c_proj.weight, dx, out.view(dx.shape))
         dout = linear_backward(ops, self.stream8, attn.c_proj).view(out.shape)
-        dqkv = self.kernel(*out.shape[:2]).backward(dout, qkv, out, saved)
+        dqkv = self.attention_kernel(*out.shape[:2]).backward(dout, qkv, out, saved)
         dqkv8 = empty(len(dx), 3 * dx.shape[1], dx)
         ops.rotate_backward(dqkv, qkv, *self.turns(qkv.shape[1]), rstd_qk, dqkv8)
         del dout, qkv, out, saved

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.kernels import AttentionKernel, Kernels
-from training.kernels_model import Head, announce, give_gradients, grad_of, head_loss
+from training.kernels import Kernels
+from training.kernels_model import Fused, Head, announce, give_gradients, grad_of, head_loss
 from training.modern import CAP, Block, Modern, rotations
 
 
@@ -25,15 +25,14 @@ class Kept(NamedTuple):
     g: Tensor  # (N, 4C), the squared ReLU
 
 
-class FusedModern:
+class FusedModern(Fused):
     """Runs a Modern's loss and gradients: called like the model, with the same result."""
 
     def __init__(self, model: Modern, kernels: Kernels) -> None:
-        self.model, self.ops = model, kernels
+        super().__init__(model.config, kernels)
+        self.model = model
         self.blocks = cast("list[Block]", list(model.blocks))
-        self.attention: dict[tuple[int, int], AttentionKernel] = {}
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
-        self.anchor = torch.zeros((), requires_grad=True)  # makes autograd call our backward
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -48,15 +47,9 @@ class FusedModern:
         """The embedding (N, C), its RMSNorm, which the stream begins with, and 1 / RMS (N,)."""
         return self.ops.rms_forward(self.model.wte.weight[tokens.flatten()], None)  # type: ignore[no-any-return]
 
-    def kernel(self, B: int, T: int) -> AttentionKernel:
-        if (B, T) not in self.attention:
-            config = self.model.config
-            self.attention[B, T] = self.ops.attention(B, T, config.heads, config.head_size)
-        return self.attention[B, T]
-
     def turns(self, T: int) -> tuple[Tensor, Tensor]:
         if T not in self.angles:
-            self.angles[T] = rotations(T, self.model.config.head_size, self.model.wte.weight.device)
+            self.angles[T] = rotations(T, self.config.head_size, self.model.wte.weight.device)
         return self.angles[T]
 
     def block_forward(
@@ -68,7 +61,7 @@ class FusedModern:
         x1, y, rstd1 = ops.rms_forward(x, branch)
         qkv = ops.multiply(y, attn.c_attn.weight, transpose_b=True).view(B, T, 3, attn.heads, C // attn.heads)
         rstd_qk = ops.rotate_forward(qkv, *self.turns(T))
-        out, saved = self.kernel(B, T).forward(qkv)
+        out, saved = self.attention_kernel(B, T).forward(qkv)
         x2 = ops.multiply(out.view(-1, C), attn.c_proj.weight, transpose_b=True, add=x1)
         _, y, rstd2 = ops.rms_forward(x2, None)
         g = ops.multiply(y, mlp.c_fc.weight, transpose_b=True)
@@ -89,7 +82,7 @@ class FusedModern:
         del x2, g, dh, dy
         self.add_weight_gradient(attn.c_proj.weight, dx, out.view(dx.shape))
         dout = ops.multiply(dx, attn.c_proj.weight).view(out.shape)
-        dqkv = self.kernel(*out.shape[:2]).backward(dout, qkv, out, saved)
+        dqkv = self.attention_kernel(*out.shape[:2]).backward(dout, qkv, out, saved)
         ops.rotate_backward(dqkv, qkv, *self.turns(qkv.shape[1]), rstd_qk)
         del dout, qkv, out, saved
         dqkv = dqkv.view(len(dx), -1)
@@ -98,14 +91,11 @@ class FusedModern:
         self.add_weight_gradient(attn.c_attn.weight, dqkv, dy)
         return dx
 
-    def add_weight_gradient(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
-        self.ops.multiply(dy, x, transpose_a=True, out=grad_of(weight), add=weight.grad)
-
     def norm_backward(self, dy: Tensor, x: Tensor, rstd: Tensor, stream: Tensor | None) -> Tensor:
         return self.ops.rms_backward(dy, x, rstd, stream)
 
     def head(self, x: Tensor, targets: Tensor, gradients: bool) -> Head:
-        return head_loss(self.ops, x, self.model.head.weight, targets, self.model.config.vocab, gradients, CAP)
+        return head_loss(self.ops, x, self.model.head.weight, targets, self.config.vocab, gradients, CAP)
 
 
 class _Loss(torch.autograd.Function):

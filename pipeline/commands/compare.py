@@ -16,7 +16,6 @@ from pipeline.terminal import console
 from storage.places import Places, places
 
 if TYPE_CHECKING:
-    from assets.making import Maker
     from evals.report import Baseline, ReportData
 
 RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs in the store.")]
@@ -107,21 +106,15 @@ def _refuse(place: Places, other: str, models: Iterable[str]) -> None:
                      f"one: {', '.join(reference.SIZES)}; `gpt2 evals {other} --like RUN` scores a model")  # fmt: skip
 
 
-def _maker(place: Places) -> "Maker":
-    from assets.making import Maker  # Dagster takes a second to load
-    from assets.resources import Launcher, Silent
-
-    return Maker(place, Launcher(), Silent())
-
-
 def _read(place: Places, run: str) -> "ReportData":
     from assets.baselines import beside
     from assets.card import outputs_of
     from assets.report import report_data
 
     runs.existing(place, run)
-    outputs = outputs_of(_maker(place), run)
-    return report_data(_maker(place), run, outputs, beside(_maker(place), run, outputs))
+    maker = runs.silent_maker(place)
+    outputs = outputs_of(maker, run)
+    return report_data(maker, run, outputs, beside(maker, run, outputs))
 
 
 def _models(place: Places, run: str) -> "dict[str, list[Baseline]]":
@@ -130,6 +123,7 @@ def _models(place: Places, run: str) -> "dict[str, list[Baseline]]":
     from assets.card import outputs_of
 
     found: dict[str, list[Baseline]] = {}
-    for other in asked_the_same(_maker(place), run, outputs_of(_maker(place), run)):
+    maker = runs.silent_maker(place)
+    for other in asked_the_same(maker, run, outputs_of(maker, run)):
         found.setdefault(other.name, []).append(baseline(place.store, other))
     return found

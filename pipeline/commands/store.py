@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.progress import Progress
@@ -18,9 +18,6 @@ from storage.contents import FOLDERS
 from storage.garbage import Garbage
 from storage.integrity import Problem
 from storage.places import Places, places
-
-if TYPE_CHECKING:
-    from assets.making import Maker
 
 app = typer.Typer(help="Is what lies in the store fresh, whole and needed?", no_args_is_help=True)
 
@@ -40,7 +37,7 @@ def status(
     names = run or runs.known_runs(place)
     for name in names:
         runs.existing(place, name)
-    maker = _maker(place)
+    maker = runs.silent_maker(place)
     found = [stage for name in names for stage in stages(maker, name)]
     if as_json:
         print(json.dumps([asdict(stage) for stage in found], indent=2))
@@ -50,13 +47,6 @@ def status(
     for s in found:
         table.add_row(s.run, s.stage, f"[{colours[s.state]}]{s.state}[/]", s.reason, s.key)
     console().print(table if found else "no run is in the store")
-
-
-def _maker(place: Places) -> "Maker":
-    from assets.making import Maker  # Dagster takes a second to load
-    from assets.resources import Launcher, Silent
-
-    return Maker(place, Launcher(), Silent())
 
 
 @app.command()
@@ -135,7 +125,7 @@ def _needed(place: Places) -> set[str]:
     """What the runs in the store refer to, made or not: their inputs, and items that a suite will ask."""
     from assets.needs import needs
 
-    maker = _maker(place)
+    maker = runs.silent_maker(place)
     return {key for run in runs.known_runs(place) for key in needs(maker, run)}
 
 
