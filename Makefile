@@ -20,9 +20,9 @@ run: setup
 ui: setup
 	@$(BIN)/gpt2 ui
 
-# Two files at a time: most of the slow tests wait for processes that they have started.
+# Two files at a time: most of the slow tests wait for processes that they have started. A test that hangs ends it all.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"

@@ -26,6 +26,7 @@ class LocalHub:
     page: int = 1000  # entries of a tree in one answer
     token: str = ""  # that a request must carry, if any
     held: dict[str, threading.Event] = field(default_factory=dict)  # path → when its start may be sent
+    asked: dict[str, threading.Event] = field(default_factory=dict)  # path → set once it is asked for
     content_at: str = ""  # another server that files are redirected to, as the real hub does with its CDN
     tokens_seen: list[str] = field(default_factory=list)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
@@ -129,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         """/owner/name/resolve/COMMIT/PATH gives a file's bytes, or the range of them that is asked for."""
         repo, commit = "/".join(parts[:2]), parts[3]
         path = urllib.parse.unquote("/".join(parts[4:]))
+        if path in self.hub.asked:
+            self.hub.asked[path].set()
         if path in self.hub.held and not self.headers.get("Range"):
             self.hub.held[path].wait(120)
         data = self.hub.repos.get(repo, {}).get(commit, {}).get(path)

@@ -170,10 +170,10 @@ def test_other_downloads_stop_where_one_fails(local, tmp_path):
     """They are not brought to their end, hours later, and go on where they were."""
     slow = "sample/10BT/001_00000.parquet"
     local.held[slow] = threading.Event()
+    asked = local.asked[slow] = threading.Event()
 
     def refuse(entry: hub.Entry, path: str) -> None:
-        while not (tmp_path / "001_00000.parquet.part").exists():
-            time.sleep(0.01)
+        assert asked.wait(60)
         threading.Timer(0.3, local.held[slow].set).start()
         raise KeyboardInterrupt
 
