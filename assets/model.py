@@ -1,6 +1,7 @@
 """How do tokens become a model: trained weights, and their export that stock transformers loads."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from storage import objects, records
 from storage.records import Record
 from training import launch, metrics
 from training.config import RunConfig, to_dict
+
+log = logging.getLogger(__name__)
 
 EXPORT_VERSION = "1"
 OBSERVE_SECONDS = 300.0  # between two observations of a training: at most 300 a day reach the event log
@@ -86,7 +89,7 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
         tokens=run.tokens,
         metrics={
             "parameters": run.model.parameters,
-            "loss": steps[-1]["loss"],
+            "loss": next((s["loss"] for s in reversed(steps) if math.isfinite(s["loss"])), math.nan),  # others: skipped
             "validation_loss_before": log.validation[0][1],
             "validation_loss_after": log.validation[-1][1],
             "tokens_per_second": run.tokens / useful,
@@ -128,7 +131,12 @@ class Observer:
             self.seconds.append(event["seconds"])
             if time.monotonic() - self.last >= OBSERVE_SECONDS:
                 self.last = time.monotonic()
-                self.observe(event)
+                try:
+                    self.observe(event)
+                except Exception as error:  # a picture, or Dagster's database, is no reason to end a training
+                    message = f"step {event['step']} is not shown in Dagster, the training goes on: {error}"
+                    log.exception(message)
+                    progress({"event": "warning", "message": message})
                 self.seconds = []
 
     def observe(self, event: Event) -> None:

@@ -329,16 +329,18 @@ def thin(points: Points, most: int = 4000) -> Points:
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-    """Centred mean over a fiftieth of the run (at least 5 values).
+    """Centred mean over a fiftieth of the run (at least 5 values); of a skipped step the loss may be no number.
 
     The window shrinks towards the start, where curves fall, and loses its right half towards the end.
     """
     data = np.asarray(values, dtype=float)
-    sums = np.concatenate([[0.0], np.cumsum(data)])
+    finite = np.isfinite(data)
+    sums, counts = (np.concatenate([[0], np.cumsum(part)]) for part in (np.where(finite, data, 0.0), finite))
     at = np.arange(len(data))
     half = np.minimum(at, max(2, len(data) // 100))
     last = np.minimum(at + half, len(data) - 1)
-    return (sums[last + 1] - sums[at - half]) / (last + 1 - at + half)
+    count = counts[last + 1] - counts[at - half]
+    return np.where(count > 0, (sums[last + 1] - sums[at - half]) / np.maximum(count, 1), np.nan)
 
 
 def _fit_loss(axes: Axes, curves: Sequence[Curve], lines: Sequence[Line]) -> None:
@@ -350,6 +352,7 @@ def _fit_loss(axes: Axes, curves: Sequence[Curve], lines: Sequence[Line]) -> Non
         since = curve.points[0][start] if count else 0
         shown += list(curve.points[1])[start:]
         shown += [y for x, y in zip(*curve.dots, strict=True) if x >= since]
+    shown = [value for value in shown if math.isfinite(value)]
     if shown:
         margin = 0.05 * (max(shown) - min(shown)) + 0.02
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
@@ -385,7 +388,7 @@ def _tokens_axis(axes: Axes) -> None:
 
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    positive = [v for v in values if v > 0]
+    positive = [v for v in values if 0 < v < math.inf]
     if positive and max(positive) > 30 * float(np.median(positive)):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(_count))

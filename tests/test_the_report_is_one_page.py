@@ -1,10 +1,12 @@
 """The report: one file that needs no other, in both themes, with what the run has and nothing else."""
 
 import io
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -15,11 +17,13 @@ from evals.report import (
     build,
     core_bars,
     core_levels,
+    live,
     loss_lines,
     parameters,
     parse_main_log,
     score_bars,
 )
+from evals.report_plots import running_mean
 
 LOG = """s:0 tel:10.9
 s:0 trl:10.95 lr:1e-4 norm:3.1
@@ -166,6 +170,36 @@ def test_hellaswag_lines_are_those_of_models_of_the_same_size() -> None:
     ]
     small = run(config={**CONFIG, "model": {**CONFIG["model"], "layers": 2, "channels": 64}})
     assert accuracy_lines(small) == []
+
+
+@pytest.mark.parametrize("at", [0, 40, 99])
+def test_a_step_without_a_finite_loss_leaves_the_figures_whole(at: int) -> None:
+    """Its update was skipped and the training went on."""
+    for value in (math.nan, math.inf):
+        log = log_with({at: value})
+        assert live(run(main_log=log)).startswith(b"\x89PNG")
+
+
+def test_a_report_of_skipped_steps_has_all_its_figures(tmp_path: Path) -> None:
+    log = log_with({0: math.nan, 40: math.inf, 99: math.nan})
+    assert [p.name for p in build(run(main_log=log), str(tmp_path)).pictures][::2] == ["loss", "throughput"]
+
+
+def log_with(values: dict[int, float]) -> str:
+    """A main.log of 100 steps, some of them without a finite loss."""
+    losses = [values.get(step, 10 - step / 20) for step in range(100)]
+    lines = [f"s:{step} trl:{loss} lr:1e-4 norm:{loss}" for step, loss in enumerate(losses)]
+    return "\n".join([*lines, *(f"s:{step} tel:{value}\ns:{step} skip:inf" for step, value in values.items())])
+
+
+def test_the_running_mean_is_that_of_the_finite_values_around() -> None:
+    values = np.random.default_rng(0).normal(size=100)
+    values[[0, 40, 41, 99]] = math.nan, math.inf, -math.inf, math.nan
+    smoothed, known = running_mean(values.tolist()), np.where(np.isfinite(values), values, np.nan)
+    for place in range(1, 100):
+        half = min(place, 2)
+        assert smoothed[place] == pytest.approx(np.nanmean(known[place - half : place + half + 1])), place
+    assert math.isnan(smoothed[0])  # around it there is nothing but itself
 
 
 INSPECTION = {
