@@ -1,5 +1,6 @@
 """What is each file in a store there for: which output does it belong to, and does that output's record mention it?"""
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Literal
 
 from storage import objects
 from storage.objects import Stat
-from storage.records import Record, folder_url, from_json
+from storage.records import Record, file_url, from_json
 
 # Top folders of a store. What else lies in a local one may be the home.
 CLAIMS = ".claims"  # of whoever is making an output
@@ -56,8 +57,7 @@ def contents(store: str, top: Collection[str] = FOLDERS) -> Contents:
     """Everything below the top folders of a store, from one listing and its records."""
     listed = [s for s in objects.list_files(store) if s.path.split("/")[0] in top]
     records, unreadable = read_records(store, [s.path for s in listed if s.path.endswith("record.json")])
-    folders = {key: folder_url("", key).lstrip("/") for key in records}
-    mentioned = {f"{folders[key]}/{f.path}" for key, record in records.items() for f in record.files}
+    mentioned = {_within(store, file_url(store, r.key, f.path)) for r in records.values() for f in r.files}
     known = frozenset([*records, *map(key_of_record, unreadable)])
     done = {s.path.rpartition("/")[0] for s in listed if s.path.endswith("/DONE")}
     entries = []
@@ -65,6 +65,14 @@ def contents(store: str, top: Collection[str] = FOLDERS) -> Contents:
         key = key_of(stat.path, known)
         entries.append(Entry(stat.path, stat, _kind(stat.path, key, known, mentioned, done), key))
     return Contents(entries, records, unreadable)
+
+
+def _within(store: str, url: str) -> str:
+    """The path in the store of what lies there, such as a corpus that a user keeps in it; of another place none."""
+    root = store.rstrip("/") + "/"
+    if objects.is_local(url) and not url.startswith(root):  # maybe by another path to the same folder
+        return os.path.relpath(os.path.realpath(url), os.path.realpath(store))
+    return url.removeprefix(root)
 
 
 def read_records(store: str, paths: Iterable[str]) -> tuple[dict[str, Record], dict[str, str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import objects
-from storage.contents import Contents, Entry, contents
+from storage.contents import FOLDERS, Contents, Entry, contents
 from storage.objects import Stat
 
 LEAST_HOURS = 1.0
@@ -39,7 +39,7 @@ def find(
     kept = with_parents(found, {*needed, *(key for key in found.records if key.split("/")[0] not in SHARED)})
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in found.entries:
-        if (reason := _reason(entry, found, kept)) and not _is_of(entry.path, busy):
+        if _is_ours(entry.path) and (reason := _reason(entry, found, kept)) and not _is_of(entry.path, busy):
             groups.setdefault(reason, []).append(entry)
     listed = [
         Garbage(what, name, _ordered(entries), sum(e.stat.bytes for e in entries))
@@ -79,6 +79,11 @@ def _reason(entry: Entry, found: Contents, kept: set[str]) -> tuple[str, str] | 
         case "own" | "claim" if entry.key not in found.known and entry.key not in kept and not _is_weights(entry.key):
             return "unfinished output", entry.key
     return ("superseded output", entry.key) if superseded else None
+
+
+def _is_ours(path: str) -> bool:
+    """Beside the outputs' folders a user may keep anything; ours is only what tests whether a store can be written."""
+    return path.split("/")[0] in FOLDERS or path.startswith(".writable-")
 
 
 def _is_weights(key: str) -> bool:

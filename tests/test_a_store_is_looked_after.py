@@ -115,6 +115,29 @@ def test_what_a_run_refers_to_stays(chain, tmp_path):
     assert collected(chain, tmp_path, before=time.time() - 3600) == {}
 
 
+def test_a_corpus_that_lies_in_the_store_is_kept(chain, tmp_path):
+    """Its record has it by its path or URL; what else a user keeps beside the outputs is nobody's garbage."""
+    for path in ("data/mine/a.parquet", "corpora/mine/a.parquet", "data/notes.txt"):
+        objects.publish_bytes(objects.join(chain, path), b"text")
+    files = [records.describe_file("", objects.join(chain, p, "a.parquet")) for p in ("data/mine", "corpora/mine")]
+    mark = records.fingerprint("documents", "1", {}, [])
+    records.write_record(chain, Record("documents", "corpora/m-1/documents", mark, "1", {}, [], files, "", ""))
+    top = {s.path.split("/")[0] for s in objects.list_files(chain)}
+    listed = garbage.find(chain, tmp_path, ["corpora/m-1/documents"], LATER, top)
+    assert listed == []
+    assert [(p.kind, p.path) for p in integrity.verify(chain, top).problems] == [("foreign", "data/notes.txt")]
+
+
+def test_a_corpus_in_the_store_by_another_path_to_it_is_kept(tmp_path):
+    store = tmp_path / "disk" / "store"
+    objects.publish_bytes(f"{store}/corpora/mine/a.parquet", b"text")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    files = [records.describe_file("", f"{tmp_path}/link/store/corpora/mine/a.parquet")]
+    mark = records.fingerprint("documents", "1", {}, [])
+    records.write_record(str(store), Record("documents", "corpora/m/documents", mark, "1", {}, [], files, "", ""))
+    assert collected(str(store), tmp_path, ["corpora/m/documents"]) == {} and problems(str(store)) == []
+
+
 def test_what_was_left_half_done_goes(chain, tmp_path):
     left = {
         "runs/r/.main.log.0a1b2c3d.partial": "unfinished upload",
