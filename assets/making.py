@@ -16,7 +16,7 @@ from pydantic import Field
 
 from assets import shown
 from assets.resources import Event, Launcher, Listener
-from assets.run_config import check_unchanged, config_url, keep_source, resuming, source_of, stored
+from assets.run_config import check_name, check_unchanged, config_url, keep_source, resuming, source_of, stored
 from assets.turns import turn, turn_or_refusal
 from storage import objects, records, sources
 from storage.lineage import Lineage
@@ -138,9 +138,11 @@ class Maker:
 
     def define(self, run: str, config: RunConfig, retry: bool = False) -> None:
         """Write a run's config.json; a retry leaves `resume` as it is. Raises ValueError where the run exists with
-        another definition."""
-        check_unchanged(self.places, run, config)
+        another definition, or can't have that name."""
         there = stored(self.places, run)
+        if there is None:
+            check_name(run)
+        check_unchanged(self.places, run, config)
         if retry and there is not None:  # the first start has had its choice: checkpoints are dropped once
             config = resuming(config, there.machine.resume)
         objects.publish_json(config_url(self.places, run), to_dict(config))

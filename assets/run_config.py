@@ -16,6 +16,15 @@ def config_url(places: Places, run: str) -> str:
     return objects.join(places.store, "runs", run, "config.json")
 
 
+def check_name(run: str) -> None:
+    """Refuse a run's name that is no good for a folder of the store."""
+    if not run or run != objects.safe_name(run):
+        raise ValueError(
+            f"run name {run!r} is not a good name for a folder: use letters, digits, '.', '_' and '-', "
+            f"such as {objects.safe_name(run) or 'my-run'}"
+        )
+
+
 def stored(places: Places, run: str) -> RunConfig | None:
     """The configuration of a run in the store, or None."""
     url = config_url(places, run)

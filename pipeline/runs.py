@@ -100,14 +100,6 @@ def tokens_of(places: Places, run: str) -> str:
     return str(key)
 
 
-def check_name(name: str) -> None:
-    if not name or name != objects.safe_name(name):
-        raise ValueError(
-            f"--name {name!r} is not a good name for a folder: use letters, digits, '.', '_' and '-', "
-            f"such as {objects.safe_name(name) or 'my-run'}"
-        )
-
-
 def check_possible(places: Places, config: RunConfig, source: sources.Source) -> None:
     """Raise ValueError for a run that can't succeed: its batch, its items, its store or its space."""
     check_batch(config)

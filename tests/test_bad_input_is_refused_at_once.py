@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+
+from pipeline import definitions
+from storage.places import places
 
 
 def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
@@ -34,7 +38,7 @@ def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
         (["demo", "--set", "evals.hellaswag=absent.jsonl"], "absent.jsonl: there is no such file"),
         (["demo", "--corpus", "embeded"], "no corpus 'embeded': did you mean embedded?"),
         (["demo", "--corpus", "absent/folder"], "no corpus 'absent/folder'"),
-        (["demo", "--name", "a/b"], "--name 'a/b' is not a good name"),
+        (["demo", "--name", "a/b"], "run name 'a/b' is not a good name"),
         (["demo", "--only", "eval"], "--only eval: did you mean evals"),
         (["demo", "--gpus", "3"], "the nearest that do are 768 or 1536"),
     ],
@@ -112,3 +116,19 @@ def test_a_broken_shard_is_named_by_the_trainer(finished: Finished, tmp_path: Pa
     )
     assert done.returncode == 2
     assert "train_000001.bin" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["team/alice", "../../outside"])
+def test_a_name_from_the_launchpad_that_is_no_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in places(str(tmp_path / "home/store")).variables().items():
+        monkeypatch.setenv(variable, value)
+    config = {"resources": {"new_run": {"config": {"recipe": "demo"}}}}
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as dagster:
+        dagster.add_dynamic_partitions("run", [name])
+        job = definitions.build().resolve_job_def("demo")
+        wanted = {"instance": dagster, "partition_key": name, "asset_selection": [dg.AssetKey("documents")]}
+        with pytest.raises(ValueError, match=f"run name '{name}' is not a good name for a folder"):
+            job.execute_in_process(config, **wanted)
+    assert not (tmp_path / "home/outside").exists() and not (tmp_path / "home/store/runs").exists()

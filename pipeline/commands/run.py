@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from assets.failures import STOPPED, Interrupted
-from assets.run_config import check_unchanged, config_url, keep_source, stored
+from assets.run_config import check_name, check_unchanged, config_url, keep_source, stored
 from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import near, results_table
@@ -68,7 +68,7 @@ def run(
     resume = ["resume=anyway"] if resume_anyway else []
     config = runs.configure(recipe, [*(settings or []), *resume], corpus, gpus, files)
     run_name = name or runs.default_name(config)
-    runs.check_name(run_name)
+    check_name(run_name)
     check_unchanged(place, run_name, config)
     names = named_stages(only or [])
     runs.check_inputs(place, run_name, config, names)
