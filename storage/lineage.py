@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 
@@ -29,6 +29,7 @@ from storage.documents import show_documents
 from storage.lineage_rows import FOLLOWS, Rows, Taken
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 READERS = 16  # files of a store that are read at once
 MOST_NAMED = 12  # outputs that a message lists
@@ -60,6 +61,11 @@ class Cost:
     rewinds: int | None
     skipped_updates: int | None
 
+
+CHILDREN = """
+SELECT a.name, a.job, a.fingerprint FROM edges e JOIN artifacts a ON a.name = e.output AND a.namespace = e.namespace
+WHERE (e.namespace, e.input) = (?, ?) ORDER BY 1
+"""
 
 DESCENDANTS = """
 WITH RECURSIVE below(name, distance) AS (
@@ -120,57 +126,55 @@ class Lineage:
         `documents` are stores whose shards' indexes the table `documents` shows, where the query names it. Raises
         ValueError where the query is wrong, with DuckDB's reason.
         """
-        with self._reading() as connection:
+
+        def answer(connection: duckdb.DuckDBPyConnection) -> tuple[list[str], list[tuple[Any, ...]]]:
             try:
-                if re.search(r"\b(from|join)\s+documents\b", query, re.IGNORECASE):
-                    show_documents(connection, documents)
-                connection.execute("SET enable_external_access = false; SET lock_configuration = true")
-                for statement in connection.extract_statements(query):
-                    if statement.type != duckdb.StatementType.SELECT:
-                        raise ValueError(f"{query!r} can't be answered: only SELECT is, the index stays as it is")
-                result = connection.execute(query)
-                return [c[0] for c in result.description or []], result.fetchall()
+                return _answer(connection, query, documents)
             except duckdb.Error as error:
+                if self._is_damage(error):
+                    raise
                 known = ", ".join((*schema.TABLES, "documents"))
                 raise ValueError(f"{query!r} can't be answered: {error} (tables: {known})") from error
+
+        return self._ask(answer)
 
     def ancestry(self, key: str) -> Node:
         """The tree of what `key` was made from, down to the documents.
 
         `key` is an output's ("runs/demo"), or a file's path or URL. Raises ValueError for an unknown one.
         """
-        with self._reading() as connection:
-            store, found = _locate(connection, self.store, key)
-            return _node(connection, store, found)
+        return self._ask(lambda connection: _node(connection, *_locate(connection, self.store, key)))
 
     def outputs(self, key: str) -> list[str]:
         """The output that `key` is, or all those that hold a file of that name; none where it is neither."""
-        with self._reading() as connection:
-            return list(dict.fromkeys(name for _, name in _found(connection, self.store, key.rstrip("/"))))
+        found = self._ask(lambda connection: _found(connection, self.store, key.rstrip("/")))
+        return list(dict.fromkeys(name for _, name in found))
 
     def made_from(self, key: str) -> list[Node]:
         """The outputs that were made from `key` itself."""
-        with self._reading() as connection:
-            rows = connection.execute(
-                "SELECT a.name, a.job, a.fingerprint FROM edges e JOIN artifacts a "
-                "ON a.name = e.output AND a.namespace = e.namespace WHERE (e.namespace, e.input) = (?, ?) ORDER BY 1",
-                _locate(connection, self.store, key),
-            )
-            return [Node(*row) for row in rows.fetchall()]
+        rows = self._ask(
+            lambda connection: connection.execute(CHILDREN, _locate(connection, self.store, key)).fetchall()
+        )
+        return [Node(*row) for row in rows]
 
     def impact(self, *keys: str) -> list[Node]:
         """Every output that was made from `keys`, directly or not, the nearest first: what a fault in them reaches."""
-        with self._reading() as connection:
+
+        def below(connection: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
             found = [_locate(connection, self.store, key) for key in keys]
             store = found[0][0]
-            rows = connection.execute(DESCENDANTS, [store, [key for _, key in found], store, store]).fetchall()
-            return [Node(*row) for row in rows]
+            return connection.execute(DESCENDANTS, [store, [key for _, key in found], store, store]).fetchall()
+
+        return [Node(*row) for row in self._ask(below)]
 
     def cost(self, key: str) -> list[Cost]:
         """What `key` and everything that it was made from took, each output once, the dearest first."""
-        with self._reading() as connection:
+
+        def costs(connection: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
             store, found = _locate(connection, self.store, key)
-            return [Cost(*row) for row in connection.execute(COSTS, [found, store, store]).fetchall()]
+            return connection.execute(COSTS, [found, store, store]).fetchall()
+
+        return [Cost(*row) for row in self._ask(costs)]
 
     def _ingest(self, store: str) -> int:
         with self._reading() as connection:
@@ -184,19 +188,53 @@ class Lineage:
             self._write(lambda connection: _replace(connection, store, read, gone))
         return len(gone) + len(read)
 
+    def _ask(self, question: Callable[[duckdb.DuckDBPyConnection], Answer]) -> Answer:
+        """Of an index that turns out to be damaged, once more when it is filled anew."""
+
+        def ask() -> Answer:
+            with self._reading() as connection:
+                return question(connection)
+
+        try:
+            return ask()
+        except duckdb.Error:
+            if not self.store:  # which of several stores were in it, nobody knows
+                raise
+            self._drop()
+            self.ingest(self.store)
+            return ask()
+
+    def _is_damage(self, error: duckdb.Error) -> bool:
+        """Whether the index is at fault, not the query; for a block that is not as it was written there is no class."""
+        of_file = isinstance(error, duckdb.IOException) and str(self.path) in str(error)
+        return (
+            of_file
+            or type(error) is duckdb.Error
+            or isinstance(error, duckdb.InternalException | duckdb.FatalException)
+        )
+
     def _anew_if_damaged(self, work: Callable[[], Any]) -> Any:
         """A file that DuckDB can't read, or not to its end, is dropped: the records have all that was in it."""
         try:
             return work()
         except duckdb.Error:
-            self.path.unlink(missing_ok=True)
+            self._drop()
             return work()
+
+    def _drop(self) -> None:
+        with self._alone():
+            self.path.unlink(missing_ok=True)
+            self._changes.unlink(missing_ok=True)
+
+    @property
+    def _changes(self) -> Path:
+        """Where DuckDB keeps what was written into the index's file itself, as by its shell; of another file once that
+        is replaced, and then the two can't be read together."""
+        return self.path.with_name(self.path.name + ".wal")
 
     def _write(self, change: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
         """Change the index, one process at a time; a process that dies in between leaves it as it was."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._alone():
             for left in self.path.parent.glob(f".{self.path.stem}-*"):  # by one that was killed: nobody else is here
                 left.unlink()
             with self._copied() as copy:
@@ -205,7 +243,15 @@ class Lineage:
                     connection.begin()
                     change(connection)
                     connection.commit()
+                self._changes.unlink(missing_ok=True)
                 copy.replace(self.path)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     @contextmanager
     def _copied(self) -> Iterator[Path]:
@@ -240,6 +286,19 @@ class Lineage:
         copy = Path(stack.enter_context(tempfile.TemporaryDirectory()), "copy.duckdb")
         shutil.copyfile(self.path, copy)
         return duckdb.connect(str(copy), read_only=True)
+
+
+def _answer(
+    connection: duckdb.DuckDBPyConnection, query: str, documents: Sequence[str]
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    if re.search(r"\b(from|join)\s+documents\b", query, re.IGNORECASE):
+        show_documents(connection, documents)
+    connection.execute("SET enable_external_access = false; SET lock_configuration = true")
+    for statement in connection.extract_statements(query):
+        if statement.type != duckdb.StatementType.SELECT:
+            raise ValueError(f"{query!r} can't be answered: only SELECT is, the index stays as it is")
+    result = connection.execute(query)
+    return [c[0] for c in result.description or []], result.fetchall()
 
 
 def _known(connection: duckdb.DuckDBPyConnection, store: str) -> dict[str, tuple[str, int, str]]:

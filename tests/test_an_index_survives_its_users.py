@@ -25,7 +25,7 @@ def store(tmp_path):
 @pytest.fixture
 def lineage(tmp_path, store):
     make_chain(store)
-    made = Lineage(tmp_path / "home" / "lineage.duckdb")
+    made = Lineage(tmp_path / "home" / "lineage.duckdb", store)
     made.ingest(store)
     return made
 
@@ -67,6 +67,46 @@ def test_a_reader_holds_nobody_up(store, lineage, read_only):
     reader.communicate("\n")
 
 
+def test_what_a_shell_has_written_into_an_index_is_dropped_with_it(store, lineage):
+    """Its log of changes lies beside the file that has taken the index's name meanwhile, and is of another."""
+    code = (
+        f"import duckdb; c = duckdb.connect({str(lineage.path)!r}); c.execute('CREATE TABLE mine AS SELECT 1'); "
+        "print('open'); input(); c.execute('CREATE TABLE more AS SELECT 1'); print('written'); input()"
+    )
+    shell = subprocess.Popen([sys.executable, "-uc", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert shell.stdin and shell.stdout and shell.stdout.readline() == "open\n"
+    lineage.add(store, make(store, "corpora/d/documents", "documents").key)
+    assert count(lineage) == 7
+    shell.stdin.write("\n")
+    shell.stdin.flush()
+    assert shell.stdout.readline() == "written\n"
+    assert count(lineage) == 7
+    lineage.add(store, make(store, "corpora/e/documents", "documents").key)
+    shell.kill()
+    shell.wait()
+    assert count(lineage) == 8 and lineage.ingest(store) == 0
+
+
+def test_a_log_of_changes_that_was_left_behind_hinders_nobody(store, lineage):
+    log = Path(f"{lineage.path}.wal")
+    code = (
+        f"import duckdb, os; c = duckdb.connect({str(lineage.path)!r}); "
+        "c.execute('CREATE TABLE mine AS SELECT 1'); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code])
+    left = log.read_bytes()
+    lineage.path.unlink()  # and is another file now
+    Lineage(lineage.path).ingest(store)
+    for ask in (
+        lambda: lineage.add(store, "runs/demo"),
+        lambda: lineage.ingest(store),
+        lambda: lineage.impact("runs/demo"),
+    ):
+        log.write_bytes(left)
+        ask()
+    assert count(lineage) == 6 and lineage.ancestry("runs/demo").inputs[0].key == "tokens/c"
+
+
 def test_a_writer_that_is_killed_leaves_the_index_as_it_was(store, lineage):
     code = (
         f"import os, signal; from pathlib import Path; from storage import lineage; "
@@ -97,6 +137,44 @@ def test_a_damaged_index_costs_a_rebuild(store, lineage, how):
     lineage.add(store, make(store, "corpora/d/documents", "documents").key)  # a stage of a run that goes on
     lineage.ingest(store)  # the run's end
     assert count(lineage) == 7
+
+
+QUESTIONS = {
+    "ancestry": lambda index: index.ancestry("runs/demo/scores/hellaswag"),
+    "impact": lambda index: index.impact("corpora/c/documents"),
+    "cost": lambda index: index.cost("runs/demo"),
+    "outputs": lambda index: index.outputs("token_shards.bin"),
+    "made_from": lambda index: index.made_from("tokens/c"),
+    "sql": lambda index: index.sql("SELECT * FROM artifacts JOIN edges ON name = output ORDER BY ALL"),
+    "documents": lambda index: index.sql("SELECT count(*) FROM documents", [index.store]),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_each_question_is_answered_by_a_damaged_index(store, lineage, question):
+    before = QUESTIONS[question](lineage)
+    damage(lineage.path, "blocks")
+    assert QUESTIONS[question](lineage) == before
+
+
+@pytest.mark.slow
+def test_whichever_block_is_damaged_a_query_is_answered(store, lineage):
+    """Also where the damage is seen by the query alone, and by nothing before it."""
+    before, whole = QUESTIONS["sql"](lineage), lineage.path.read_bytes()
+    for start in range(0, len(whole), 2**18):
+        data = bytearray(whole)
+        data[start : start + 2**14] = bytes(255 - byte for byte in data[start : start + 2**14])
+        lineage.path.write_bytes(data)
+        lineage.ingest(store)
+        assert QUESTIONS["sql"](lineage) == before
+
+
+def test_a_wrong_query_leaves_the_index_alone(lineage):
+    before = lineage.path.stat()
+    for query in ("SELECT nothing FROM artifacts", "SELEC", "SELECT * FROM nothing", "SELECT 1 / 'a'"):
+        with pytest.raises(ValueError, match="can't be answered"):
+            lineage.sql(query)
+    assert lineage.path.stat() == before
 
 
 def test_an_index_of_an_older_version_is_filled_anew(store, lineage):
