@@ -22,7 +22,7 @@ from storage.records import Record
 from training.config import RunConfig
 from training.workers import process_pool
 
-VERSION = "1"
+VERSION = "2"
 PAGE = "inspection.json"
 MOST_EXACT, MOST_NEAR = 0.01, 0.05  # shares of documents that stood in the corpus before
 MOST_HELD_OUT = 0.5  # share of held-out documents with 13 words in a row of another: a common sentence is enough

@@ -9,8 +9,9 @@ A corpus is its parquet files, or shards of tokens where somebody else has made 
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import duckdb
@@ -40,6 +41,10 @@ class Overlap:
     item: str
     document: str  # its id, or "file row N" where it has none
     words: str
+
+
+Rows = Mapping[str, range]  # documents by file and row; in shards, by file and token
+NONE: Rows = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -88,24 +93,25 @@ def _low_bits(hashes: Hashes) -> NDArray[np.int64]:
 def contamination(
     files: Sequence[str],
     items: Iterable[tuple[str, str]],
-    leave_out: Collection[str] = (),
+    leave_out: Rows = NONE,
     length: int = OVERLAP_WORDS,
 ) -> Contamination:
-    """Which items, (name, text), share a run of `length` words with a document of `files`.
+    """Which items, (name, text), share a run of `length` words with a document of `files` that is not left out.
 
-    Documents whose id is in `leave_out` are not looked at.
+    `leave_out` names files by their absolute paths. Documents are told apart by file and row: ids may repeat.
     """
     sought = _Sought(list(items), length)
     contaminated: dict[int, None] = {}
     examples: list[Overlap] = []
     documents, hit = 0, 0
-    for texts, names in _named_batches(files):
-        found = [f for f in sought.found_in(words_of(texts)) if names[f[1]] not in leave_out]
-        documents += sum(name not in leave_out for name in names)
+    for batch in _batches(files):
+        left_out = leave_out.get(batch.url, range(0))
+        found = [f for f in sought.found_in(words_of(batch.texts)) if batch.rows[f[1]] not in left_out]
+        documents += sum(row not in left_out for row in batch.rows)
         hit += len({document for _, document, _ in found})
         for item, document, run in found:
             if item not in contaminated and len(examples) < EXAMPLES:
-                examples.append(Overlap(sought.names[item], names[document], run))
+                examples.append(Overlap(sought.names[item], batch.name(document), run))
             contaminated[item] = None
     bad = [sought.names[item] for item in sorted(contaminated)]
     short = len(sought.names) - len(sought.judged)
@@ -126,8 +132,26 @@ def merged(parts: Sequence[Contamination]) -> Contamination:
     )
 
 
-def _named_batches(files: Sequence[str]) -> Iterator[tuple[list[bytes], list[str]]]:
-    """Batches of texts with the names of their documents."""
+@dataclass(frozen=True)
+class _Batch:
+    """Neighbouring documents of one file."""
+
+    url: str
+    texts: list[bytes]
+    rows: Sequence[int]  # of each in the file; in a shard, its first token
+    ids: Sequence[Any] = ()
+    unit: str = "row"
+
+    def name(self, document: int) -> str:
+        """What a document is shown as."""
+        return _shown(self.ids[document] if self.ids else None, self.url, self.rows[document], self.unit)
+
+
+def _shown(name: Any, url: str, row: int, unit: str = "row") -> str:
+    return f"{url} {unit} {row}" if name in (None, "") else str(name)
+
+
+def _batches(files: Sequence[str]) -> Iterator[_Batch]:
     for url in map(objects.absolute, files):  # as `held_out` names them
         if url.endswith(".bin"):
             yield from _batches_of_shard(url)
@@ -135,61 +159,64 @@ def _named_batches(files: Sequence[str]) -> Iterator[tuple[list[bytes], list[str
         row = 0
         for texts, others in parquet.text_batches(parquet.read_groups(url, None), BATCH_TEXT):
             table = pa.Table.from_batches(others)
-            ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(texts)
-            yield texts, [str(name) if name else f"{url} row {row + n}" for n, name in enumerate(ids)]
+            ids = table["id"].to_pylist() if "id" in table.column_names else ()
+            yield _Batch(url, texts, range(row, row + len(texts)), ids)
             row += len(texts)
 
 
-def _batches_of_shard(url: str) -> Iterator[tuple[list[bytes], list[str]]]:
+def _batches_of_shard(url: str) -> Iterator[_Batch]:
     """The documents of a shard, decoded; one that runs over its ends is there in part."""
     tokens = shards.read_tokens(url, 0, shards.read_header(url))
     starts = np.flatnonzero(tokens == tokenizer.EOT)
     edges = [*([0] if not len(starts) or starts[0] else []), *starts.tolist(), len(tokens)]
     texts: list[bytes] = []
-    names: list[str] = []
+    rows: list[int] = []
     size = 0
     for start, stop in zip(edges, edges[1:], strict=False):
         inside = tokens[start:stop]
         texts.append(tokenizer.encoding().decode_bytes(inside[inside != tokenizer.EOT].tolist()))
-        names.append(f"{url} token {start}")
+        rows.append(start)
         size += len(texts[-1])
         if size >= BATCH_TEXT:
-            yield texts, names
-            texts, names, size = [], [], 0
+            yield _Batch(url, texts, rows, unit="token")
+            texts, rows, size = [], [], 0
     if texts:
-        yield texts, names
+        yield _Batch(url, texts, rows, unit="token")
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Documents of the validation shard."""
 
-    names: frozenset[str]  # of all of them, as `contamination` names documents
+    rows: Rows  # where all of them lie, to be left out
     items: list[tuple[str, str]]  # (name, text) of the first so many
 
 
 def held_out(tokens_folder: str, most: int = MOST_VALIDATION) -> HeldOut:
     shard = shards.shard_paths(objects.absolute(tokens_folder), "val")[0]
-    index = shards.index_name(shard)
+    count, index = shards.read_header(shard), shards.index_name(shard)
     if not objects.exists(index):
-        batches = list(_batches_of_shard(shard))
         named = [
-            (name, text.decode("utf-8", "replace"))
-            for texts, names in batches
-            for name, text in zip(names, texts, strict=True)
+            (batch.name(n), text.decode("utf-8", "replace"))
+            for batch in _batches_of_shard(shard)
+            for n, text in enumerate(batch.texts)
         ]
-        return HeldOut(frozenset(name for name, _ in named), named[:most])
-    rows = parquet.read_table(index).to_pylist()
-    names = [row["id"] or f"{source_url(tokens_folder, row['file'])} row {row['row']}" for row in rows]
-    tokens = shards.read_tokens(shard, 0, shards.read_header(shard))
-    texts = [tokenizer.decode(tokens[row["start"] + 1 : row["start"] + row["tokens"]]) for row in rows[:most]]
-    return HeldOut(frozenset(names), list(zip(names, texts, strict=False)))
+        return HeldOut({shard: range(count)}, named[:most])
+    table = parquet.read_table(index)
+    bounds = table.group_by("file").aggregate([("row", "min"), ("row", "max")]).to_pylist()
+    held = {source_url(tokens_folder, b["file"]): range(b["row_min"], b["row_max"] + 1) for b in bounds}
+    documents = table.slice(0, most).to_pylist()
+    distinct = len({d["id"] for d in documents}) == len(documents)  # only then does an id name a document
+    names = [_shown(d["id"] if distinct else None, source_url(tokens_folder, d["file"]), d["row"]) for d in documents]
+    tokens = shards.read_tokens(shard, 0, count)
+    texts = [tokenizer.decode(tokens[d["start"] + 1 : d["start"] + d["tokens"]]) for d in documents]
+    return HeldOut(held, list(zip(names, texts, strict=True)))
 
 
 def validation_overlap(files: Sequence[str], tokens_folder: str, most: int = MOST_VALIDATION) -> Contamination:
     """Which documents of the validation shard share 13 words with a training document."""
     held = held_out(tokens_folder, most)
-    return contamination(files, held.items, leave_out=held.names)
+    return contamination(files, held.items, leave_out=held.rows)
 
 
 def item_texts(items: Iterable[dict[str, Any]], suite: str) -> list[tuple[str, str]]:
@@ -208,32 +235,30 @@ class Duplicates:
 def duplicates(files: Sequence[str], most: int = MOST_SIGNED) -> Duplicates:
     """How many documents are there twice, exactly or nearly (MinHash over 5-word shingles, rensa's)."""
     digests, signatures, documents = [], [], 0
-    for texts, _ in _named_batches(files):
-        digests.append(np.array([_digest(text) for text in texts], dtype=np.uint64))
+    for batch in _batches(files):
+        digests.append(np.array([_digest(text) for text in batch.texts], dtype=np.uint64))
         if documents < most:
-            signatures.append(_signatures(words_of(texts[: most - documents]), len(texts[: most - documents])))
-        documents += len(texts)
+            signatures.append(_signatures(batch.texts[: most - documents]))
+        documents += len(batch.texts)
     exact = documents - len(np.unique(np.concatenate([np.zeros(0, np.uint64), *digests])))
     signed = np.concatenate([np.zeros((0, PERMUTATIONS), np.uint32), *signatures])
-    return Duplicates(documents, exact, len(signed), _near_duplicates(signed))
+    return Duplicates(documents, exact, min(documents, most), _near_duplicates(signed))
 
 
 def _digest(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _signatures(words: Words, documents: int) -> NDArray[np.uint32]:
-    """MinHash signatures (documents, PERMUTATIONS)."""
+def _signatures(texts: list[bytes]) -> NDArray[np.uint32]:
+    """MinHash signatures (documents, PERMUTATIONS), of those with a shingle: fewer words are like no other document."""
     from rensa import RMinHash  # here alone: the rest of this module does without
 
+    words = words_of(texts)
     hashes, first = shingles(words, NEAR_WORDS)
-    bounds = np.searchsorted(words.documents[first], np.arange(documents + 1))
-    flat = np.ascontiguousarray(hashes)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, bounds.astype(np.uint64), PERMUTATIONS, 42)
-    rows = np.array(matrix.to_rows(), dtype=np.uint32).reshape(documents, PERMUTATIONS)
-    short = np.diff(bounds) == 0  # too few words for a shingle: like no other document
-    rows[short] = np.arange(short.sum() * PERMUTATIONS, dtype=np.uint32).reshape(-1, PERMUTATIONS)
-    return rows
+    ends = np.searchsorted(words.documents[first], np.arange(len(texts)), side="right")
+    bounds = np.unique(np.append(0, ends))  # a document without a shingle ends where the one before does
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, bounds.astype(np.uint64), PERMUTATIONS, 42)
+    return np.array(matrix.to_rows(), dtype=np.uint32).reshape(-1, PERMUTATIONS)
 
 
 def _near_duplicates(signatures: NDArray[np.uint32]) -> int:
@@ -327,8 +352,8 @@ def inspect(
     """
     held = held_out(tokens_folder)
     copies, sizes = submit(duplicates, files), submit(lengths, tokens_folder)
-    wanted = [submit(contamination, [file], items, held.names) for file in files]
-    overlaps = [submit(contamination, [file], held.items, held.names) for file in files]
+    wanted = [submit(contamination, [file], items, held.rows) for file in files]
+    overlaps = [submit(contamination, [file], held.items, held.rows) for file in files]
     results = []
     for running in (*wanted, *overlaps, copies, sizes):
         results.append(running.result())

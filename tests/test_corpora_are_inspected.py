@@ -98,6 +98,19 @@ def test_copies_are_counted_exact_and_near(tmp_path):
     assert inspection.duplicates(files, most=30).near == 0
 
 
+def test_short_documents_of_several_batches_are_no_near_duplicates(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "BATCH_TEXT", 5_000)
+    choose = random.Random(1)
+    words = [f"word{n}" for n in range(5000)]
+    documents = []
+    for n in range(6):
+        documents += [f"short number {n}", *(" ".join(choose.choices(words, k=300)) for _ in range(5))]
+    files = write(tmp_path, [*documents, documents[1]], files=1)
+    assert len(list(inspection._batches(files))) > 3
+    found = inspection.duplicates(files)
+    assert (found.compared, found.exact, found.near) == (37, 1, 1)
+
+
 def test_half_the_same_text_is_no_near_duplicate(tmp_path):
     choose = random.Random(2)
     words = [f"word{n}" for n in range(5000)]
@@ -121,6 +134,48 @@ def test_validation_documents_are_looked_for_among_the_others(tmp_path):
     assert found.contaminated == ["doc 0 0"]
     assert found.examples[0].document == "doc 0 15"
     assert found.items + found.documents == 20
+
+
+QUESTION = ("item", "the quick brown fox jumps over the lazy dog and then it sleeps for many hours in the sun")
+
+
+def test_ids_that_repeat_in_each_file_hide_no_training_document(tmp_path):
+    choose = random.Random(3)
+    words = [f"word{n}" for n in range(5000)]
+    texts = [[" ".join(choose.choices(words, k=400)) for _ in range(20)] for _ in range(3)]
+    texts[2][1] = f"{QUESTION[1]} {texts[2][1]}"  # its id is that of a held-out document
+    files = [str(tmp_path / f"{n:03d}.parquet") for n in range(3)]
+    for file, part in zip(files, texts, strict=True):
+        pq.write_table(pa.table({"text": part, "id": list(range(20))}), file)
+    out = str(tmp_path / "out")
+    tokenization.tokenize(files, out, "c", 4_000, str(tmp_path / "work"), 1, lambda *_: None)
+    found = inspection.inspect(files, out, [QUESTION])
+    assert found.contamination.contaminated == ["item"] and found.contamination.examples[0].document == "1"
+    assert found.validation.contaminated == []
+    assert found.contamination.documents == found.validation.documents == 60 - found.validation.items
+
+
+def test_held_out_documents_of_one_id_are_counted_each(tmp_path):
+    choose = random.Random(3)
+    words = [f"word{n}" for n in range(5000)]
+    documents = [" ".join(choose.choices(words, k=400)) for _ in range(20)]
+    files = [str(tmp_path / f"{n:03d}.parquet") for n in range(2)]
+    pq.write_table(pa.table({"text": documents[:2], "id": ["a", "b"]}), files[0])
+    pq.write_table(pa.table({"text": [*documents[2:], *documents[:3]], "id": [*"ab"] * 10 + ["c"]}), files[1])
+    out = str(tmp_path / "out")
+    tokenization.tokenize(files, out, "c", 4_000, str(tmp_path / "work"), 1, lambda *_: None)
+    found = inspection.inspect(files, out, [QUESTION]).validation
+    assert found.contaminated == [f"{files[0]} row 0", f"{files[0]} row 1", f"{files[1]} row 0"]
+
+
+def test_a_held_out_document_that_stands_again_under_its_id_is_found(tmp_path):
+    choose = random.Random(3)
+    words = [f"word{n}" for n in range(5000)]
+    documents = [" ".join(choose.choices(words, k=400)) for _ in range(20)]
+    file, out = str(tmp_path / "0.parquet"), str(tmp_path / "out")
+    pq.write_table(pa.table({"text": [*documents, documents[0]], "id": [*map(str, range(20)), "0"]}), file)
+    tokenization.tokenize([file], out, "c", 4_000, str(tmp_path / "work"), 1, lambda *_: None)
+    assert inspection.validation_overlap([file], out).contaminated == ["0"]
 
 
 def test_lengths_count_each_document_once(tmp_path):
