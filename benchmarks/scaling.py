@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.check_training import children, make_tokens, reached, wait_until
 from storage.shards import shard_name, write_shard
 from training.config import override, to_dict
-from training.launch import gpu_count
+from training.launch import gpu_count, gpu_ids
 from training.recipes import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +55,10 @@ TINY = (Case("demo", 1, 2, context=256),)
 
 def alone(case: Case, place: Path) -> list[dict[str, Any]]:
     """One rank on each GPU, all at once -> a result for each GPU; without a GPU one rank."""
-    processes = [start_bench(case, 1, place / f"{gpu}.json", gpu) for gpu in range(max(1, gpu_count()))]
+    gpus: Sequence[str | None] = gpu_ids() or [None]
+    processes = [start_bench(case, 1, place / f"{number}.json", gpu) for number, gpu in enumerate(gpus)]
     assert not any([process.wait() for process in processes])
-    return [json.loads((place / f"{gpu}.json").read_text()) for gpu in range(len(processes))]
+    return [json.loads((place / f"{number}.json").read_text()) for number in range(len(gpus))]
 
 
 def together(case: Case, ranks: int, place: Path) -> dict[str, Any]:
@@ -65,11 +66,11 @@ def together(case: Case, ranks: int, place: Path) -> dict[str, Any]:
     return json.loads((place / "all.json").read_text())  # type: ignore[no-any-return]
 
 
-def start_bench(case: Case, ranks: int, file: Path, gpu: int | None = None) -> subprocess.Popen[bytes]:
+def start_bench(case: Case, ranks: int, file: Path, gpu: str | None = None) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "training.launch", f"--gpus={ranks}", "training.bench", case.model]
     line += [f"--micro-batch={case.micro_batch}", f"--batch-tokens={case.batch_tokens(ranks)}"]
     line += [f"--steps={2 if case in TINY else 6}", "--profile", f"--json={file}"]
-    only = {} if gpu is None or not gpu_count() else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    only = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     return subprocess.Popen(line, cwd=ROOT, env=os.environ | only)
 
 

@@ -16,17 +16,16 @@ change of the code give other names. A run that fails is a line of the table and
 """
 
 import argparse
+import asyncio
 import hashlib
 import json
 import os
-import queue
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from typing import Any
 from benchmarks.token_corpora import Corpora, prepare
 from storage.records import code_state
 from training.config import MachineConfig, RunConfig, override, to_dict
-from training.launch import gpu_count, gpu_names
+from training.launch import gpu_ids, gpu_names
 from training.model_config import model_from_descriptor
 from training.recipes import recipe, speedrun
 
@@ -99,22 +98,35 @@ def seeds(options: argparse.Namespace) -> range:
     return range(options.first_seed, options.first_seed + options.seeds)
 
 
-def train(job: Job, run: Path, gpu: int | None) -> dict[str, Any]:
+async def train(job: Job, run: Path, gpu: str | None) -> dict[str, Any]:
     """Train the run of a folder, unless it is there whole -> its figures, or what ended it."""
     if not whole(run, job.config.train.steps):
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True)
         (run / "config.json").write_text(json.dumps(to_dict(job.config)))
-        command = [sys.executable, "-m", "training.train", str(run), "--tokens", job.corpora.folder]
-        environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
         started = time.perf_counter()
-        with open(run / "output.log", "w") as log:
-            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        status = await trained(run, job.corpora.folder, gpu)
         (run / "wall.json").write_text(json.dumps(time.perf_counter() - started))
-        if done.returncode:
+        if status:
             last = (run / "output.log").read_text().splitlines()[-1:]
-            return {"failed": f"exit status {done.returncode}: {' '.join(last)}"[:300]}
+            return {"failed": f"exit status {status}: {' '.join(last)}"[:300]}
     return figures(run, job.config)
+
+
+async def trained(run: Path, tokens: str, gpu: str | None) -> int:
+    """The trainer's exit status. It ends with the task that waits for it, without a checkpoint."""
+    command = [sys.executable, "-m", "training.train", str(run), "--tokens", tokens]
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    with open(run / "output.log", "w") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def whole(run: Path, steps: int) -> bool:
@@ -163,7 +175,7 @@ def passed(result: dict[str, Any], target: float) -> tuple[int, float] | None:
 
 
 def table(results: Iterable[dict[str, Any]], target: float) -> str:
-    """A line a variant: means over its seeds with their standard errors."""
+    """A line a variant: means over its seeds with their standard errors; to the target, over those that came there."""
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_variant.setdefault(result["variant"], []).append(result)
@@ -172,11 +184,12 @@ def table(results: Iterable[dict[str, Any]], target: float) -> str:
     for name, all_of_it in by_variant.items():
         made = [result for result in all_of_it if "failed" not in result]
         there = [at for result in made if (at := passed(result, target))]
+        some = f" ({len(there)} of {len(made)})" if 0 < len(there) < len(made) else ""
         lines.append(
             _line(
                 (name, f"{len(made)}" + (f" of {len(all_of_it)}" if len(made) < len(all_of_it) else ""))
                 + (mean([r["final_loss"] for r in made], ".4f"), mean([r["seconds"] for r in made], ".1f"))
-                + (mean([step for step, _ in there], ".0f"), mean([seconds for _, seconds in there], ".1f"))
+                + (mean([step for step, _ in there], ".0f") + some, mean([s for _, s in there], ".1f") + some)
                 + (mean([r["tokens_per_second"] for r in made], ",.0f"), mean([r["peak_gib"] for r in made], ".1f"))
             )
         )
@@ -196,38 +209,46 @@ def mean(values: Sequence[float], form: str) -> str:
     return f"{statistics.mean(values):{form}}{error}"
 
 
-def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Train what is missing of `found`, several at once, and write it down after each."""
-    gpus = gpu_count()
-    places: queue.Queue[int | None] = queue.Queue()
-    at_once = options.at_once or max(1, gpus)
-    for place in range(at_once):
-        places.put(place % gpus if gpus else None)
+async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Train what is missing of `found`, several at once, and write it down after each; an error ends them all."""
+    gpus: Sequence[str | None] = gpu_ids() or [None]
+    places: asyncio.Queue[str | None] = asyncio.Queue()
+    for place in range(options.at_once or len(gpus)):
+        places.put_nowait(gpus[place % len(gpus)])
 
-    def one(job: Job) -> tuple[Job, dict[str, Any]]:
-        gpu = places.get()
+    async def one(job: Job) -> tuple[Job, dict[str, Any]]:
+        gpu = await places.get()
         try:
-            return job, train(job, options.runs.absolute() / job.name, gpu)
+            return job, await train(job, options.runs.absolute() / job.name, gpu)
         finally:
-            places.put(gpu)
+            places.put_nowait(gpu)
             if not options.keep:
                 shutil.rmtree(options.runs / job.name / "checkpoints", ignore_errors=True)
 
-    missing = [job for job in jobs if "failed" in found.get(job.name, {"failed": "not made yet"})]
-    with ThreadPoolExecutor(at_once) as pool:
-        for future in as_completed([pool.submit(one, job) for job in missing]):
-            job, result = future.result()
+    tasks = [
+        asyncio.create_task(one(job)) for job in jobs if "failed" in found.get(job.name, {"failed": "not made yet"})
+    ]
+    try:
+        for done in asyncio.as_completed(tasks):
+            job, result = await done
             described = {"variant": job.variant, "seed": job.seed, "config": to_dict(job.config)}
             made = {"corpora": job.corpora.named(), "commit": code_state()[0], "cards": sorted({*gpu_names()})}
             found[job.name] = described | made | result
             options.json.write_text(json.dumps(found, indent=1) + "\n")
             print(table([found[job.name]], options.target).splitlines()[2], flush=True)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def main() -> int:
     options = arguments()
     try:
-        corpora = prepare(options.corpus, options.val or options.corpus, options.split, options.runs)
+        if options.json.is_dir():
+            raise ValueError(f"--json {options.json} is a folder: name a file")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        corpora = prepare(options.corpus, options.val, options.split, options.runs)
         variants = options.variant or [options.recipe.replace(":", "-")]
         jobs = [job for text in variants for job in variant_jobs(text, options, corpora)]
     except ValueError as error:
@@ -236,7 +257,11 @@ def main() -> int:
     print(f"training shards {corpora.train[:12]} ({corpora.train_tokens:,} tokens), ", end="")
     print(f"validation {corpora.val[:12]} ({corpora.val_tokens:,})", flush=True)
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
-    run_all(jobs, options, found)
+    try:
+        asyncio.run(run_all(jobs, options, found))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"ended by Ctrl-C: {options.json} has the runs that were whole by then\n")
+        return 130
     results = [found[job.name] for job in jobs]
     print(table(results, options.target))
     return int(any("failed" in result for result in results))

@@ -37,20 +37,23 @@ def prepare(corpus: str, val: str, held_out: int, runs: Path) -> Corpora:
     """Bring a training and a validation corpus together in a folder below `runs`, made once.
 
     Each is a shard, a folder of shards (of which one takes the training, the other the validation shards), a parquet
-    file or a folder of them, read in the order of their names, EOT before each document. `held_out` > 0: there is no
-    `val`; the last so many training tokens are cut off and validated on.
+    file or a folder of them, read in the order of their names, EOT before each document. Without `val` the validation
+    shards are the corpus's own; but where `held_out` > 0, the last so many training tokens, which are cut off.
     Raises ValueError where a corpus is missing or too small.
     """
+    if not val and not held_out and not (os.path.isdir(corpus) and shard_paths(corpus, "val")):
+        raise ValueError(f"{corpus} has no validation shards (*_val_*.bin) of its own: give --val or --split")
     runs.mkdir(parents=True, exist_ok=True)
     train = shards_of(corpus, "train", runs)
-    validation = [] if held_out else shards_of(val, "val", runs)
+    validation = [] if held_out else shards_of(val or corpus, "val", runs)
     rest = f"less-{held_out}" if held_out else fingerprint(validation)[:12]
     folder = runs / f"tokens-{fingerprint(train)[:12]}-{rest}"
-    if not folder.exists():
+    if not folder.exists() or not all(path.exists() for path in folder.iterdir()):  # what it links to has moved
         partial = Path(f"{folder}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _fill(partial, train, validation, held_out)
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     there = {split: shard_paths(str(folder), split) for split in ("train", "val")}
     counts = [sum(len(open_shard(path)) for path in paths) for paths in there.values()]
@@ -93,6 +96,8 @@ def encode(files: Sequence[str], enough: float = math.inf) -> np.ndarray:
         parts.append(encoder.encode(texts)[0])
         if (count := count + len(parts[-1])) >= enough:
             break
+    if not parts:
+        raise ValueError(f"there are no documents in {', '.join(files)}")
     return np.concatenate(parts)
 
 

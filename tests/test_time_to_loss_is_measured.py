@@ -1,6 +1,7 @@
 """The time-to-loss benchmark: what it counts, what it trains on, and that no run is made twice."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks import time_to_loss
 from benchmarks.token_corpora import prepare
 from storage.shards import open_shard, shard_paths
 from storage.tokenizer import EOT, encode
+from training import launch
 
 
 def result(variant: str = "base", seed: int = 1, **changes: Any) -> dict[str, Any]:
@@ -39,6 +41,12 @@ def test_the_table_has_means_with_standard_errors_and_names_failures() -> None:
     lines = time_to_loss.table(results, 4.789).splitlines()
     assert "| base | 2 | 4.6000 ± 0.1000 | 15.0 ± 0.0 | 50 ± 0 | 10.0 ± 0.0 | 600,000 ± 0 | 12.5 ± 0.0 |" in lines
     assert "| high | 0 of 1 | - | - | - | - | - | - |" in lines and "  high, seed 1: exit status 1" in lines
+
+
+def test_the_table_says_how_many_seeds_came_to_the_target() -> None:
+    missed = [result(seed=seed, losses={"0": 10.9, "75": 5.1}) for seed in (2, 3)]
+    line = time_to_loss.table([result(), *missed], 4.789).splitlines()[-1]
+    assert "| 50 (1 of 3) | 10.0 (1 of 3) |" in line
 
 
 def test_the_speed_recipes_rates_follow_from_the_batch_and_a_setting_comes_last() -> None:
@@ -79,19 +87,44 @@ def test_a_split_cuts_the_last_training_tokens_off_and_content_names_corpora(tmp
         prepare(shards, "", 400, tmp_path / "c")
 
 
+def test_training_tokens_are_never_the_validation_set_unasked(tmp_path: Path) -> None:
+    shards = tiny_run.tokens(tmp_path / "tokens")
+    assert prepare(shards, "", 0, tmp_path / "a").named() == prepare(shards, shards, 0, tmp_path / "b").named()
+    (tmp_path / "texts").mkdir()
+    pq.write_table(pa.table({"text": ["One text."]}), tmp_path / "texts/a.parquet")
+    for corpus in (shard_paths(shards, "train")[0], str(tmp_path / "texts/a.parquet"), str(tmp_path / "texts")):
+        with pytest.raises(ValueError, match="give --val or --split"):
+            prepare(corpus, "", 0, tmp_path / "c")
+
+
+def test_shards_that_were_moved_are_linked_anew(tmp_path: Path) -> None:
+    before = prepare(tiny_run.tokens(tmp_path / "old"), "", 0, tmp_path / "runs")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert prepare(str(tmp_path / "new"), "", 0, tmp_path / "runs") == before
+
+
+def test_a_part_of_a_users_gpus_stays_that_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5,")
+    assert (launch.gpu_ids(), launch.gpu_count()) == (["2", "GPU-5"], 2)
+
+
+def benchmark(place: Path, *words: str) -> list[str]:
+    """The command, of runs that take a second each."""
+    small = ["--steps=4", "--batch-tokens=1024", "--micro-batch=16", "--val-every=2", "--val-tokens=512", "--target=9"]
+    small += ["--recipe=modern:d1c128", "--set", "context=64", "train.dtype=fp32", "vocab=256"]
+    shards = tiny_run.tokens(place / "tokens", size=2_000)
+    command = [sys.executable, "-m", "benchmarks.time_to_loss", "--corpus", shards, *small, *words]
+    return [*command, "--runs", str(place / "runs"), "--json", str(place / "results/found.json")]
+
+
 @pytest.mark.slow
 def test_variants_are_trained_once_and_written_down(tmp_path: Path) -> None:
-    shards = tiny_run.tokens(tmp_path / "tokens", size=2_000)
-    words = ["--corpus", shards, "--steps=4", "--batch-tokens=1024", "--micro-batch=16", "--val-every=2"]
-    words += ["--val-tokens=512", "--set", "context=64", "train.dtype=fp32", "vocab=256", "--target=9", "--at-once=2"]
-    words += ["--recipe=modern:d1c128", "--variant=base", "--variant=slower:lr=1e-3"]
-    command = [sys.executable, "-m", "benchmarks.time_to_loss", *words]
-    command += ["--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
+    command = benchmark(tmp_path, "--at-once=2", "--variant=base", "--variant=slower:lr=1e-3")
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, env=tiny_run.environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr + done.stdout
         assert "| slower | 1 | " in done.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "results/found.json").read_text())
     assert {r["variant"]: list(r["losses"]) for r in found.values()} == {
         "base": ["0", "2", "4"],
         "slower": ["0", "2", "4"],
@@ -99,3 +132,20 @@ def test_variants_are_trained_once_and_written_down(tmp_path: Path) -> None:
     assert len({r["corpora"]["train"] for r in found.values()}) == 1
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
     assert len(done.stdout.splitlines()) == 5  # the second call trained nothing: corpora, head and two lines
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_running_training_and_keeps_what_was_whole(tmp_path: Path) -> None:
+    command = benchmark(tmp_path, "--at-once=1", "--seeds=3")
+    process = subprocess.Popen(command, cwd=ROOT, env=tiny_run.environment(), stderr=subprocess.PIPE, text=True)
+    results, logs = tmp_path / "results/found.json", tmp_path / "runs"
+    try:
+        tiny_run.wait_for(lambda: results.exists() and len([*logs.glob("*/output.log")]) == 2)
+        (training,) = tiny_run.children(process.pid)
+        process.send_signal(signal.SIGINT)  # as a terminal sends it, but to this process alone
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "ended by Ctrl-C" in said
+    assert len(json.loads(results.read_text())) == 1 and len([*logs.glob("*/output.log")]) == 2
+    assert not Path(f"/proc/{training}").exists()

@@ -69,14 +69,19 @@ def is_restart() -> bool:
 
 
 def gpu_count() -> int:
-    """GPUs of this machine, asked of its driver; 0 without one."""
+    """GPUs that this process may take; 0 without one."""
+    return len(gpu_ids())
+
+
+def gpu_ids() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each of these GPUs: as it names them, or else by the number of the driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([d for d in visible.split(",") if d not in ("", "-1")])
+        return [d for d in visible.split(",") if d not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(n) for n in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
 def gpu_names() -> list[str]:
