@@ -172,7 +172,8 @@ def fetch_file(
     check: Callable[[Entry, str], None] = lambda entry, part: None,
 ) -> None:
     """Make `local` the whole, checked file; what an earlier process has begun is gone on with."""
-    if os.path.exists(local) and os.path.getsize(local) == entry.bytes:
+    there = os.path.exists(local) and os.path.getsize(local) == entry.bytes
+    if there and entry.sha256 in ("", _sha256(Path(local))):
         progress(entry.bytes)
         return
     part = Path(f"{local}.part")

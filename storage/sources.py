@@ -9,17 +9,20 @@ import difflib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from storage import embedded, hub, objects, parquet, shards
 from storage.library_source import LibrarySource
 from storage.records import File, describe_file
+
+log = logging.getLogger(__name__)
 
 HASHED_AT_ONCE = 8  # files: on S3 one connection is slower than a disk
 
@@ -198,6 +201,7 @@ class Hub:
     entries: tuple[hub.Entry, ...]
     name: str
     identity: dict[str, Any]
+    checked: set[str] = field(default_factory=set, compare=False)  # files that `fetch` has seen to be the hub's
 
     @classmethod
     def at(cls, place: HubPlace) -> "Hub":
@@ -225,8 +229,8 @@ class Hub:
         return {"url": f"{hub.endpoint()}/datasets/{self.place.repo}", "revision": self.commit}
 
     def fetch(self, out: str, progress: Progress, scratch: str = "") -> list[File]:
-        there = {s.path: s.bytes for s in objects.list_files(out)}
-        missing = [e for e in self.entries if there.get(objects.name_of(e.path)) != e.bytes]
+        self._check_those_there(out)
+        missing = [e for e in self.entries if objects.name_of(e.path) not in self.checked]
         total = sum(e.bytes for e in self.entries)
         here = total - sum(e.bytes for e in missing)
         elsewhere = scratch or os.path.join(tempfile.gettempdir(), "gpt2-downloads")
@@ -236,11 +240,26 @@ class Hub:
             if folder != out:
                 objects.publish_file(local, objects.join(out, objects.name_of(entry.path)))
                 os.unlink(local)
+            self.checked.add(objects.name_of(entry.path))
 
         hub.fetch(
             self.place.repo, self.commit, missing, folder, lambda n: progress(here + n, total), keep, check_fetched
         )
         return [self._describe(out, entry) for entry in self.entries]
+
+    def _check_those_there(self, out: str) -> None:
+        """Files of the hub's size are taken for the hub's once they are hashed; one of other content is removed."""
+        self.checked.clear()
+        there = {s.path: s.bytes for s in objects.list_files(out)}
+        kept = [e for e in self.entries if there.get(objects.name_of(e.path)) == e.bytes]
+        urls = [objects.join(out, objects.name_of(e.path)) for e in kept]
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            for entry, url, digest in zip(kept, urls, pool.map(objects.sha256, urls), strict=True):
+                if entry.sha256 in ("", digest):
+                    self.checked.add(objects.name_of(url))
+                else:
+                    log.warning("%s has other content than on the hub: fetching it anew", url)
+                    objects.remove(url)
 
     def text_bytes(self, enough: int) -> int:
         """Bytes of text in all files, by their ends alone, before they are fetched; counting stops at `enough`.
@@ -265,10 +284,9 @@ class Hub:
         return sum(parquet.group_text_bytes(parquet.read_metadata(local)))
 
     def whole(self, out: str) -> list[str]:
-        """The files in `out`, in corpus order, up to the first that is not there yet."""
-        there = {s.path: s.bytes for s in objects.list_files(out)}
-        names = [objects.name_of(e.path) if there.get(objects.name_of(e.path)) == e.bytes else "" for e in self.entries]
-        return [objects.join(out, name) for name in itertools.takewhile(bool, names)]
+        """The files that `fetch` has brought to `out` so far, in corpus order, up to the first that is missing."""
+        names = (objects.name_of(e.path) for e in self.entries)
+        return [objects.join(out, name) for name in itertools.takewhile(self.checked.__contains__, names)]
 
     def _describe(self, out: str, entry: hub.Entry) -> File:
         name = objects.name_of(entry.path)

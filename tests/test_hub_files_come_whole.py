@@ -147,6 +147,19 @@ def test_whole_files_are_not_asked_for_again(local, tmp_path):
     assert ranges(local) == []
 
 
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_a_file_that_was_damaged_since_is_fetched_again(local, tmp_path, where, request):
+    out = f"{request.getfixturevalue('s3_store')}/documents" if where == "s3" else str(tmp_path / "documents")
+    scratch = str(tmp_path / "scratch")
+    fetch("fineweb-edu-10B:2", out, scratch=scratch)
+    data = FILES["sample/10BT/001_00000.parquet"]
+    objects.publish_bytes(f"{out}/001_00000.parquet", data[:500] + bytes([data[500] ^ 1]) + data[501:])
+    local.requests.clear()
+    files = fetch("fineweb-edu-10B:2", out, scratch=scratch)
+    assert ranges(local) == [""]
+    assert [objects.sha256(f"{out}/{f.path}") for f in files] == [f.sha256 for f in files]
+
+
 def test_a_moved_revision_with_the_same_files_is_the_same_corpus(local, tmp_path):
     before = sources.resolve("fineweb-edu-10B")
     local.publish(REPO, "beef", {**FILES, "README.md": b"new words"})

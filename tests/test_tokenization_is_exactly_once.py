@@ -71,6 +71,10 @@ def digests(out) -> dict[str, str]:
     return {s.path: objects.sha256(f"{out}/{s.path}") for s in objects.list_files(str(out)) if s.path.startswith("c_")}
 
 
+def digests_of(made: tokenization.Tokenized) -> dict[str, str]:
+    return {f.path: f.sha256 for f in made.files}
+
+
 def stream(out) -> list[int]:
     paths = [*shards.shard_paths(str(out), "val"), *shards.shard_paths(str(out), "train")]
     return np.concatenate([shards.open_shard(p) for p in paths]).tolist()
@@ -93,7 +97,7 @@ def test_shards_are_the_documents_in_order_with_eot_before_each(corpus, tmp_path
 
 def test_the_described_files_are_what_lies_there(corpus, tmp_path):
     made = run(corpus[0], tmp_path)
-    assert {f.path: f.sha256 for f in made.files} == digests(tmp_path / "out")
+    assert digests_of(made) == digests(tmp_path / "out")
     for file in made.files:
         stat = objects.stat(str(tmp_path / "out" / file.path))
         assert (stat.bytes, stat.modified) == (file.bytes, file.modified)
@@ -140,6 +144,19 @@ def test_a_removed_shard_is_made_again(corpus, tmp_path):
     (tmp_path / "out" / "c_train_000003.bin").unlink()
     run(corpus[0], tmp_path)
     assert digests(tmp_path / "out") == before
+
+
+def damage(shard: Path) -> None:
+    """Change one bit of it, and not its size."""
+    content = bytearray(shard.read_bytes())
+    content[3000] ^= 1
+    shard.write_bytes(content)
+
+
+def test_a_damaged_shard_is_made_again(corpus, tmp_path):
+    before = digests_of(run(corpus[0], tmp_path))
+    damage(tmp_path / "out" / "c_train_000003.bin")
+    assert digests_of(run(corpus[0], tmp_path)) == digests(tmp_path / "out") == before
 
 
 def test_lost_scratch_space_costs_time_but_no_byte(corpus, tmp_path):
@@ -220,7 +237,9 @@ def test_killed_before_it_said_that_all_is_complete(corpus, tmp_path, monkeypatc
         patch.setattr(tokenization._Job, "_complete", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         run(corpus[0], tmp_path)
     assert not (tmp_path / "out" / "complete.json").exists()
-    run(corpus[0], tmp_path)
+    before = digests(tmp_path / "out")
+    damage(tmp_path / "out" / "c_train_000003.bin")
+    assert digests_of(run(corpus[0], tmp_path)) == digests(tmp_path / "out") == before
     assert (tmp_path / "out" / "complete.json").exists()
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["lock"]
 
@@ -252,7 +271,7 @@ def test_a_corpus_that_grows_ends_as_one_that_was_there(corpus, tmp_path):
     assert not (tmp_path / "out" / "complete.json").exists()
     assert {shards.read_header(p) for p in shards.shard_paths(str(tmp_path / "out"), "train")} == {SHARD_TOKENS}
     made = run(files, tmp_path)
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole" / "out") == {f.path: f.sha256 for f in made.files}
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole" / "out") == digests_of(made)
     assert first.stat().st_mtime_ns == written
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from storage import objects
-from storage.records import File
+from storage.records import File, is_unchanged
 from training.claims import Claims
 from training.cuts import Cut, cut_shard, document_at, record_name
 from training.pieces import KINDS, Encoded, Piece, encode_piece, plan_pieces, read_encoded
@@ -286,12 +286,10 @@ class _Job:
         if time.monotonic() - self.looked < POLL:
             return
         self.looked = time.monotonic()
-        there = {s.path: s.bytes for s in objects.list_files(self.out)}
+        there = {s.path: s for s in objects.list_files(self.out)}
         if COMPLETE in there:
             complete = objects.read_json(objects.join(self.out, COMPLETE))
-            there = {
-                s.path: s.bytes for s in objects.list_files(self.out)
-            }  # again: that one may be from before its end
+            there = {s.path: s for s in objects.list_files(self.out)}  # again: that one may be from before its end
             self.encoded = {i: Encoded(*counts) for i, counts in enumerate(complete["pieces"])}
             shards = enumerate(complete["shards"])
             self._keep_whole({i: [File(**f) for f in files] for i, files in shards}, there)
@@ -313,10 +311,16 @@ class _Job:
     def _read_cut(self, index: int) -> list[File]:
         return [File(**f) for f in objects.read_json(objects.join(self.place, record_name(index)))]
 
-    def _keep_whole(self, shards: dict[int, list[File]], there: dict[str, int]) -> None:
-        """Count as finished the shards whose files all lie there as they were left."""
-        whole = {i: files for i, files in shards.items() if all(there.get(f.path) == f.bytes for f in files)}
-        self.cut |= whole
+    def _keep_whole(self, shards: dict[int, list[File]], there: dict[str, objects.Stat]) -> None:
+        """Count as finished the shards whose files all lie there as they were left; what was changed is removed."""
+        for index, files in shards.items():
+            found = [f for f in files if f.path in there]
+            changed = [f for f in found if not is_unchanged(objects.join(self.out, f.path), f, there[f.path])]
+            for f in changed:
+                log.warning("%s is not as it was left: making it anew", objects.join(self.out, f.path))
+                objects.remove(objects.join(self.out, f.path))
+            if found == files and not changed:
+                self.cut[index] = files
 
     def _forget_lost_pieces(self) -> None:
         """Pieces of finished shards are removed: where a shard was removed since, encode its pieces again."""
