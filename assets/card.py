@@ -88,10 +88,19 @@ def _summary(config: RunConfig, export: Record) -> str:
     return (
         f"A {kind} of {model.parameters:,} parameters ({model.layers} layers, {model.channels} channels, "
         f"{model.heads} heads, context {model.context}), trained on {config.tokens:,} tokens and exported in "
-        f"{export.config['dtype']}. "
-        f"Stock transformers gives its checkpoint's logits within {export.metrics['max_difference']:.1e} on "
-        f"{export.metrics['tokens']:,} held-out tokens.\n"
+        f"{export.config['dtype']}. {_logits(export)}\n"
     )
+
+
+def _logits(export: Record) -> str:
+    """How near stock transformers comes to the checkpoint, and what of that is rounding."""
+    dtype, found, on = export.config["dtype"], export.metrics, f"on {export.metrics['tokens']:,} held-out tokens."
+    if dtype == "fp32":
+        return f"Stock transformers gives its checkpoint's logits within {found['max_difference']:.1e} {on}"
+    rounded = f"the logits of its checkpoint rounded to {dtype} within {found['max_difference']:.1e}"
+    exact = found.get("checkpoint_difference")  # which older records lack
+    itself = "" if exact is None else f", and those of the checkpoint itself within {exact:.1e},"
+    return f"Stock transformers gives {rounded}{itself} {on}"
 
 
 def _usage() -> str:

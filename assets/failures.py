@@ -7,6 +7,10 @@ class ProcessFailed(RuntimeError):
     """It ended with another status than 0; the message holds the end of its output."""
 
 
+class CheckFailed(RuntimeError):
+    """What was made did not pass a check that blocks what follows; it has no record."""
+
+
 class Refused(ValueError):
     """It refused its input; the message is its own."""
 

@@ -288,8 +288,8 @@ class Maker:
         reused = record is found
         if not reused:
             record = replace(record, checks={check.name: seen for check, seen in zip(checks, looked, strict=True)})
-        blocked = any(check.blocking and not seen["passed"] for check, seen in zip(checks, looked, strict=True))
-        if not reused and not blocked:
+        failed = [(c.name, s) for c, s in zip(checks, looked, strict=True) if c.blocking and not s["passed"]]
+        if not reused and not failed:
             self._remember(record)
         made = Made(
             record,
@@ -298,7 +298,11 @@ class Maker:
             seconds=time.monotonic() - began,
             location=records.output_url(self.places.store, output.key),
         )
-        self.listener.finished(output.asset, made)
+        if failed:
+            said = "; ".join(f"{name} failed: {_numbers(seen)}" for name, seen in failed)
+            self.listener.progressed(output.asset, {"event": "failed", "message": said})
+        else:
+            self.listener.finished(output.asset, made)
         return made, [check.result(output.asset, seen) for check, seen in zip(checks, looked, strict=True)]
 
     def _produce(self, output: Output, produce: Callable[[Callable[[Event], None]], Produced]) -> Record:
@@ -410,6 +414,10 @@ def _cost(seconds: float, gpus: int, price: float) -> dict[str, float | None]:
     """Dollars are those of GPUs whose price is told; what is not known is None, never 0."""
     gpu_hours = seconds / 3600 * gpus
     return {"seconds": round(seconds, 3), "gpu_hours": gpu_hours, "dollars": gpu_hours * price or None, "joules": None}
+
+
+def _numbers(seen: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in seen.items() if name != "passed")
 
 
 def image(name: str, png: bytes) -> dg.MarkdownMetadataValue:

@@ -8,8 +8,9 @@ from types import FrameType
 from typing import Any
 
 import dagster as dg
+from dagster._core.errors import DagsterAssetCheckFailedError
 
-from assets.failures import STOPPED, Interrupted
+from assets.failures import STOPPED, CheckFailed, Interrupted
 from pipeline import definitions, instance
 from pipeline.terminal import Terminal
 from storage.lineage import Lineage
@@ -64,6 +65,8 @@ def _execute(
             )
         except dg.DagsterExecutionInterruptedError as interrupted:  # Dagster's name for it, within a step
             raise Interrupted(STOPPED) from interrupted
+        except DagsterAssetCheckFailedError as failed:
+            raise CheckFailed(" ".join(str(failed).split())) from failed
         finally:
             terminal.close()
     # Once: the stages have added what they made. After a run that fails, the next command that asks does it.

@@ -151,7 +151,8 @@ def summary(record: Record) -> str:
             before, after = metrics["validation_loss_before"], metrics["validation_loss_after"]
             return f"{metrics['parameters']:,} parameters, validation loss {before:.3f} → {after:.3f}"
         case "hf_model":
-            return f"{metrics['parameters']:,} parameters, logits within {metrics['max_difference']:.1e}"
+            difference = metrics.get("checkpoint_difference", metrics["max_difference"])  # which older records lack
+            return f"{metrics['parameters']:,} parameters, logits within {difference:.1e}"
         case "samples":
             return f"{record.rows} texts of {metrics['tokens_each']} tokens"
         case "model":

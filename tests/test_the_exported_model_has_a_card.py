@@ -1,14 +1,27 @@
 """The export tells what it is from the records, goes to the hub with its scores, and to llm.c as a file."""
 
+import io
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pytest
 from local_model_hub import serve
-from tiny_pipeline import Finished, gpt2
+from rich.console import Console
+from tiny_pipeline import Finished, copied, gpt2
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from assets.card import card as card_of
+from assets.card import outputs_of, with_ancestors
+from assets.making import Maker
+from assets.model import hf_model
+from assets.resources import Launcher
+from pipeline.runs import silent_maker
+from pipeline.terminal import Terminal
 from storage import models, records
+from storage.places import places
 from training.weights import read_llmc
 
 
@@ -70,3 +83,58 @@ def test_a_run_is_exported_for_llm_c(finished: Finished, tmp_path: Path) -> None
     ours = GPT2LMHeadModel.from_pretrained(f"{finished.store}/runs/tiny/export").state_dict()["transformer.wpe.weight"]
     assert config.context == 64
     assert np.array_equal(weights["wpe.weight"].float().numpy(), ours.bfloat16().float().numpy())
+
+
+# the exporter, with a tolerance that nothing keeps to
+STRICT = """#!/bin/sh
+exec {python} -c "
+import sys
+from training import export
+export.TOLERANCE = -1.0
+sys.exit(export.main(sys.argv[3:]))
+" "$@"
+"""
+
+
+def test_an_export_with_other_logits_fails_its_check_and_is_no_output(finished: Finished, tmp_path: Path) -> None:
+    store = copied(finished.store, tmp_path)
+    Path(store, "runs/tiny/export/record.json").unlink()
+    strict = tmp_path / "strict"
+    strict.write_text(STRICT.format(python=sys.executable))
+    strict.chmod(0o755)
+    said = io.StringIO()
+    maker = Maker(places(store), Launcher(str(strict)), Terminal(Console(file=said, width=200)))
+
+    @dg.asset(deps=[hf_model], partitions_def=hf_model.partitions_def)
+    def follows() -> None: ...
+
+    with dg.DagsterInstance.ephemeral() as dagster:
+        dagster.add_dynamic_partitions("run", ["tiny"])
+        done = dg.materialize(
+            [hf_model, follows],
+            partition_key="tiny",
+            instance=dagster,
+            resources={"maker": dg.ResourceDefinition.hardcoded_resource(maker)},
+            raise_on_error=False,
+        )
+    (check,) = done.get_asset_check_evaluations()
+    assert not done.success and not done.asset_materializations_for_node("follows")
+    assert (check.check_name, check.passed, check.metadata["tolerance"].value) == ("logits_agree", False, -1.0)
+    assert 0 <= check.metadata["max_difference"].value < 1e-4
+    assert "✗ hf_model         logits_agree failed: max_difference " in said.getvalue() and "✓" not in said.getvalue()
+    assert records.read_record(store, "runs/tiny/export") is None
+
+
+def test_the_card_of_a_rounded_export_tells_what_the_rounding_does(finished: Finished) -> None:
+    maker = silent_maker(places(finished.store))
+    made = with_ancestors(maker, outputs_of(maker, "tiny"))
+    assert "Stock transformers gives its checkpoint's logits within " in card_of("tiny", maker.run_config("tiny"), made)
+    (export,) = (record for record in made if record.asset == "hf_model")
+    for exact, said in (
+        (1.1e-2, "rounded to bf16 within 2.0e-06, and those of the checkpoint itself within 1.1e-02, on 64 held-out"),
+        (None, "rounded to bf16 within 2.0e-06 on 64 held-out"),
+    ):
+        metrics = export.metrics | {"max_difference": 2e-6, "checkpoint_difference": exact}
+        rounded = replace(export, config={"dtype": "bf16"}, metrics=metrics)
+        text = card_of("tiny", maker.run_config("tiny"), [r for r in made if r.asset != "hf_model"] + [rounded])
+        assert said in text, text

@@ -1,6 +1,8 @@
 """Weights to and from Hugging Face folders and llm.c's files: bit for bit, and with transformers' logits."""
 
 import json
+import re
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import tiny_run
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from storage.shards import write_shard
+from storage.shards import open_shard, write_shard
 from training import export
 from training.gpt2 import GPT2
 from training.model_config import ModelConfig
@@ -36,9 +38,15 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_exported_folder_loads_in_stock_transformers_with_our_logits(
     model: GPT2, shard: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    assert export.export_folder(model, str(tmp_path), shard, dtype) == 0
+    assert export.export_folder(deepcopy(model), str(tmp_path), shard, dtype) == 0
     check = json.loads((tmp_path / export.CHECK).read_text())
     assert check["max_difference"] <= 1e-5
+    tokens = torch.from_numpy(open_shard(shard)[:16].astype(np.int64))[None]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        rounding = (whole(tokens).logits - model.logits(tokens)).abs().max().item()
+    assert check["checkpoint_difference"] == pytest.approx(rounding, rel=1e-3, abs=1e-6)
+    assert (check["checkpoint_difference"] > 1e-4) == (dtype == torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == dtype and theirs.config.n_positions == 16
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -54,6 +62,16 @@ def test_a_folder_with_other_logits_fails_the_check(model: GPT2, shard: str, tmp
     export.write_folder(other, str(tmp_path), torch.float32)
     result = export.check(model, str(tmp_path), shard, torch.float32)
     assert result["max_difference"] > result["tolerance"]
+
+
+def test_an_export_with_other_logits_says_by_how_much(
+    model: GPT2, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)  # which nothing keeps to
+    write_llmc(str(tmp_path / "given.bin"), model.state_dict(), SIZES)
+    out = str(tmp_path / "out")
+    assert export.main([str(tmp_path / "given.bin"), "--out", out, "--tokens", shard]) == 1
+    assert re.search(r"logits differ by \S+, above the tolerance of -1: ", caplog.text)
 
 
 def test_a_hugging_face_model_comes_in_and_goes_out_bit_for_bit(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from assets.failures import STOPPED, Interrupted, ProcessFailed
+from assets.failures import STOPPED, CheckFailed, Interrupted, ProcessFailed
 from pipeline.commands import lineage
 
 HELP = "Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all."
@@ -38,7 +38,7 @@ def main() -> None:
         build(*sys.argv[1:2])(prog_name="gpt2")
     except ValueError as error:
         sys.exit(_say(str(error), 2))
-    except (Interrupted, ProcessFailed) as error:
+    except (CheckFailed, Interrupted, ProcessFailed) as error:
         sys.exit(_say(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(_say(STOPPED, 1))
