@@ -14,6 +14,7 @@ Points = tuple[Sequence[float], Sequence[float]]  # x, y
 DPI = 200
 THUMBNAIL_DPI = 60
 JOINED_DOTS = 12  # validation points are joined from here on: fewer lines between far points would look measured
+DASHES = ((5, 3), (1, 2), (5, 2, 1, 2), (9, 3))  # of levels
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def loss(curves: Sequence[Curve], lines: Sequence[Line], wide: bool) -> Drawing:
                     axes.plot(*curve.dots, "-", color=dot, lw=0.9, alpha=0.55)
                 axes.plot(*curve.dots, "o", color=dot, ms=5, mec=theme.paper, mew=0.9, label=label, zorder=5)
         _fit_loss(axes, curves, lines)
-        _levels(axes, lines, theme, theme.series[max(2, len(curves)) :])
+        _levels(axes, lines, theme, len(curves))
         _tokens_axis(axes)
         axes.set_ylabel("cross-entropy loss (nats per token)")
         _title(axes, "Loss", theme)
@@ -131,7 +132,8 @@ def accuracy(curves: Sequence[Curve], lines: Sequence[Line]) -> Drawing:
         low, high = min(values), max(values) + 0.012
         legend = 0.06 * (len(curves) + len(lines) + 1) + 0.04  # its share of the height, left free of lines
         axes.set_ylim(low - legend / (1 - legend) * (high - low), high)
-        _levels(axes, [*lines, Line("chance", 0.25)], theme, [*theme.series[2 : 2 + len(lines)], theme.muted])
+        _levels(axes, lines, theme, len(curves))
+        _level(axes, Line("chance", 0.25), theme.muted, DASHES[0])
         _tokens_axis(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel("accuracy")
@@ -358,11 +360,18 @@ def _fit_loss(axes: Axes, curves: Sequence[Curve], lines: Sequence[Line]) -> Non
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
-def _levels(axes: Axes, lines: Sequence[Line], theme: Theme, colours: Sequence[str]) -> None:
-    """Dashed levels, named with their value in the legend."""
-    for line, colour in zip(lines, colours, strict=False):
-        name = f"{line.name}: {line.value:.2f}" if line.value >= 1 else f"{line.name}: {line.value:.1%}"
-        axes.axhline(line.value, color=colour, lw=1.4, ls=(0, (5, 3)), zorder=1, label=name)
+def _levels(axes: Axes, lines: Sequence[Line], theme: Theme, curves: int) -> None:
+    """Dashed levels in the colours that so many runs and their dots leave; of one colour, by their dashes."""
+    colours = theme.series[max(2, curves) :] or theme.series
+    for number, line in enumerate(lines):
+        turn, place = divmod(number, len(colours))
+        _level(axes, line, colours[place], DASHES[turn % len(DASHES)])
+
+
+def _level(axes: Axes, line: Line, colour: str, dashes: tuple[float, ...]) -> None:
+    """Named with its value in the legend."""
+    name = f"{line.name}: {line.value:.2f}" if line.value >= 1 else f"{line.name}: {line.value:.1%}"
+    axes.axhline(line.value, color=colour, lw=1.4, ls=(0, dashes), zorder=1, label=name)
 
 
 def _title(axes: Axes, text: str, theme: Theme) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from evals import report_plots
 from evals.report import (
     Baseline,
     ReportData,
@@ -23,7 +24,6 @@ from evals.report import (
     parse_main_log,
     score_bars,
 )
-from evals.report_plots import running_mean
 
 LOG = """s:0 tel:10.9
 s:0 trl:10.95 lr:1e-4 norm:3.1
@@ -150,6 +150,20 @@ def test_loss_lines_are_only_those_measured_on_as_many_tokens() -> None:
     assert [line.name for line in loss_lines(run(baselines=[same, other]))] == ["GPT-2"]
 
 
+@pytest.mark.parametrize("curves, levels", [(1, 5), (3, 2), (3, 7), (5, 3), (7, 6)])
+@pytest.mark.parametrize("pane", [report_plots.loss, report_plots.accuracy])
+def test_every_run_and_level_is_drawn_and_told_apart(pane: Any, curves: int, levels: int) -> None:
+    runs = [report_plots.Curve(f"run {n}", ([0, 1], [0.3, 0.3])) for n in range(curves)]
+    lines = [report_plots.Line(f"model {n}", 0.3) for n in range(levels)]
+    drawing = pane(runs, lines, True) if pane is report_plots.loss else pane(runs, lines)
+    drawn = {str(line.get_label()): line for line in drawing(report_plots.LIGHT).axes[0].get_lines()}
+    shown = [drawn[f"{line.name}: 30.0%"] for line in lines]
+    assert len({(line.get_color(), line._unscaled_dash_pattern) for line in shown}) == levels
+    if curves < 6:  # colours are left
+        own = {line.get_color() for name, line in drawn.items() if name.startswith("run ") or name == "training"}
+        assert not own & {line.get_color() for line in shown}
+
+
 def test_the_layers_extremes_are_drawn_where_they_were_looked_at(tmp_path: Path) -> None:
     looked = {"attention_logit_max": [3.0, 7.5], "activation_rms": [1.0, 2.0]}
     report = build(run(metrics=({"step": 0, **looked}, {"step": 1})), str(tmp_path))
@@ -195,7 +209,7 @@ def log_with(values: dict[int, float]) -> str:
 def test_the_running_mean_is_that_of_the_finite_values_around() -> None:
     values = np.random.default_rng(0).normal(size=100)
     values[[0, 40, 41, 99]] = math.nan, math.inf, -math.inf, math.nan
-    smoothed, known = running_mean(values.tolist()), np.where(np.isfinite(values), values, np.nan)
+    smoothed, known = report_plots.running_mean(values.tolist()), np.where(np.isfinite(values), values, np.nan)
     for place in range(1, 100):
         half = min(place, 2)
         assert smoothed[place] == pytest.approx(np.nanmean(known[place - half : place + half + 1])), place
