@@ -146,8 +146,10 @@ def _verdict(score: str, errors: float | None) -> Verdict:
     return "better" if (errors < 0) == lower else "worse"
 
 
-# published under another name than that of the score: llm.c's plots show its own protocol, normalised by tokens
-SAME_SCORE = {("hellaswag", "completion_acc_norm"): "plot_line"}
+# published under other names than that of the score: llm.c's plots show its own protocol, normalised by tokens, and
+# GPT-3's paper normalises by tokens, too, of prompts that it does not tell in full
+SAME_SCORE = {("hellaswag", "completion_acc_norm"): ("plot_line", "zero_shot")}
+OTHER_PROTOCOL = ("zero_shot",)
 
 
 def against_published(scores: Mapping[str, Mapping[str, Any]], model: str) -> list[Comparison]:
@@ -155,12 +157,18 @@ def against_published(scores: Mapping[str, Mapping[str, Any]], model: str) -> li
     rows = []
     for suite, page in scores.items():
         for score, ours in page["scores"].items():
-            for name in filter(None, (score, SAME_SCORE.get((suite, score)))):
+            for name in (score, *SAME_SCORE.get((suite, score), ())):
                 other = published(suite, name).get(model)
                 if other:
                     theirs = {"value": other.value, "stderr": other.stderr}
-                    rows.append(compare(suite, score, ours, theirs, NAMES.get(model, model), other.source))
+                    against, same = NAMES.get(model, model), name not in OTHER_PROTOCOL
+                    rows.append(compare(suite, score, ours, theirs, against, other.source, same_protocol=same))
     return rows
+
+
+def can_reproduce(model: str, suite: str) -> bool:
+    """Whether numbers of it were published by a protocol that is measured here."""
+    return any((p.model, p.suite) == (model, suite) and p.score not in OTHER_PROTOCOL for p in PUBLISHED)
 
 
 def reproduces(comparison: Comparison) -> bool:

@@ -89,6 +89,12 @@ def test_without_a_network_what_was_fetched_before_serves(
         (["gpt2", "--set", "hellaswag=absent.jsonl"], "absent.jsonl: there is no such file; places with a name are"),
         (["gpt2", "--set", "dtyp=bf16"], "write one of completion_items=…"),
         (["bert-base", "--against", "published"], "no numbers of bert-base were published"),
+        (
+            ["gpt2", "--against", "published", "--suite", "eleuther", "--set", "harness=piqa"],
+            "no numbers of gpt2 in eleuther were published that could come out here: --against published knows "
+            "hellaswag, core of the released GPT-2",
+        ),
+        (["gpt3-125m", "--against", "published"], "no numbers of gpt3-125m in hellaswag were published"),
         (["gpt2", "--against", "gpt2-xl"], "only `published` is known"),
     ],
 )

@@ -103,6 +103,14 @@ def test_a_run_is_compared_with_what_was_published_for_the_model() -> None:
     assert (row.reference, row.verdict, row.source) == (0.2955, "equal", "llm.c, dev/data/hellaswag.py")
 
 
+@pytest.mark.parametrize("model", reference.SIZES)
+def test_every_published_model_can_be_compared_with(model: str) -> None:
+    """GPT-3 by another protocol, without a verdict."""
+    scores = {"hellaswag": {"scores": {"completion_acc_norm": {"value": 0.2990, "stderr": 0.0046}}}}
+    rows = reference.against_published(scores, model)
+    assert rows and all((row.verdict == "other protocol") == model.startswith("gpt3") for row in rows)
+
+
 def run(lr: float, corpus: str, commit: str, torch: str) -> ReportData:
     made = {"code_version": "1", "dirty": False}
     records = [

@@ -143,6 +143,8 @@ def check(
     for suite in ("validation_loss", "completion_demo"):
         if suite in suites and not like:
             raise ValueError(f"{suite} reads a run's held-out text: name that run with --like RUN")
+    if against:
+        _check_published(names, suites)
     if like:
         runs.tokens_of(place, like)
     if "hellaswag" in suites:
@@ -150,9 +152,6 @@ def check(
     if "eleuther" in suites:
         runs.check_tasks(settings.get("harness", ""))
     for name in names:
-        if against and reference.published_name(name) is None:
-            known = ", ".join(n for n in reference.SIZES if n.startswith("gpt2"))
-            raise ValueError(f"no numbers of {name} were published: --against published knows {known}")
         if runs.stored(place, name) is None:
             try:
                 models.resolve(name)
@@ -161,6 +160,19 @@ def check(
                 raise ValueError(f"{error}; the runs there are {known}") from error
         elif not objects.exists(objects.join(place.store, "runs", name, "export/record.json")):
             raise ValueError(f"run {name!r} has no exported model yet: `gpt2 run` makes it")
+
+
+def _check_published(names: list[str], suites: list[str]) -> None:
+    for name in names:
+        model = reference.published_name(name)
+        if model is None:
+            known = ", ".join(n for n in reference.SIZES if n.startswith("gpt2"))
+            raise ValueError(f"no numbers of {name} were published: --against published knows {known}")
+        for suite in suites:
+            if not reference.can_reproduce(model, suite):
+                known = ", ".join(s for s in SUITES if reference.can_reproduce("gpt2", s))
+                raise ValueError(f"no numbers of {name} in {suite} were published that could come out here: "
+                                 f"--against published knows {known} of the released GPT-2")  # fmt: skip
 
 
 def _answer(place: Places, name: str, run_id: str, terminal: Any, against: str) -> dict[str, Any]:
