@@ -81,11 +81,23 @@ def read_records(store: str, paths: Iterable[str]) -> tuple[dict[str, Record], d
     wrong: dict[str, str] = {}
     for path in paths:
         try:
-            record = from_json(path, objects.read_json(objects.join(store, path)))
-            found[record.key] = record
-        except UNREADABLE as error:
+            found[key_of_record(path)] = record_at(store, path)
+        except failures() as error:
             wrong[path] = why(error)
     return found, wrong
+
+
+def record_at(store: str, path: str) -> Record:
+    """Raises one of UNREADABLE where there is none that this version reads, or that of another output."""
+    record = from_json(path, objects.read_json(objects.join(store, path)))
+    if record.key != key_of_record(path):
+        raise ValueError(f"it is the record of {record.key}, whose folder was copied or moved")
+    return record
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What the reading of a file raises that is not what it should be, or that can't be had."""
+    return (*UNREADABLE, *objects.failures())
 
 
 def why(error: Exception) -> str:

@@ -4,13 +4,16 @@ Never what a run in the store needs, nor anything written lately: another machin
 looked at once more before it is removed.
 """
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from storage import objects
-from storage.contents import FOLDERS, Contents, Entry, contents
+from storage.contents import FOLDERS, Contents, Entry, contents, key_of_record
 from storage.objects import Stat
+
+log = logging.getLogger(__name__)
 
 LEAST_HOURS = 1.0
 SHARED = ("corpora", "tokens", "eval_items")  # what is a run's only as long as one refers to it
@@ -37,9 +40,18 @@ def find(
     """
     found = contents(store, top)
     kept = with_parents(found, {*needed, *(key for key in found.records if key.split("/")[0] not in SHARED)})
+    unreadable = set(map(key_of_record, found.unreadable))
+    if unreadable:
+        log.warning(
+            "the records of %s can't be read (`gpt2 store verify` says why): their files are kept, and whatever they "
+            "may have been made from",
+            ", ".join(sorted(unreadable)),
+        )
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in found.entries:
-        if _is_ours(entry.path) and (reason := _reason(entry, found, kept)) and not _is_of(entry.path, busy):
+        if not _is_ours(entry.path) or entry.key in unreadable or _is_of(entry.path, busy):
+            continue
+        if reason := _reason(entry, found, kept):
             groups.setdefault(reason, []).append(entry)
     listed = [
         Garbage(what, name, _ordered(entries), sum(e.stat.bytes for e in entries))
@@ -65,6 +77,7 @@ def _reason(entry: Entry, found: Contents, kept: set[str]) -> tuple[str, str] | 
     """(what it is, the name of the group that it goes with), for a file that nothing refers to."""
     folder = entry.path.rpartition("/")[0]
     superseded = entry.key in found.known and entry.key.split("/")[0] in SHARED and entry.key not in kept
+    superseded = superseded and not found.unreadable
     match entry.kind:
         case "partial":
             return "unfinished upload", entry.path

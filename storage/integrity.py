@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from storage import lineage_rows, objects
-from storage.contents import UNREADABLE, Contents, contents, key_of_record, why
-from storage.records import File, Record, file_url, fingerprint
+from storage.contents import Contents, contents, failures, key_of_record, why
+from storage.records import File, Record, file_url, fingerprint, is_as_written, record_url
 
 HASHERS = 8  # files that are read at once; sha256 uses a core each
 
@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    kind: str  # missing, changed, foreign, record, config
+    kind: str  # missing, changed, unreadable, foreign, record, config
     path: str  # in the store, or absolute where the bytes lie outside
     what: str  # in words
     key: str  # of the output that it belongs to; "" for none
@@ -37,7 +37,7 @@ def verify(store: str, top: Collection[str], progress: Progress = lambda done, t
     found = contents(store, top)
     files = [(record, f) for record in found.records.values() for f in record.files]
     total, done = sum(f.bytes for _, f in files), 0
-    problems = [*_records(found), *_configurations(store, found), *_foreign(found)]
+    problems = [*_records(store, found), *_configurations(store, found), *_foreign(found)]
     with ThreadPoolExecutor(HASHERS) as pool:
         for (record, f), wrong in zip(files, pool.map(lambda pair: _check(store, *pair), files), strict=True):
             done += f.bytes
@@ -50,7 +50,13 @@ def verify(store: str, top: Collection[str], progress: Progress = lambda done, t
 
 
 def _check(store: str, record: Record, file: File) -> tuple[str, str] | None:
-    url = file_url(store, record.key, file.path)
+    try:
+        return _compared(file_url(store, record.key, file.path), file)
+    except objects.failures() as error:
+        return "unreadable", f"can't be read: {error}"
+
+
+def _compared(url: str, file: File) -> tuple[str, str] | None:
     if not objects.exists(url):
         return "missing", f"is missing; its record says {file.bytes:,} bytes"
     size = objects.stat(url).bytes
@@ -63,16 +69,19 @@ def _check(store: str, record: Record, file: File) -> tuple[str, str] | None:
 
 
 def _place(record: Record, file: File) -> str:
-    return file_url("", record.key, file.path).lstrip("/") if objects.is_local(file.path) else file.path
+    """In the store, or in full where the bytes lie outside."""
+    return file.path if file_url("", "", file.path) == file.path else file_url("", record.key, file.path).lstrip("/")
 
 
-def _records(found: Contents) -> Iterator[Problem]:
-    """Records that can't be read, or that were changed: what defines an output gives its fingerprint."""
+def _records(store: str, found: Contents) -> Iterator[Problem]:
+    """Those that can't be read or were changed: what defines an output gives its fingerprint, all of it the digest."""
     for path, wrong in found.unreadable.items():
         yield Problem("record", path, f"can't be read: {wrong}", key_of_record(path), ())
     for key, record in found.records.items():
         if record.fingerprint != fingerprint(record.asset, record.code_version, record.config, record.parents):
             yield Problem("record", f"{key}: its record", "does not give its own fingerprint: it was changed", key, ())
+        elif not is_as_written(objects.read_json(record_url(store, key))):
+            yield Problem("record", f"{key}: its record", "does not give its own digest: it was changed", key, ())
 
 
 def _configurations(store: str, found: Contents) -> Iterator[Problem]:
@@ -80,7 +89,7 @@ def _configurations(store: str, found: Contents) -> Iterator[Problem]:
     for path in (e.path for e in found.entries if re.fullmatch("runs/[^/]+/config.json", e.path)):
         try:
             lineage_rows.read(store, path)
-        except UNREADABLE as error:
+        except failures() as error:
             yield Problem("config", path, f"can't be read: {why(error)}", path.removesuffix("/config.json"), ())
 
 

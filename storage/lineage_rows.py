@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import Any
 
 from storage import objects
-from storage.contents import FOLDERS
-from storage.records import Record, from_json, record_url
+from storage.contents import FOLDERS, record_at
+from storage.records import Record, record_url
 
 Rows = dict[str, list[tuple[Any, ...]]]  # by table; those under FOLLOWS follow on what is in the index: (bytes of it,)
 Taken = tuple[int, str]  # of a run's metrics: how many bytes are in the index, and the last line of them
@@ -49,12 +49,12 @@ def read(store: str, path: str, taken: Taken = (0, "")) -> Rows:
     Of a run's metrics only those after what is `taken`, where the file still has that as it was.
     Raises FileNotFoundError where it is gone, one of contents.UNREADABLE where it is not what it should be.
     """
-    url, folder = objects.join(store, path), path.rpartition("/")[0]
+    folder = path.rpartition("/")[0]
     there = [p for p in (path, *_beside(path)) if p == path or objects.exists(objects.join(store, p))]
     # when they changed is asked before they are read: a change in between is seen by the next that asks
     stamp = _stamp(path, {p: objects.stat(objects.join(store, p)).modified for p in there})
     if path.endswith("record.json"):
-        record = from_json(url, objects.read_json(url))
+        record = record_at(store, path)
         rows, dataset = _of_record(store, record), record.key
     elif path.endswith("metrics.jsonl"):
         return _of_metrics(store, folder, path, stamp, taken)
@@ -136,7 +136,7 @@ def _run(store: str, folder: str, config: Mapping[str, Any], inputs: Mapping[str
     """A run as it is configured, whatever of it is made yet."""
     train = config["train"]
     return (
-        *(store, objects.name_of(folder), config["recipe"], config["corpus"]),
+        *(store, objects.name_of(folder), str(config["recipe"]), str(config["corpus"])),
         *(int(train["steps"]), int(train["batch_tokens"])),
         *(inputs.get("documents"), inputs.get("tokens"), json.dumps(config)),
     )
@@ -169,9 +169,16 @@ def _whole(lines: bytes) -> bytes:
 def _of_steps(store: str, folder: str, lines: bytes) -> Iterator[tuple[Any, ...]]:
     for line in lines.splitlines():
         values = json.loads(line)
-        step = values.pop("step")
+        step = int(values.pop("step"))
         for name, value in _flatten(values)[0]:
             yield store, folder, name, value, step
+
+
+def _score(name: str, found: Mapping[str, Any]) -> tuple[Any, ...]:
+    score = found["value"], found.get("stderr"), found.get("n")
+    if not all(isinstance(number, int | float | None) for number in score):
+        raise ValueError(f"the score {name} is {found}, where numbers should stand")
+    return score
 
 
 def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> tuple[list[Any], list[Any]]:
@@ -182,7 +189,7 @@ def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> tuple[list[Any], l
         full = f"{prefix}{name}"
         if isinstance(value, Mapping) and isinstance(value.get("value"), int | float):
             short = full.removeprefix("scores.")
-            scores.append((short, (value["value"], value.get("stderr"), value.get("n"))))
+            scores.append((short, _score(full, value)))
         elif isinstance(value, Mapping):
             inner = _flatten(value, f"{full}.")
             numbers, scores = numbers + inner[0], scores + inner[1]

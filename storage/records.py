@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from storage import objects
 
@@ -104,27 +104,62 @@ def file_url(store: str, key: str, path: str) -> str:
 
 
 def read_record(store: str, key: str) -> Record | None:
+    """None where there is no record, or another output's, whose folder was copied: it says nothing of this one."""
     url = record_url(store, key)
-    return from_json(url, objects.read_json(url)) if objects.exists(url) else None
+    record = from_json(url, objects.read_json(url)) if objects.exists(url) else None
+    return record if record and record.key == key else None
 
 
 def from_json(url: str, data: dict[str, Any]) -> Record:
-    """Raises ValueError for a record of another schema."""
+    """Raises ValueError for a record of another schema, or with a value that is not of its kind."""
     if data.get("schema") != SCHEMA:
         raise ValueError(
             f"{url} has schema {data.get('schema')!r}, this version reads {SCHEMA}: "
             "use the version of the project that wrote it, or move the output away to make it anew"
         )
-    names = {f.name for f in dataclasses.fields(Record)}
-    values = {name: value for name, value in data.items() if name in names}
-    values["parents"] = [Parent(**p) for p in data["parents"]]
-    values["files"] = [File(**f) for f in data["files"]]
+    values = _of_kind(url, Record, data)
+    for name, kind in (("parents", Parent), ("files", File)):
+        values[name] = [kind(**_of_kind(f"{url}: {name}", kind, value)) for value in data[name]]
+    for name, value in values.get("cost", {}).items():
+        _check_kind(f"{url}: cost", name, value, int | float | None)
+    for name, value in values.get("checks", {}).items():
+        _check_kind(f"{url}: checks", name, value, dict)
+        _check_kind(f"{url}: checks: {name}", "passed", value.get("passed"), bool)
     return Record(**values)
+
+
+def _of_kind(where: str, kind: type[Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What `data` has of a dataclass's fields, each of the kind that it is declared to be."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: {data!r} should be an object")
+    values = {f.name: data[f.name] for f in dataclasses.fields(kind) if f.name in data}
+    for f in dataclasses.fields(kind):
+        if f.name in values:
+            _check_kind(where, f.name, values[f.name], f.type)
+    return values
+
+
+def _check_kind(where: str, name: str, value: Any, declared: Any) -> None:
+    kind = get_origin(declared) if get_origin(declared) in (dict, list) else declared
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: {name} is {value!r}, which should be {getattr(kind, '__name__', kind)}")
 
 
 def write_record(store: str, record: Record) -> None:
     data = dataclasses.asdict(record)
-    objects.publish_json(record_url(store, record.key), {"schema": data.pop("schema"), "bytes": record.bytes, **data})
+    data = {"schema": data.pop("schema"), "bytes": record.bytes, **data}
+    objects.publish_json(record_url(store, record.key), data | {"digest": _digest(data)})
+
+
+def is_as_written(data: Mapping[str, Any]) -> bool:
+    """Whether a record's JSON is what `write_record` made it; those of older versions do not tell."""
+    return data.get("digest", _digest(data)) == _digest(data)
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """The sha256 of a record's JSON without its digest."""
+    written = json.loads(json.dumps({name: value for name, value in data.items() if name != "digest"}))
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
 def describe_file(folder: str, path: str) -> File:

@@ -101,6 +101,61 @@ def test_records_are_checked_too(chain):
     assert ("config", "runs/r/config.json") in problems(chain)
 
 
+def test_a_number_that_was_changed_in_a_record_is_found(chain):
+    url = records.record_url(chain, "runs/r/scores/s")
+    data = objects.read_json(url)
+    objects.publish_json(url, data | {"metrics": {"scores": {"acc": {"value": 0.99}}}})
+    assert problems(chain) == [("record", "runs/r/scores/s: its record")]
+    objects.publish_json(url, {name: value for name, value in data.items() if name != "digest"})
+    assert problems(chain) == []  # as older versions wrote it
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": "many"},
+        {"files": [{"path": "data.bin", "bytes": "12", "modified": "1", "sha256": "ab"}]},
+        {"files": ["data.bin"]},
+        {"parents": [{"key": 1, "fingerprint": "a"}]},
+        {"cost": {"seconds": "long"}},
+        {"checks": {"finite": {"passed": "yes"}}},
+        {"metrics": []},
+    ],
+)
+def test_a_record_with_a_value_of_another_kind_is_named(tmp_path, change):
+    make(str(tmp_path), "eval_items/i")
+    url = records.record_url(str(tmp_path), "eval_items/i")
+    objects.publish_json(url, objects.read_json(url) | change)
+    with pytest.raises(ValueError, match=f"record.json.*{[*change][0]}"):
+        records.read_record(str(tmp_path), "eval_items/i")
+    assert ("record", "eval_items/i/record.json") in problems(str(tmp_path))
+    assert collected(str(tmp_path), tmp_path / "home") == {}  # nobody knows what lies there
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_others_are_checked(tmp_path):
+    make(str(tmp_path), "eval_items/i", names=("a.bin", "b.bin"))
+    (tmp_path / "eval_items/i/a.bin").unlink()
+    (tmp_path / "eval_items/i/a.bin").mkdir()  # of the size that its record says or not
+    size = (tmp_path / "eval_items/i/a.bin").stat().st_size
+    url = records.record_url(str(tmp_path), "eval_items/i")
+    data = objects.read_json(url)
+    del data["digest"]
+    objects.publish_json(url, data | {"files": [data["files"][0] | {"bytes": size}, data["files"][1]]})
+    (tmp_path / "eval_items/i/b.bin").write_bytes(b"changed")
+    assert problems(str(tmp_path)) == [("unreadable", "eval_items/i/a.bin"), ("changed", "eval_items/i/b.bin")]
+
+
+def test_a_copied_folder_is_named_and_vouches_for_nothing(chain, tmp_path):
+    objects.copy_tree(objects.join(chain, "runs/r"), objects.join(chain, "runs/copy"))
+    found = {p.path: p for p in integrity.verify(chain, FOLDERS).problems if p.kind == "record"}
+    assert found.keys() == {f"runs/copy/{name}record.json" for name in ("", "export/", "scores/s.")}
+    assert "it is the record of runs/r, whose folder was copied" in found["runs/copy/record.json"].what
+    assert records.read_record(chain, "runs/copy") is None and records.read_record(chain, "runs/r")
+    assert collected(chain, tmp_path) == {}
+    objects.remove_tree(objects.join(chain, "runs/copy"))
+    assert problems(chain) == []
+
+
 def collected(store: str, home, needed=(), before=LATER, busy=()) -> dict[str, str]:
     return {g.name: g.what for g in garbage.find(store, home, needed, before, FOLDERS, busy)}
 

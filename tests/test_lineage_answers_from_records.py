@@ -323,6 +323,28 @@ def test_what_cannot_be_read_is_named_and_the_rest_answers(store, lineage, caplo
     assert len(lineage.impact("tokens/c")) == 3
 
 
+@pytest.mark.parametrize("change", [{"rows": "many"}, {"metrics": {"acc": {"value": 1, "stderr": "small"}}}])
+def test_a_value_of_another_kind_costs_its_record_alone(store, lineage, caplog, change):
+    make_chain(store)
+    url = records.record_url(store, "eval_items/hellaswag")
+    objects.publish_json(url, objects.read_json(url) | change)
+    assert lineage.ingest(store) == 5 and "eval_items/hellaswag/record.json" in caplog.text
+    assert len(lineage.impact("corpora/c/documents")) == 4
+
+
+def test_a_copied_run_leaves_the_original_as_it_was(store, lineage, caplog):
+    make_chain(store)
+    lineage.ingest(store)
+    before = lineage.sql(EVERYTHING), lineage.ancestry("runs/demo")
+    objects.copy_tree(f"{store}/runs/demo", f"{store}/runs/copy")
+    lineage.ingest(store)
+    assert (lineage.sql(EVERYTHING), lineage.ancestry("runs/demo")) == before
+    assert "runs/copy/record.json" in caplog.text and "it is the record of runs/demo" in caplog.text
+    objects.remove_tree(f"{store}/runs/copy")
+    lineage.ingest(store)
+    assert (lineage.sql(EVERYTHING), lineage.ancestry("runs/demo")) == before
+
+
 def test_checks_and_environments_are_rows(store, lineage):
     checked = {"loss_is_finite": {"passed": True, "loss": 3.25}}
     make(store, "runs/r", "trained_model", checks=checked, versions={"python": "3.12.1", "torch": "2.11.0"})
