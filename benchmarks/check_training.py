@@ -34,7 +34,7 @@ from benchmarks.token_corpora import encode
 from storage.shards import shard_name, write_shard
 from training import plan
 from training.bench import configure
-from training.config import RunConfig, TrainConfig, override, to_dict
+from training.config import RunConfig, TrainConfig, to_dict
 from training.gpt2 import GPT2
 from training.loader import training_loader
 from training.recipes import recipe
@@ -57,7 +57,7 @@ def make_tokens(data: str, folder: Path) -> str:
 
 
 def start(run: Path, tokens: str, name: str, settings: list[str], gpu: bool = True) -> subprocess.Popen[bytes]:
-    return start_run(run, tokens, override(recipe(name), settings), gpu)
+    return start_run(run, tokens, recipe(name, settings), gpu)
 
 
 def start_run(run: Path, tokens: str, config: RunConfig, gpu: bool = True) -> subprocess.Popen[bytes]:
@@ -91,7 +91,7 @@ def trained_losses(place: Path, tokens: str, warm_up: int, dtype: str, gpu: bool
 
 def exact_losses(tokens: str, warm_up: int, device: torch.device, config: RunConfig | None = None) -> list[float]:
     """In fp64: the model's plain modules, torch's cross-entropy and torch.optim.AdamW, a sequence at a time."""
-    config = config or override(recipe("gpt2-124m"), loss_settings(warm_up, "fp32"))
+    config = config or recipe("gpt2-124m", loss_settings(warm_up, "fp32"))
     train, sequences = config.train, config.train.batch_tokens // config.model.context
     model = GPT2(config.model)
     model.init_weights(train.init_seed)
@@ -234,7 +234,7 @@ def run_small(place: Path, tokens: str) -> dict[str, Any]:
     """What `gpt2 run gpt2-1558m` does where the card has no more: plan, give up the masters, train."""
     settings = ["steps=4", "batch_tokens=131072", f"memory_gib={SMALL_GIB}"]
     settings += ["val_every=0", "val_batches=1", "val_sequences=2", "sample_tokens=1", "health_every=2"]
-    config = plan.settle(override(recipe("gpt2-1558m"), settings), 1, SMALL_GIB)
+    config = plan.settle(recipe("gpt2-1558m", settings), 1, SMALL_GIB)
     fitted = plan.fit(config, 1, SMALL_GIB)
     status = start_run(place / "small", tokens, config).wait()
     steps = lines(place / "small")

@@ -23,7 +23,7 @@ from storage import objects, records, shards
 from storage.records import File, Parent, Record
 from storage.shards import index_name
 from training import recipes
-from training.config import RunConfig, override, to_dict
+from training.config import RunConfig, to_dict
 from training.pieces import INDEX_SCHEMA
 
 CORPUS, RUN = "fineweb-edu-10B-simulated", "simulated"
@@ -81,7 +81,7 @@ def _file(path: Path) -> File:
 def _records(store: str, files: list[File], count: int, documents: int, tokens: int) -> None:
     """What the chain would have left: a record for each output, and the run's own files."""
     steps = (count - 1) * tokens // 524_288
-    config = override(recipes.recipe("gpt2-124m"), [f"steps={steps}"])
+    config = recipes.recipe("gpt2-124m", [f"steps={steps}"])
     corpus = [File(f"{n:03d}_00000.parquet", 2 * 10**9, "0", f"{n:064x}") for n in range(-(-count // 8))]
     source = _record(store, "documents", DOCUMENTS, [], corpus, rows=count * documents)
     shard = _record(store, "token_shards", TOKENS, [source], files, tokens=count * tokens)

@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.check_training import children, make_tokens, reached, wait_until
 from storage.shards import shard_name, write_shard
-from training.config import override, to_dict
+from training.config import to_dict
 from training.launch import gpu_count, gpu_ids
 from training.recipes import recipe
 
@@ -102,7 +102,7 @@ class Runs:
     def __init__(self, place: Path, tokens: str, name: str, settings: Sequence[str]) -> None:
         self.place, self.tokens = place, tokens
         quiet = ["val_every=0", "val_batches=1", "val_sequences=8", "sample_tokens=1"]
-        self.config = to_dict(override(recipe(name), [*quiet, "health_every=0", *settings]))
+        self.config = to_dict(recipe(name, [*quiet, "health_every=0", *settings]))
 
     def start(self, name: str, ranks: int, *options: str) -> subprocess.Popen[bytes]:
         run = self.place / name

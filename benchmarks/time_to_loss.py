@@ -32,10 +32,9 @@ from typing import Any
 
 from benchmarks.token_corpora import Corpora, prepare
 from storage.records import code_state
-from training.config import MachineConfig, RunConfig, override, to_dict
+from training.config import RunConfig, to_dict
 from training.launch import gpu_ids, gpu_names
-from training.model_config import model_from_descriptor
-from training.recipes import recipe, speedrun
+from training.recipes import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 4.789  # llm.c's d12 after the same 78.6M tokens
@@ -62,26 +61,16 @@ class Job:
 
 def configure(name: str, settings: Sequence[str], seed: int, options: argparse.Namespace) -> RunConfig:
     """The recipe, cut to the benchmark's steps and batch; `settings` come last."""
-    base = rescaled(name, options.batch_tokens, options.steps)
-    train = replace(
-        base.train,
-        steps=options.steps, batch_tokens=options.batch_tokens, init_seed=seed, order_seed=seed,
-        warmup_steps=min(base.train.warmup_steps, options.steps // 10),
-        val_every=options.val_every, val_batches=1, hellaswag=False,
-        sample_every=0, sample_tokens=16, checkpoint_every=options.steps,
-    )  # fmt: skip
-    machine = MachineConfig(gpus=1, micro_batch=options.micro_batch)
-    config = override(replace(base, train=train, machine=machine), settings)
+    ours = {
+        "steps": options.steps, "batch_tokens": options.batch_tokens, "init_seed": seed, "order_seed": seed,
+        "warmup_steps": min(recipe(name).train.warmup_steps, options.steps // 10),
+        "val_every": options.val_every, "val_batches": 1, "train.hellaswag": "false",
+        "sample_every": 0, "sample_tokens": 16, "checkpoint_every": options.steps,
+        "gpus": 1, "micro_batch": options.micro_batch,
+    }  # fmt: skip
+    config = recipe(name, [*(f"{key}={value}" for key, value in ours.items()), *settings])
     sequences = max(1, options.val_tokens // config.model.context)
     return replace(config, train=replace(config.train, val_sequences=sequences))
-
-
-def rescaled(name: str, batch_tokens: int, steps: int) -> RunConfig:
-    """Of the speed recipe, at a model's descriptor too, the rates follow from the batch; others are as they are."""
-    if name.startswith("modern:"):
-        return speedrun(name, model_from_descriptor(name), batch_tokens, steps)
-    base = recipe(name)
-    return speedrun(name, base.model, batch_tokens, steps) if name.startswith("speedrun-") else base
 
 
 def variant_jobs(text: str, options: argparse.Namespace, corpora: Corpora) -> list[Job]:

@@ -16,7 +16,7 @@ from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
 from training import launch, plan, recipes
-from training.config import SUITES, RunConfig, override, settable_keys
+from training.config import SUITES, RunConfig, settable_keys
 
 if TYPE_CHECKING:
     from assets.making import Maker
@@ -29,7 +29,7 @@ def configure(
     recipe: str, settings: Sequence[str], corpus: str | None, gpus: int | None, files: int | None = None
 ) -> RunConfig:
     """The recipe with a command's overrides. Raises ValueError for what it does not know."""
-    config = override(recipes.recipe(recipe), settings)
+    config = recipes.recipe(recipe, settings)
     if corpus is not None:
         config = replace(config, corpus=corpus)
     if files is not None:
@@ -59,9 +59,10 @@ def settled(config: RunConfig) -> RunConfig:
 def default_name(config: RunConfig) -> str:
     """The recipe's name, with six digits behind it where its definition is not the recipe's own."""
     own, wanted = definition(recipes.recipe(config.recipe)), definition(config)
+    name = objects.safe_name(config.recipe)
     if own == wanted:
-        return config.recipe
-    return f"{config.recipe}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:6]}"
+        return name
+    return f"{name}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:6]}"
 
 
 def known_runs(places: Places) -> list[str]:

@@ -19,6 +19,7 @@ from benchmarks.token_corpora import prepare
 from storage.shards import open_shard, shard_paths
 from storage.tokenizer import EOT, encode
 from training import launch
+from training.recipes import recipe
 
 
 def result(variant: str = "base", seed: int = 1, **changes: Any) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def test_the_table_says_how_many_seeds_came_to_the_target() -> None:
 def test_the_speed_recipes_rates_follow_from_the_batch_and_a_setting_comes_last() -> None:
     options = parsed("--batch-tokens=32768", "--steps=100", "--val-tokens=4096")
     config = time_to_loss.configure("modern:d4c512", ["head_lr=0.5"], 3, options)
-    assert config.train.lr == pytest.approx(0.5 * time_to_loss.rescaled("modern:d4c512", 131_072, 100).train.lr)
+    assert config.train.lr == pytest.approx(0.5 * recipe("modern:d4c512", ["batch_tokens=131072"]).train.lr)
     assert (config.train.head_lr, config.train.init_seed, config.train.order_seed) == (0.5, 3, 3)
     assert (config.train.val_sequences, config.train.steps, config.model.channels) == (4, 100, 512)
     gpt2 = time_to_loss.configure("gpt2-124m", [], 1, options)

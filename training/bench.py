@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ from training.distributed import World
 from training.metrics import utilization
 from training.model_config import model_from_descriptor
 from training.optim import clip_scale
-from training.recipes import RECIPES, recipe
+from training.recipes import ANY_SIZE, RECIPES, recipe
 
 WARM_UP = 3
 KINDS = {  # of kernels, by what their names hold; the first that fits
@@ -67,12 +66,11 @@ class Result:
 
 def configure(name: str, micro_batch: int, batch_tokens: int, fp8: bool = False) -> RunConfig:
     """The run of that recipe, or of a model such as "d48". Raises ValueError for neither."""
-    if name in RECIPES:
+    if name in RECIPES or name.startswith(ANY_SIZE):
         config = recipe(name)
-    elif re.match(r"d\d|gpt3:|modern:", name):
-        model = model_from_descriptor(name)
-        muon: dict[str, Any] = {"optimizer": "muon", "clip": 0.0} if model.family == "nanochat" else {}
-        config = RunConfig(name, "random tokens", model, TrainConfig(steps=1000, batch_tokens=131_072, lr=6e-4, **muon))
+    elif re.match(r"d\d|gpt3:", name):
+        train = TrainConfig(steps=1000, batch_tokens=131_072, lr=6e-4)
+        config = RunConfig(name, "random tokens", model_from_descriptor(name), train)
     else:
         raise ValueError(
             f"{name!r} is no recipe and no model: choose from {', '.join(RECIPES)}, or d12 … d48, or modern:d12"

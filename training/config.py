@@ -241,6 +241,11 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
     descriptors ("d48", "gpt3:c1536") for all of the model's sizes.
     Raises ValueError for an unknown key (naming the nearest), an ambiguous one, or a value of another type.
     """
+    return typing.cast(RunConfig, from_dict(RunConfig, changed(config, settings)))
+
+
+def changed(config: RunConfig, settings: Iterable[str]) -> dict[str, Any]:
+    """`config` as dicts with the settings applied; whether they go together is not looked at yet."""
     data = to_dict(config)
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -253,7 +258,7 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
         kind = typing.get_type_hints(type(getattr(config, section)) if section else RunConfig)[name]
         value = _typed(key, kind, _parse(kind, text.strip()))
         (data[section] if section else data)[name] = value
-    return from_dict(RunConfig, data)
+    return data
 
 
 def eval_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ the GPT-3 family, learning rate and batch are the GPT-3 paper's (table 2.1). The
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from training.config import EvalConfig, RunConfig, TrainConfig
+from training.config import EvalConfig, RunConfig, TrainConfig, changed, from_dict, override
 from training.model_config import ModelConfig, model_from_descriptor
 
 HALF_MILLION = 524_288
@@ -226,6 +226,7 @@ REPORTED = {
     "gpt3-125m": "24 h, $336 on 8 A100",
 }
 
+ANY_SIZE = "modern:"  # before a depth, as in modern:d20: the speed recipe for a size that has no name
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "gpt2-124m": gpt2_124m,
@@ -244,12 +245,33 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-def recipe(name: str) -> RunConfig:
-    """The recipe of that name. Raises ValueError with the nearest names for an unknown one."""
-    if name not in RECIPES:
+def recipe(name: str, settings: Sequence[str] = ()) -> RunConfig:
+    """The recipe of that name, or the speed recipe at "modern:d20" or "modern:d20c1024", with settings ("steps=20").
+
+    Where a setting changes a speed recipe's model or batch, the rest follows from these, but for what is set, too.
+    Raises ValueError with the nearest names for an unknown one, and as `override` for a setting.
+    """
+    if name.startswith(ANY_SIZE):
+        base = speedrun(name, model_from_descriptor(name))
+    elif name in RECIPES:
+        base = RECIPES[name]()
+    else:
         close = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        known = f"{', '.join(RECIPES)}, or {ANY_SIZE}d20"
         raise ValueError(
-            f"unknown recipe {name!r}: "
-            + (f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(RECIPES)}")
+            f"unknown recipe {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"choose from {known}")
         )
-    return RECIPES[name]()
+    if name.startswith((ANY_SIZE, "speedrun-")):
+        base = _derived_anew(base, settings)
+    return override(base, settings)
+
+
+def _derived_anew(base: RunConfig, settings: Sequence[str]) -> RunConfig:
+    """The speed recipe for the model and the batch that the settings name."""
+    data = changed(base, settings)
+    model = from_dict(ModelConfig, data["model"], "model")
+    if model.family != base.model.family:
+        return base
+    keys = {setting.partition("=")[0].strip() for setting in settings}
+    batch_tokens = data["train"]["batch_tokens"] if keys & {"batch_tokens", "train.batch_tokens"} else 0
+    return speedrun(base.recipe, model, batch_tokens)

@@ -18,7 +18,7 @@ from storage import models, objects
 from storage.places import Places, places
 from training import launch, recipes
 from training import plan as planning
-from training.config import TEMPERATURE, TOP_K, UNICORN, RunConfig, override, settable_keys, to_dict
+from training.config import TEMPERATURE, TOP_K, UNICORN, RunConfig, settable_keys, to_dict
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,6 +57,7 @@ def list_recipes(
     console().print(table)
     how = f"the FLOPs at its measured MFU (46% for d12, 47% for d48), ${planning.LLM_C_PRICE:.0f} an hour"
     console().print(f"llm.c on 8 H100: {how}", style="dim")
+    console().print("modern:d20, modern:d20c1024: the speed recipe for any layers and channels", style="dim")
 
 
 def _row(config: RunConfig) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """What a recipe takes on given GPUs: micro-batch, memory by line, seconds a step, hours, dollars."""
-    config = override(recipes.recipe(name), settings or [])
+    config = recipes.recipe(name, settings or [])
     device = planning.gpu(gpu, launch.gpu_names(), launch.gpu_memory_gib())
     fitted = planning.fit(config, gpus, planning.SHARE_OF_MEMORY * device.memory)
     known = device in planning.GPUS.values()

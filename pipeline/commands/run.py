@@ -26,7 +26,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe; `gpt2 recipes` lists them.")] = "demo",
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe; `gpt2 recipes` lists them. Or modern:d20: the speed recipe there.")
+    ] = "demo",
     corpus: Annotated[
         str | None, typer.Option(help="embedded, a folder of parquet, s3://…, fineweb-edu-10B …: docs/data.md.")
     ] = None,

@@ -1,0 +1,70 @@
+"""Every number of the speed recipe follows from the model's size: docs/recipe.md's tables, and sizes without a name."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny_pipeline import ROOT, gpt2
+
+from pipeline import runs
+from training import recipes
+from training.recipes import recipe
+
+SPEED = ("speedrun-124m", "speedrun-350m", "speedrun-1558m")
+
+
+def rows(name: str) -> list[list[float]]:
+    """The numbers in the lines of docs/recipe.md's tables that are about a recipe."""
+    lines = (ROOT / "docs/recipe.md").read_text().splitlines()
+    cells = [line.split("|")[2:-1] for line in lines if line.startswith(f"| `{name}` |")]
+    return [[float(re.sub("[,MB ]", "", cell)) for cell in row] for row in cells]
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_a_recipe_has_the_numbers_of_the_documentation(name: str) -> None:
+    made = recipe(name)
+    model, train = made.model, made.train
+    sizes, rates = rows(name)
+    millions = [model.parameters / 1e6, model.block_matrices / 1e6]
+    assert sizes[:5] == pytest.approx([model.layers, model.channels, model.heads, *millions], rel=1e-3)
+    expected = [made.tokens / 1e9, train.batch_tokens, train.steps, train.lr, train.embedding_lr, train.head_lr]
+    assert rates == pytest.approx(expected, rel=1e-3)
+    assert (train.optimizer, train.schedule, train.beta1, train.momentum) == ("muon", "trapezoid", 0.8, 0.95)
+    assert train.clip == train.weight_decay == train.warmup_steps == train.final_lr_fraction == 0
+
+
+def test_a_size_without_a_name_has_its_rules() -> None:
+    made = recipe("modern:d20")
+    assert (made.model.layers, made.model.channels, made.recipe) == (20, 1280, "modern:d20")
+    assert made.tokens == pytest.approx(12 * (12 * 20 * 1280**2 + 50257 * 1280), rel=1e-4)
+    assert made.train.embedding_lr == pytest.approx(0.3 * 2**0.5 * (768 / 1280) ** 0.5)  # at twice the batch
+    assert recipe("modern:d20c1024").model.channels == 1024
+    assert runs.default_name(made) == "modern-d20"
+
+
+@pytest.mark.parametrize("setting", ["model=modern:d20", "layers=20 channels=1280 heads=10"])
+def test_another_model_of_a_speed_recipe_has_its_own_numbers(setting: str) -> None:
+    assert recipe("speedrun-124m", setting.split()).train == recipe("modern:d20").train
+
+
+def test_another_batch_moves_the_rates_and_what_is_set_wins() -> None:
+    base, made = recipe("speedrun-124m").train, recipe("speedrun-124m", ["batch_tokens=524288", "head_lr=0.5"]).train
+    assert made.lr == pytest.approx(2 * base.lr) and made.embedding_lr == pytest.approx(2 * base.embedding_lr)
+    assert made.head_lr == 0.5 and made.steps == pytest.approx(base.steps / 4, abs=1)
+    assert recipe("speedrun-124m", ["model=modern:d20", "steps=7", "lr=0.1"]).train.steps == 7
+    assert recipe("speedrun-124m", ["model=modern:d20", "train.batch_tokens=131072"]).train.batch_tokens == 131_072
+
+
+def test_other_recipes_and_models_keep_the_numbers_that_they_have() -> None:
+    assert recipe("gpt2-124m", ["batch_tokens=131072"]).train.lr == recipe("gpt2-124m").train.lr
+    adamw = recipe("speedrun-124m", ["model=d12", "optimizer=adamw", "lr=6e-4"])
+    assert (adamw.model.family, adamw.train.steps) == ("gpt2", recipe("speedrun-124m").train.steps)
+    assert all(recipe(name) == made() for name, made in recipes.RECIPES.items())
+
+
+def test_commands_take_such_a_size(tmp_path: Path) -> None:
+    done = gpt2("plan", "modern:d20", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["micro_batch"] > 1, done.stderr
+    assert "modern:d20" in gpt2("recipes", cwd=tmp_path).stdout
+    assert "unknown model 'modern:20'" in gpt2("recipes", "modern:20", cwd=tmp_path).stderr
