@@ -59,11 +59,11 @@ def card(run: str, config: RunConfig, made: Sequence[Record]) -> str:
     trained, export = by_asset["trained_model"], by_asset["hf_model"]
     scores = [record for record in made if record.asset in SUITES]
     parts = [
-        _front(config.model.family),
+        _front(config.model.family, by_asset.get("starting_weights")),
         f"# {run}\n\n{_summary(config, export)}",
         _usage(),
         _section("Data", _data(config, by_asset)),
-        _section("Recipe", _recipe(config)),
+        _section("Recipe", _recipe(config, by_asset.get("starting_weights"))),
         _section("Scores", _scores(scores)),
         _section("Against published numbers", _published(scores, report.size_class(to_dict(config.model)))),
         _section("Cost", _cost(made)),
@@ -72,10 +72,11 @@ def card(run: str, config: RunConfig, made: Sequence[Record]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _front(family: str) -> str:
-    """What the hub reads of a card."""
+def _front(family: str, start: Record | None) -> str:
+    """What the hub reads of a card; of the weights that a run started from, those that are on the hub."""
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "language: en", "tags:", f"- {family}"]
-    return "\n".join(["---", *lines, "---", ""])
+    base = [f"base_model: {start.metrics['source']}"] if start and start.metrics["revision"] else []
+    return "\n".join(["---", *lines, *base, "---", ""])
 
 
 def _section(title: str, content: str) -> str:
@@ -120,10 +121,13 @@ def _data(config: RunConfig, by_asset: Mapping[str, Record]) -> str:
     return _table(("", ""), rows)
 
 
-def _recipe(config: RunConfig) -> str:
+def _recipe(config: RunConfig, start: Record | None) -> str:
     keys = [*RECIPE, *(MUON if config.train.optimizer == "muon" else ())]
-    rows = [("recipe", config.recipe)] + [(key, str(getattr(config.train, key))) for key in keys]
-    return _table(("setting", "value"), rows)
+    rows = [("recipe", config.recipe)]
+    if start:
+        commit = f" at `{start.metrics['revision']}`" if start.metrics["revision"] else ""
+        rows += [("started from", f"{start.metrics['source']}{commit} (`{start.key}`)")]
+    return _table(("setting", "value"), rows + [(key, str(getattr(config.train, key))) for key in keys])
 
 
 def _scores(scores: Sequence[Record]) -> str:

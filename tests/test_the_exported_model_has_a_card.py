@@ -41,6 +41,19 @@ def test_the_card_tells_data_recipe_scores_cost_and_commit(finished: Finished) -
     assert text.startswith("---\nlibrary_name: transformers\n") and "## Cost" in text
 
 
+def test_the_card_of_a_fine_tuned_run_tells_what_it_started_from(finished: Finished) -> None:
+    maker = silent_maker(places(finished.store))
+    made = with_ancestors(maker, outputs_of(maker, "tiny"))
+    assert "started from" not in card(finished) and "base_model" not in card(finished)
+    for source, revision, base in (("owner/gpt2-mini", "607a30d7", True), ("/models/mini", "", False)):
+        facts = {"source": source, "revision": revision}
+        start = replace(made[0], asset="starting_weights", key="weights/mini-12345678", metrics=facts)
+        text = card_of("tiny", maker.run_config("tiny"), [*made, start])
+        at = " at `607a30d7`" if revision else ""
+        assert f"| started from | {source}{at} (`weights/mini-12345678`) |" in text
+        assert (f"\nbase_model: {source}\n" in text.split("---")[1]) == base
+
+
 def test_a_newer_card_leaves_the_export_as_recorded(finished: Finished) -> None:
     """It was written again with the scores, after the export's record."""
     export = records.read_record(finished.store, "runs/tiny/export")
