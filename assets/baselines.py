@@ -41,33 +41,33 @@ def asked_the_same(maker: Maker, run: str, scores: Sequence[Record]) -> list[Bes
     wanted = {score.asset: score for score in scores}
     context = maker.run_config(run).model.context
     found = []
-    for name, label, theirs in _others(maker, run):
-        same = tuple(s for s in theirs if s.asset in wanted and _same_questions(s, wanted[s.asset], context))
+    for name, label, window, theirs in _others(maker, run, context):
+        same = tuple(s for s in theirs if s.asset in wanted and _same_questions(s, wanted[s.asset], window, context))
         if same:
             found.append(Beside(name, label, same))
     return found
 
 
-def _others(maker: Maker, run: str) -> Iterator[tuple[str, str, list[Record]]]:
+def _others(maker: Maker, run: str, context: int) -> Iterator[tuple[str, str, int, list[Record]]]:
+    """Name, label, the window of a loss that names none, scores."""
     store = maker.places.store
     for folder, theirs in scored_here(store).items():
         own = records.read_record(store, f"models/{folder}")
         name = str(own.metrics["name"]) if own else folder.rsplit("-", 1)[0]
         if name != run:
-            yield name, reference.NAMES.get(reference.published_name(name) or "", name), theirs
+            yield name, reference.NAMES.get(reference.published_name(name) or "", name), context, theirs
     for stat in objects.list_files(objects.join(store, "runs"), "/config.json"):
         name = stat.path.split("/")[0]
-        if stat.path.count("/") == 1 and name != run and maker.run_config(name).recipe == "finetune":
+        if stat.path.count("/") == 1 and name != run and (config := maker.run_config(name)).recipe == "finetune":
             there = (records.read_record(store, f"runs/{name}/scores/{suite}") for suite in SUITES)
-            yield name, f"{name} (fine-tuned)", [record for record in there if record]
+            yield name, f"{name} (fine-tuned)", config.model.context, [record for record in there if record]
 
 
-def _same_questions(theirs: Record, ours: Record, context: int) -> bool:
-    return (
-        _questions(theirs) == _questions(ours)
-        and _reads(theirs) == _reads(ours)
-        and theirs.config.get("window", context) == context
-    )
+def _same_questions(theirs: Record, ours: Record, window: int, context: int) -> bool:
+    """A loss is one of windows as long as the run's context; items are the same for any."""
+    if theirs.asset == "validation_loss" and theirs.config.get("window", window) != context:
+        return False
+    return _questions(theirs) == _questions(ours) and _reads(theirs) == _reads(ours)
 
 
 def _questions(score: Record) -> dict[str, Any]:

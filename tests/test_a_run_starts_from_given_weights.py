@@ -2,15 +2,21 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_gpt2
 from tiny_pipeline import TINY_SETTINGS, Finished, copied, gpt2
 
+from assets.baselines import asked_the_same, beside
+from assets.card import outputs_of
 from pipeline import runs
-from storage import records, starting_weights
+from pipeline.runs import silent_maker
+from storage import objects, records, starting_weights
 from storage.lineage import Lineage
+from storage.places import places
+from training.config import SUITES, to_dict
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 
@@ -52,6 +58,23 @@ def test_fine_tuning_a_hub_model_is_traced_to_its_commit(
     assert (node.job, node.replaced) == ("starting_weights", False)
     assert "runs/tuned" in [reached.key for reached in index.impact(parent.key)]
     assert index.ingest(store) == 0
+
+
+@pytest.mark.parametrize("context, same", [(64, True), (32, False)])
+def test_a_fine_tuned_run_stands_beside_another_where_its_loss_is_of_windows_as_long(
+    finished: Finished, context: int, same: bool, tmp_path: Path
+) -> None:
+    maker = silent_maker(places(copied(finished.store, tmp_path)))
+    tiny, store = maker.run_config("tiny"), maker.places.store
+    tuned = replace(tiny, recipe="finetune", model=replace(tiny.model, context=context))
+    objects.publish_json(f"{store}/runs/tuned/config.json", to_dict(tuned))
+    ours = outputs_of(maker, "tiny")
+    for score in (record for record in ours if record.asset in SUITES):
+        records.write_record(store, replace(score, key=score.key.replace("tiny", "tuned")))
+    (other,) = asked_the_same(maker, "tiny", ours)
+    suites = {"completion_demo", "eleuther"} | ({"validation_loss"} if same else set())
+    assert (other.name, {score.asset for score in other.scores}) == ("tuned", suites)
+    assert bool(beside(maker, "tiny", ours)) == same
 
 
 def test_the_same_content_is_the_same_weights_and_other_content_is_not(tmp_path: Path) -> None:
