@@ -12,6 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from storage import records, tokenizer
 from training import sample
 from training.config import SAMPLES, UNICORN
+from training.gpt2 import GPT2
+from training.model_config import ModelConfig
 from training.weights import to_huggingface
 
 
@@ -69,6 +71,31 @@ def test_a_text_comes_token_by_token_and_whole_characters_only(capsys: pytest.Ca
 def test_numbers_that_mean_nothing_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample.main(["nowhere", "The", option]) == 2
     assert option.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [300, 50256, 51200])
+def test_a_model_of_another_vocabulary_is_refused(
+    size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=16, vocab_size=size)).save_pretrained(
+        tmp_path
+    )
+    assert sample.main([str(tmp_path), "The"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and f"has a vocabulary of {size:,} tokens, where GPT-2's has 50,257" in said.err
+
+
+def test_padding_of_the_vocabulary_is_never_drawn() -> None:
+    """Some pad it to 50,304, which makes the head's product faster; these rows stand for no token."""
+    model = GPT2(ModelConfig(layers=1, channels=8, heads=1, context=16, vocab=50304))
+    model.init_weights(0)
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[50257:] = 1.0  # by far the largest logits
+    sample.check_vocabulary(model.config.vocab, "padded")
+    for top_k in (0, 40):
+        assert max(sample.generate(model, [], 20, top_k=top_k)) < 50257
 
 
 def test_twenty_unicorn_texts_are_an_output_of_a_run(finished: Finished) -> None:

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from storage import events, objects, tokenizer
+from storage.tokenizer import VOCABULARY_SIZE
 from training.config import TEMPERATURE, TOP_K, UNICORN
 from training.gpt2 import GPT2
+from training.model_config import ModelConfig
 from training.models import Model
 from training.modern import Modern, norm, rotations
 from training.weights import load_any
@@ -98,13 +100,13 @@ def stream(
 ) -> Iterator[list[int]]:
     """Continue `prompt` in several rows: the next token of each, `tokens` times. Drawn on the CPU by `seed`.
 
-    An empty prompt starts a document: with EOT, the last token of the vocabulary.
+    An empty prompt starts a document: with EOT, the last token of the vocabulary. What pads that is never drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model)
-    text = torch.tensor([list(prompt) or [model.config.vocab - 1]] * rows)
+    text = torch.tensor([list(prompt) or [min(model.config.vocab, VOCABULARY_SIZE) - 1]] * rows)
     for _ in range(tokens):
-        drawn = draw(cache.next_logits(text), temperature, top_k, top_p, generator)
+        drawn = draw(cache.next_logits(text)[:, :VOCABULARY_SIZE], temperature, top_k, top_p, generator)
         text = torch.cat([text, torch.tensor(drawn)[:, None]], dim=1)
         yield drawn
 
@@ -175,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(o)
         model = load_any(o.model)
+        check_vocabulary(model.config.vocab, o.model)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         events.refuse(str(error))
@@ -198,6 +201,16 @@ def check(o: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)} must lie between {low} and {high:g}")
     if not 0 < o.top_p <= 1:
         raise ValueError(f"--top-p {o.top_p} must be above 0 and at most 1")
+
+
+def check_vocabulary(size: int, source: str) -> None:
+    """Raises ValueError for a model whose tokens are not GPT-2's; padding behind those is no matter."""
+    padded = ModelConfig(layers=1, channels=1, heads=1).padded_vocab
+    if not VOCABULARY_SIZE <= size <= padded:
+        raise ValueError(
+            f"{source} has a vocabulary of {size:,} tokens, where GPT-2's has {VOCABULARY_SIZE:,} ({padded:,} with its "
+            "padding): this model needs its own tokenizer; sample it with transformers' `generate`"
+        )
 
 
 if __name__ == "__main__":
