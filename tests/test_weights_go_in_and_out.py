@@ -96,7 +96,7 @@ def test_a_model_that_is_not_gpt2_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "version"), [(torch.float32, 3), (torch.bfloat16, 5)])
 def test_llm_c_files_round_trip_bit_for_bit(model: GPT2, dtype: torch.dtype, version: int, tmp_path: Path) -> None:
     weights = {name: w.to(dtype) for name, w in model.state_dict().items()}
-    path = str(tmp_path / "model.bin")
+    path = str(tmp_path / "new" / "folder" / "model.bin")  # which a folder's export makes, too
     write_llmc(path, weights, SIZES)
     config, found = read_llmc(path)
     assert config == SIZES

@@ -157,6 +157,7 @@ def write_llmc(path: str, weights: Weights, config: ModelConfig) -> None:
     header[:8] = [LLMC_MAGIC, version, *sizes]
     bits = torch.int32 if version == 3 else torch.int16
     partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("wb") as file:
         file.write(header.tobytes())
         for name in shapes(config):
