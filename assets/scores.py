@@ -14,7 +14,7 @@ from storage import objects
 from storage.records import Record
 from training import launch
 
-VERSION = "1"
+VERSION = "2"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 

@@ -10,6 +10,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from evals.model import LoadedModel
 from evals.scoring import Request, Scorer, rolling
@@ -46,7 +47,8 @@ class HarnessModel(TemplateLM):
         return self.model.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.model.encode([string])[0]
+        encode = self.model.encode if add_special_tokens is False else self.model.encode_prompts
+        return encode([string])[0]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._asked = requests
@@ -105,36 +107,29 @@ class HarnessModel(TemplateLM):
 def greedy(model: LoadedModel, prompts: Sequence[Prompt]) -> dict[int, str]:
     """Texts by request, padded on the left so that all rows grow together; a row stops at its first stop sequence."""
     ids, mask = _left_padded([p.tokens for p in prompts], model)
-    made: list[list[int]] = [[] for _ in prompts]
-    texts: dict[int, str] = {}
-    cache = None
-    for _ in range(max(p.most for p in prompts)):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = model.module(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)  # (B, 1)
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
-        for prompt, line, token in zip(prompts, made, ids[:, 0].tolist(), strict=True):
-            line.append(token)
-            if prompt.index not in texts:
-                text = _finished(model, prompt, line)
-                if text is not None:
-                    texts[prompt.index] = text
-        if len(texts) == len(prompts):
-            break
-    return texts
+    width = ids.shape[1]
+
+    def finished(grown: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        rows = zip(prompts, grown[:, width:].tolist(), strict=True)
+        return torch.tensor([_text(model, prompt, row) is not None for prompt, row in rows], device=model.device)
+
+    generate: Callable[..., Tensor] = model.module.generate  # type: ignore[assignment]
+    grown = generate(
+        ids, attention_mask=mask, max_new_tokens=max(p.most for p in prompts), do_sample=False, pad_token_id=model.eot,
+        eos_token_id=list(model.ends) or None, stopping_criteria=StoppingCriteriaList([finished]),
+    )  # fmt: skip
+    texts = {p.index: _text(model, p, row) for p, row in zip(prompts, grown[:, width:].tolist(), strict=True)}
+    return {index: text for index, text in texts.items() if text is not None}
 
 
-def _finished(model: LoadedModel, prompt: Prompt, line: list[int]) -> str | None:
-    """The row's text if it has come to its end."""
-    if line[-1] == model.eot:
-        return model.decode(line[:-1])
-    text = model.decode(line)
+def _text(model: LoadedModel, prompt: Prompt, line: list[int]) -> str | None:
+    """What a row says, if it has come to its end; what stands behind that does not count."""
+    end = next((n for n, token in enumerate(line) if token in model.ends), None)
+    text = model.decode(line[: prompt.most if end is None else min(end, prompt.most)])
     stops = [text.find(stop) for stop in prompt.stops if stop in text]
     if stops:
         return text[: min(stops)]
-    return text if len(line) == prompt.most else None
+    return text if end is not None or len(line) >= prompt.most else None
 
 
 def _left_padded(lines: Sequence[Sequence[int]], model: LoadedModel) -> tuple[Tensor, Tensor]:

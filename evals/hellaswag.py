@@ -81,7 +81,7 @@ def requests(items: Sequence[Item], protocol: str, model: LoadedModel) -> list[R
         contexts = model.encode([context for context, _ in prompts])
         endings = model.encode([" " + ending for _, several in prompts for ending in several])
     else:
-        contexts = model.encode([context.rstrip() for context, _ in prompts])
+        contexts = model.encode_prompts([context.rstrip() for context, _ in prompts])
         endings = _harness_endings(prompts, contexts, model)
     made, position = [], 0
     for item, context, (_, several) in zip(items, contexts, prompts, strict=True):
@@ -98,7 +98,7 @@ def _harness_endings(prompts: Sequence[Prompt], contexts: list[list[int]], model
     if model.gpt2_vocabulary:  # its words begin with their space: what follows the context is the same alone
         return model.encode([whole[len(context.rstrip()) :] for context, whole in wholes])
     owners = [n for n, (_, several) in enumerate(prompts) for _ in several]
-    encoded = model.encode([whole for _, whole in wholes])
+    encoded = model.encode_prompts([whole for _, whole in wholes])
     return [whole[len(contexts[n]) :] for whole, n in zip(encoded, owners, strict=True)]
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from storage.tokenizer import EOT
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -20,6 +22,7 @@ DTYPES = {
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
 HELLO = [15496, 995]  # "Hello world" in GPT-2's vocabulary: tells a GPT-2 tokenizer from any other
+UNBOUNDED = 10**30  # what a tokenizer without a bound says of its longest text
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class LoadedModel:
     name: str  # the folder or hub name that it came from
     module: "PreTrainedModel"
     encode: Callable[[Sequence[str]], list[list[int]]]  # texts to token ids, no special tokens added
-    decode: Callable[[Sequence[int]], str]
+    encode_prompts: Callable[[Sequence[str]], list[list[int]]]  # with those that the tokenizer adds, as BOS
+    decode: Callable[[Sequence[int]], str]  # special tokens left out
     eot: int  # the token that stands before a document
+    ends: tuple[int, ...]  # tokens that end a text
     context: int  # longest input in tokens
     gpt2_vocabulary: bool  # token shards can be read as they are
 
@@ -66,10 +71,11 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
     if place.type == "cuda":  # a CPU gains nothing by it, and rounds as lm-eval's model there without it
         fuse_gelu(module)
     torch.nn.Module.to(module, place).eval().requires_grad_(False)
-    encode, decode, eot = _tokenizer(name)
-    config = module.config.get_text_config()
-    context: int = config.max_position_embeddings  # GPT-2 maps its n_positions to it
-    return LoadedModel(name, module, encode, decode, eot, context, encode(["Hello world"]) == [HELLO] and eot == 50256)
+    codec = _gpt2_codec(Path(name)) or _codec(name)
+    return LoadedModel(
+        name, module, codec.encode, codec.encode_prompts, codec.decode, codec.eot, _ends(module, codec),
+        _context(module, codec.longest), codec.encode(["Hello world"]) == [HELLO] and codec.eot == EOT,
+    )  # fmt: skip
 
 
 def fuse_gelu(module: torch.nn.Module) -> None:
@@ -90,37 +96,82 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _tokenizer(
-    name: str,
-) -> tuple[Callable[[Sequence[str]], list[list[int]]], Callable[[Sequence[int]], str], int]:
-    """tokenizer.json read by the tokenizers library takes 0.1 s; AutoTokenizer, the general way, 2 s."""
-    file = Path(name) / "tokenizer.json"
-    if file.exists() and (eot := _eot_of(Path(name))) is not None:
-        from tokenizers import Tokenizer
+@dataclass(frozen=True)
+class Codec:
+    """What is taken from a tokenizer, whichever library read it."""
 
-        fast = Tokenizer.from_file(str(file))
-        fast.no_padding()
-        fast.no_truncation()
-        return (
-            lambda texts: [e.ids for e in fast.encode_batch(list(texts), add_special_tokens=False)],
-            lambda ids: fast.decode(list(ids), skip_special_tokens=False),
-            eot,
-        )
-    from transformers import AutoTokenizer
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    encode_prompts: Callable[[Sequence[str]], list[list[int]]]
+    decode: Callable[[Sequence[int]], str]
+    eot: int
+    end: int | None
+    longest: int | None  # in tokens, as the tokenizer says
 
-    slow = AutoTokenizer.from_pretrained(name)
-    start = slow.bos_token_id if slow.bos_token_id is not None else slow.eos_token_id
-    if start is None:
-        raise ValueError(f"the tokenizer of {name} names no bos or eos token: no document could be started")
-    return (
-        lambda texts: [list(ids) for ids in slow(list(texts), add_special_tokens=False)["input_ids"]],
-        lambda ids: str(slow.decode(list(ids), clean_up_tokenization_spaces=False)),
-        int(start),
+
+def _gpt2_codec(folder: Path) -> Codec | None:
+    """GPT-2's tokenizer.json read by the tokenizers library, 0.1 s; AutoTokenizer, the general way, takes 2 s."""
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json")]
+    if not all(file.exists() for file in files):
+        return None
+    settings, config = (json.loads(file.read_text()) for file in files[1:])
+    if settings.get("tokenizer_class") not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+        return None
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(str(files[0]))
+    fast.no_padding()
+    fast.no_truncation()
+    if fast.encode("Hello world").ids != HELLO or config.get("bos_token_id") != EOT:
+        return None
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in fast.encode_batch(list(texts), add_special_tokens=False)]
+
+    return Codec(
+        encode,
+        encode,  # it adds none
+        lambda ids: fast.decode(list(ids)),
+        EOT,
+        EOT,
+        settings.get("model_max_length"),
     )
 
 
-def _eot_of(folder: Path) -> int | None:
-    """The start token that the model's config names, as AutoTokenizer would find it."""
-    config = json.loads((folder / "config.json").read_text())
-    start = config.get("bos_token_id", config.get("eos_token_id"))
-    return start if isinstance(start, int) else None
+def _codec(name: str) -> Codec:
+    """Any tokenizer, and what lm-eval's `hf` model does with it."""
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(name)
+    start = own.bos_token_id if own.bos_token_id is not None else own.eos_token_id
+    if start is None:
+        raise ValueError(f"the tokenizer of {name} names no bos or eos token: no document could be started")
+    begin = str(own.decode(start))
+
+    def encode_prompts(texts: Sequence[str]) -> list[list[int]]:
+        if any(text.startswith(begin) for text in texts):  # nothing is added to what begins with it already
+            return [own.encode(text, add_special_tokens=not text.startswith(begin)) for text in texts]
+        return list(own(list(texts))["input_ids"])
+
+    return Codec(
+        lambda texts: list(own(list(texts), add_special_tokens=False)["input_ids"]),
+        encode_prompts,
+        lambda ids: str(own.decode(list(ids), skip_special_tokens=True)),
+        int(start),
+        own.eos_token_id,
+        own.model_max_length,
+    )
+
+
+def _ends(module: "PreTrainedModel", codec: Codec) -> tuple[int, ...]:
+    settings = module.generation_config
+    named = settings.eos_token_id if settings else None
+    found = [codec.end, *(named if isinstance(named, list) else [named])]
+    return tuple(dict.fromkeys(end for end in found if end is not None))
+
+
+def _context(module: "PreTrainedModel", longest: int | None) -> int:
+    """As lm-eval: the first that the config names, else what the tokenizer says, else 2,048."""
+    config = module.config.get_text_config()
+    named = (getattr(config, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))
+    context = next((value for value in named if value is not None), longest)
+    return int(context) if context is not None and context < UNBOUNDED else 2048

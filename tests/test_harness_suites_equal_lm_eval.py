@@ -7,6 +7,7 @@ from typing import Any
 import lm_eval
 import pytest
 import tiny_gpt2
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -146,6 +147,52 @@ def test_the_suite_runs_its_six_tasks_with_their_shots_and_counts_what_was_cut(m
     assert result.scores["average"].value == pytest.approx(mean)
     assert result.items == 12
     assert len(result.per_item) == 12 + 2  # GSM8K's answers are read by two filters
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(tiny_gpt2.save_llama(tmp_path_factory.mktemp("llama")), "cpu")
+
+
+def asked(kind: str, *several: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, arguments, n, ("texts", n, 1)) for n, arguments in enumerate(several)]
+
+
+def test_requests_begin_with_bos_where_those_of_lm_eval_do(llama: LoadedModel) -> None:
+    """Of a pair, after no context, of a text that begins with BOS already, over several windows, and before a text."""
+    theirs = HFLM(llama.name, device="cpu", dtype="float32", softmax_dtype="float64", batch_size=1)
+    ours = HarnessModel(llama, Scorer(llama))
+    texts = ("Hello world", "<s>Hello world", "", "Ends in a space ")
+    assert [ours.tok_encode(text) for text in texts] == [theirs.tok_encode(text) for text in texts]
+    assert ours.tok_encode("Hello world") == [50257, 15496, 995]
+    pairs = asked("loglikelihood", *((text, " and more of it") for text in texts))
+    for (mine, greedy), (logprob, likeliest) in zip(
+        ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True
+    ):
+        assert (mine, greedy) == (pytest.approx(logprob, abs=1e-5), likeliest)
+    whole = asked("loglikelihood_rolling", ("One cup of rain. " * 40,), ("Short.",))
+    assert ours.loglikelihood_rolling(whole) == pytest.approx(theirs.loglikelihood_rolling(whole), abs=1e-4)
+    options = {"until": [" a"], "max_gen_toks": 12, "do_sample": False}
+    wanted = asked("generate_until", *((text, options) for text in ("Hello world", "The other, longer text is")))
+    assert ours.generate_until(wanted) == theirs.generate_until(wanted)
+
+
+def test_a_text_ends_at_the_models_end_token_not_at_its_first(llama: LoadedModel) -> None:
+    """The head is turned so that `</s>` is the likeliest token after two others."""
+    theirs = HFLM(llama.name, device="cpu", dtype="float32", batch_size=1)
+    wanted = asked("generate_until", ("Hello world", {"until": [], "max_gen_toks": 8, "do_sample": False}))
+    whole = HarnessModel(llama, Scorer(llama)).generate_until(wanted)
+    third = llama.encode(whole)[0][2]
+    for module in (llama.module, theirs.model):
+        with torch.no_grad():
+            module.lm_head.weight[50258] = 2 * module.lm_head.weight[third]
+    try:
+        (text,) = HarnessModel(llama, Scorer(llama)).generate_until(wanted)
+        assert text == theirs.generate_until(wanted)[0]
+        assert len(llama.encode([text])[0]) < 8
+    finally:
+        with torch.no_grad():
+            llama.module.lm_head.weight[50258] = 0
 
 
 @pytest.mark.slow

@@ -64,6 +64,13 @@ def test_raw_items_score_as_in_lm_eval(folder: str, tmp_path: Path) -> None:
     agree(ours(folder, items), lm_eval_says(folder, items, tmp_path))
 
 
+@pytest.mark.parametrize("bos", ["<s>", "<|endoftext|>"])
+def test_a_tokenizer_that_adds_bos_scores_as_in_lm_eval(bos: str, tmp_path: Path) -> None:
+    folder = tiny_gpt2.save_llama(tmp_path / "llama", bos)
+    items = hellaswag.read_items(tiny_gpt2.write_items(tmp_path / "raw.jsonl"))
+    agree(ours(folder, items), lm_eval_says(folder, items, tmp_path))
+
+
 @pytest.mark.slow
 def test_real_items_score_as_in_lm_eval(folder: str, tmp_path: Path, shared_data: Path) -> None:
     """From both halves: the first are ActivityNet's, the later WikiHow's."""

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from storage import tokenizer
 
@@ -20,6 +29,24 @@ def save(folder: Path, seed: int = 0, context: int = 128) -> str:
         "merges": str(tokenizer.VOCABULARY / "vocab.bpe"),
     }
     GPT2Tokenizer(**files).save_pretrained(folder)
+    return str(folder)
+
+
+def save_llama(folder: Path, bos: str = "<s>", context: int = 128) -> str:
+    """A model whose tokenizer puts BOS before each text, as Llama 3's does, over GPT-2's words."""
+    torch.manual_seed(0)
+    save(folder)
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_special_tokens(["<s>", "</s>"])
+    token = fast.token_to_id(bos)
+    fast.post_processor = TemplateProcessing(single=f"{bos} $A", pair=None, special_tokens=[(bos, token)])
+    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=bos, eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=fast.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=context, initializer_range=0.2, bos_token_id=token,
+        eos_token_id=fast.token_to_id("</s>"),
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 
