@@ -8,6 +8,7 @@ part of a small model, runs on the positions that predict a continuation and on 
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class Scorer:
         # rows), a GPU wants large matmuls
         self.piece = (4_096, 65_536) if on_gpu else (512, 1_024)
         self.head, self.cap = linear_head(model), soft_cap(model)
-        self.share_prefixes = share_prefixes and _honours_masks(self)
+        self.share_prefixes = share_prefixes
+        self.honoured = 0  # the longest row in which the model was seen to take a mask of its own
 
     def score(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Scored]:
         """Scores in the order of the requests. Raises ValueError naming a request that can't be scored."""
@@ -88,7 +90,10 @@ class Scorer:
             _check(request, self.model.context)
         results: dict[int, Scored] = {}
         waiting: list[Output] = []
-        for batch in _batches(_rows(requests, self.model.context, self.share_prefixes), lambda: self.batch_tokens):
+        rows = _rows(requests, self.model.context, self.share_prefixes)
+        if not self._honours_masks(rows):
+            rows = _rows(requests, self.model.context, share=False)
+        for batch in _batches(rows, lambda: self.batch_tokens):
             outputs = self._score_batch(batch)
             # read one batch late: while a GPU works on this one, the next is packed
             results |= self._read(waiting, requests)
@@ -107,6 +112,42 @@ class Scorer:
             truncated = _excess(request, self.model.context) > 0
             results[branch.request] = Scored(logprob, greedy, len(branch.tokens), truncated)
         return results
+
+    def _honours_masks(self, rows: list[Row]) -> bool:
+        """Whether continuations score in shared rows as they do alone, tried on the longest; an architecture may
+        ignore a mask, or count places in a row where it should count those before a continuation.
+        """
+        shared = [row for row in rows if len(row.branches) > 1]
+        if not shared or shared[0].length <= self.honoured:  # the longest row stands first
+            return True
+        if shared[0].length > _reach(self.model):
+            return False
+        furthest = max(shared, key=lambda row: len(row.context) + max(len(b.tokens) for b in row.branches))
+        if all(self._scores_alone(row) for row in {shared[0], furthest}):
+            self.honoured = shared[0].length
+        else:
+            self.share_prefixes = False
+        return self.share_prefixes
+
+    def _scores_alone(self, row: Row) -> bool:
+        """Whether each continuation of a row scores as in a row of its own."""
+        alone = sorted((Row(row.context, (branch,)) for branch in row.branches), key=lambda one: -one.length)
+        try:
+            together = self._logprobs([row])
+            apart = [self._logprobs(batch) for batch in _batches(alone, lambda: self.batch_tokens)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            log.warning("%s takes no mask of its own, so prefixes are not shared: %r", self.model.name, error)
+            return False
+        tolerance = 1e-4 if self.model.module.dtype == torch.float32 else 0.1  # a token
+        if all(abs(together[b] - logprob) <= tolerance * len(b.tokens) for p in apart for b, logprob in p.items()):
+            return True
+        log.warning("%s does not keep to a mask of its own, so prefixes are not shared", self.model.name)
+        return False
+
+    def _logprobs(self, rows: list[Row]) -> dict[Branch, float]:
+        return {branch: logprob for branch, logprob, _ in _by_branch(self._score_batch(rows))}
 
     def _score_batch(self, rows: list[Row]) -> list[Output]:
         try:
@@ -334,18 +375,18 @@ def _by_branch(outputs: Sequence[Output]) -> Iterator[tuple[Branch, float, bool]
         yield from zip(output.branches, sums.tolist(), greedy.tolist(), strict=True)
 
 
-def _honours_masks(scorer: Scorer) -> bool:
-    """Whether two branches in one row score as they do alone; an architecture may ignore a mask."""
-    requests = [
-        Request("probe", (scorer.model.eot, 5, 6), (7, 8, 9)),
-        Request("probe", (scorer.model.eot, 5, 6), (1, 2)),
+# of a configuration's numbers, those that bound how far back a token sees, such as Mistral's sliding_window,
+# GPT-Neo's window_size, Llama 4's attention_chunk_size and DeepSeek's index_topk; not Qwen's max_window_layers
+BOUND = re.compile(r"window|chunk|local|block|topk")
+NO_BOUND = re.compile(r"layers|experts|feed_forward|dropout")
+
+
+def _reach(model: LoadedModel) -> float:
+    """Tokens that a row may have before some layer sees less than all of it; a mask says nothing to such a layer."""
+    config = model.module.config.get_text_config().to_dict()
+    bounds = [
+        value
+        for name, value in config.items()
+        if BOUND.search(name) and not NO_BOUND.search(name) and type(value) is int and value > 0
     ]
-    shared, alone = (
-        {branch.request: logprob for branch, logprob, _ in _by_branch(scorer._score_batch(rows))}
-        for rows in (_rows(requests, scorer.model.context, share) for share in (True, False))
-    )
-    tolerance = 1e-4 if scorer.model.module.dtype == torch.float32 else 0.1
-    apart = max(abs(shared[n] - alone[n]) for n in shared)
-    if apart > tolerance:
-        log.warning("%s does not take a mask of its own: prefixes are not shared", scorer.model.name)
-    return apart <= tolerance
+    return min(bounds, default=math.inf)

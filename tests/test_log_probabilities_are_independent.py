@@ -1,12 +1,30 @@
 """A continuation's log-probability is transformers' own, whatever its batch, order, padding or prefix."""
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_gpt2
 import torch
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from lm_eval.models.utils import resolve_max_length
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    NanoChatConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from evals import scoring
 from evals.model import LoadedModel, fuse_gelu, load
@@ -95,8 +113,8 @@ def test_too_long_a_context_loses_tokens_on_the_left_and_is_counted(model: Loade
 
 def test_out_of_memory_halves_the_batch_and_goes_on(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests(groups=16)
-    whole = values(Scorer(model).score(asked))
     scorer = Scorer(model, batch_tokens=400)
+    whole = values(scorer.score(asked))
     forward, sizes = scorer._forward, []
 
     def small_memory(rows):  # type: ignore[no-untyped-def]
@@ -193,18 +211,46 @@ def test_a_gpu_without_room_halves_the_batch_and_gives_the_same_numbers(model: L
     assert scored == pytest.approx(whole, abs=1e-4)
 
 
-def test_other_architectures_score_as_their_own_logits_say(tmp_path: Path) -> None:
-    """Rotary positions and an untied head: the positions in a shared row must reach the attention."""
+SMALL = {"vocab_size": 50257, "bos_token_id": 50256, "eos_token_id": 50256, "initializer_range": 0.2}
+FEW = {**SMALL, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+BLOCKS = {**FEW, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}
+NEO = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+MPT = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128}
+ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any], bool]] = {
+    # whether prefixes may be shared: rotary positions must reach the attention of a shared row
+    "llama": (LlamaConfig, BLOCKS, True),
+    "qwen 2": (Qwen2Config, BLOCKS, True),
+    "nanochat": (NanoChatConfig, BLOCKS, True),
+    "mistral": (MistralConfig, {**BLOCKS, "sliding_window": 8}, False),
+    "mistral, a window that no row fills": (MistralConfig, {**BLOCKS, "sliding_window": 120}, True),
+    "gemma 3": (Gemma3TextConfig, {**BLOCKS, "sliding_window": 8}, False),
+    "gpt-neo": (GPTNeoConfig, {**BLOCKS, **NEO, "window_size": 8}, False),
+    "bloom": (BloomConfig, FEW, False),
+    "mpt": (MptConfig, {**SMALL, **MPT}, False),
+    "mamba": (MambaConfig, FEW, False),
+    "falcon with alibi": (FalconConfig, {**FEW, "alibi": True}, False),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_score_as_their_own_logits_say(name: str, tmp_path: Path) -> None:
+    """Also those whose layers see a part of a row only, and those that take no mask or name no longest text."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.1, bos_token_id=50256, eos_token_id=50256,
-    )  # fmt: skip
+    kind, settings, shared = ARCHITECTURES[name]
     tiny_gpt2.save(tmp_path)  # its tokenizer stays
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    llama = load(str(tmp_path), "cpu")
-    scorer = Scorer(llama)
-    assert scorer.share_prefixes
-    reference = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    AutoModelForCausalLM.from_config(kind(**settings)).save_pretrained(tmp_path)
+    scorer = Scorer(load(str(tmp_path), "cpu"))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     asked = requests(2)
     assert values(scorer.score(asked)) == pytest.approx([expected(reference, r)[0] for r in asked], abs=1e-5)
+    assert (scorer.honoured > 0) == shared
+
+
+def test_the_longest_input_is_what_lm_eval_finds(tmp_path: Path) -> None:
+    tokenizer = json.loads((Path(tiny_gpt2.save(tmp_path)) / "tokenizer_config.json").read_text())
+    for name, said in (("llama", 64), ("bloom", 64), ("bloom", int(1e30))):
+        kind, settings, _ = ARCHITECTURES[name]
+        AutoModelForCausalLM.from_config(kind(**settings)).save_pretrained(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"model_max_length": said}))
+        module, own = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        assert load(str(tmp_path), "cpu").context == resolve_max_length(module.config, own)
