@@ -35,6 +35,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, model: LoadedModel, scorer: Scorer, progress: Progress | None = None):
         super().__init__()
         self.model, self.scorer, self.progress = model, scorer, progress
+        self.generation_rows = GENERATION_ROWS  # halves when memory ends
         self.truncated: Counter[str] = Counter()  # requests that lost context tokens, by task
         self._asked: list[Instance] = []
 
@@ -79,11 +80,24 @@ class HarnessModel(TemplateLM):
         """Greedy text up to a stop sequence; sampling is refused, since its score would not repeat."""
         prompts = sorted((self._prompt(n, r) for n, r in enumerate(requests)), key=lambda p: -len(p.tokens))
         texts: dict[int, str] = {}
-        for start in range(0, len(prompts), GENERATION_ROWS):
-            texts |= greedy(self.model, prompts[start : start + GENERATION_ROWS])
+        while len(texts) < len(prompts):
+            texts |= self._generate(prompts[len(texts) : len(texts) + self.generation_rows])
             if self.progress:
                 self.progress(len(texts), len(prompts))
         return [texts[n] for n in range(len(requests))]
+
+    def _generate(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        try:
+            return greedy(self.model, prompts)
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise
+        # outside the except block, so that the failed attempt's tensors are free
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.generation_rows = len(prompts) // 2
+        log.warning("out of memory with %d texts: going on with %d", len(prompts), self.generation_rows)
+        return self._generate(prompts[: self.generation_rows])
 
     def _prompt(self, index: int, request: Instance) -> Prompt:
         text, options = request.args

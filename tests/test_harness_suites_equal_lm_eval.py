@@ -195,6 +195,29 @@ def test_a_text_ends_at_the_models_end_token_not_at_its_first(llama: LoadedModel
             llama.module.lm_head.weight[50258] = 0
 
 
+def test_out_of_memory_while_texts_are_generated_halves_their_rows(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"until": [" a"], "max_gen_toks": 5, "do_sample": False}
+    wanted = asked("generate_until", *((f"Text {n} " * (n % 7 + 1), options) for n in range(21)))
+    whole = HarnessModel(llama, Scorer(llama)).generate_until(wanted)
+    forward, rows = llama.module.forward, []
+
+    def small_memory(input_ids: torch.Tensor, **named: Any) -> Any:
+        rows.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError(f"no room for more than {most} rows")
+        return forward(input_ids, **named)
+
+    monkeypatch.setattr(llama.module, "forward", small_memory)
+    most = 4
+    assert HarnessModel(llama, Scorer(llama)).generate_until(wanted) == whole
+    assert [n for n in rows if n > most] == [16, 8]  # it failed twice, and kept to what fits from then on
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        HarnessModel(llama, Scorer(llama, share_prefixes=False)).generate_until(wanted)
+
+
 @pytest.mark.slow
 def test_an_unknown_task_is_named(folder: str) -> None:
     with pytest.raises(ValueError, match="has no task no_such_task"):
