@@ -245,8 +245,9 @@ class Maker:
             stamps = _stamps(folder)
             for f in record.files:
                 if f.path.endswith(suffix) and stamps.get(f.path) != f.sha256:
-                    url = records.file_url(self.places.store, record.key, f.path)
-                    objects.copy(url, objects.join(folder, f.path))
+                    url, local = records.file_url(self.places.store, record.key, f.path), objects.join(folder, f.path)
+                    if not (os.path.exists(local) and objects.sha256(local) == f.sha256):
+                        objects.copy(url, local)
                     _stamp(folder, [f])
         return folder
 

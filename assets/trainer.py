@@ -155,17 +155,23 @@ class Training:
         local = self.maker.folder(self.tokens.key)
         output = trained_output(self.name, self.run, self.tokens)
         try:
-            if stage_as_they_come(remote, local, self.cancelled):
+            if stage_as_they_come(remote, local, self.cancelled, self._fail):
                 self.maker.listener.started("trained_model")
                 train(self.maker, self.name, self.run, local, output, lambda e: self.handle(e), self._began)
-        except (ValueError, OSError, ProcessFailed, Interrupted) as failure:
-            self.failure = failure
-            self.handle({"event": "failed", "message": str(failure)})
+        except Exception as failure:
+            self._fail(failure)
 
     def _began(self, process: Popen[str]) -> None:
         self.process = process
         if self.cancelled.is_set():
             stop(process, _grace(self.run))
+
+    def _fail(self, failure: Exception) -> None:
+        """Say why, once, and have the process end, which would wait for shards that do not come."""
+        if self.failure is None:
+            self.failure = failure
+            self.handle({"event": "failed", "message": str(failure)})
+            self._stop_process()
 
     def _show(self, event: Event) -> None:
         self.maker.listener.progressed("trained_model", event)
@@ -188,10 +194,13 @@ class Training:
 
     def stop(self) -> None:
         """Have it save a checkpoint and end; nothing happens where it has ended."""
+        self._stop_process()
+        self.thread.join()
+
+    def _stop_process(self) -> None:
         self.cancelled.set()
         if self.process is not None and self.process.poll() is None:
             stop(self.process, _grace(self.run))
-        self.thread.join()
 
 
 @contextmanager

@@ -16,7 +16,11 @@ from local_hub import LocalHub
 from test_hub_files_come_whole import parquet, shard
 from tiny_pipeline import ROOT, TINY_SETTINGS, gpt2
 
-from storage import records, shards
+from assets.making import Maker, Output
+from assets.resources import Launcher, Silent
+from assets.trainer import Training
+from storage import objects, records, shards
+from storage.places import Places
 from training.checkpoint import complete
 from training.tokenization import COMPLETE, PLAN
 
@@ -145,3 +149,21 @@ def test_a_file_that_fails_stops_the_training_at_a_checkpoint_and_says_why(hub: 
     assert done.returncode == 0, done.stderr
     steps = [line for line in (store / "runs/early/main.log").read_text().splitlines() if " trl:" in line]
     assert len(steps) == 6 and recorded(store, "tokens/*")
+
+
+def test_what_fails_in_copying_from_s3_stops_the_training_at_a_checkpoint(s3_store: str, tmp_path: Path) -> None:
+    maker = Maker(Places(s3_store, tmp_path / "home"), Launcher(), Silent())
+    tokens, out = Output("token_shards", "tokens/walk", "1", {}), f"{s3_store}/tokens/walk"
+    for path in Path(tiny_run.tokens(tmp_path / "walk", shards=2)).iterdir():
+        objects.publish_file(str(path), f"{out}/{path.name}")
+    objects.publish_json(f"{out}/{PLAN}", {})
+    training = Training(maker, "r", tiny_run.config(checkpoint_every=100), tokens)
+    folder = maker.folder("runs/r")
+    tiny_run.wait_for(lambda: not training.thread.is_alive() or waiting(folder))
+    objects.publish_bytes(f"{out}/walk_train_copy.bin", b"")
+    limit = threading.Timer(120, training.stop)
+    limit.start()
+    with pytest.raises(ValueError, match="'copy'"):
+        training.join(lambda event: None)
+    limit.cancel()
+    assert complete(folder) == [3]

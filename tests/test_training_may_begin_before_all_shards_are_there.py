@@ -1,14 +1,20 @@
 """Shards can be read in order while later ones are made: the same ones as when all is complete."""
 
 import threading
+from queue import Queue
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_run import wait_for
 
-from storage import shards
+from assets.making import Maker, Output, Produced, StageConfig
+from assets.resources import Launcher, Silent
+from storage import objects, records, shards
+from storage.places import Places
 from training import arrival, pieces, tokenization
-from training.arrival import Arrivals
+from training.arrival import Arrivals, stage_as_they_come
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +76,63 @@ def test_a_folder_without_a_plan_is_complete_as_it_is(corpus, tmp_path):
     arrivals = Arrivals(str(tmp_path / "out"))
     arrivals.wait(10**6)
     assert arrivals.complete and arrivals.paths == shards.shard_paths(str(tmp_path / "out"), "train")
+
+
+OUTPUT = Output("token_shards", "tokens/c", "1", {})
+
+
+def add_shards(out: str, *indexes: int) -> None:
+    for index in indexes:
+        name = shards.shard_name("c", shards.split_of(index), index)
+        shards.write_shard(f"{out}/{name}", np.full(3000, index, dtype=np.uint16))
+
+
+@pytest.fixture
+def begun(tmp_path, s3_store):
+    """A maker on S3, and what failed in the copying of two shards and those that follow."""
+    maker = Maker(Places(s3_store, tmp_path / "home"), Launcher(), Silent())
+    out, failed, cancelled = f"{s3_store}/{OUTPUT.key}", Queue(), threading.Event()
+    add_shards(out, 0, 1)
+    objects.publish_json(f"{out}/{tokenization.PLAN}", {})
+    assert stage_as_they_come(out, maker.folder(OUTPUT.key), cancelled, failed.put)
+    yield maker, out, failed
+    cancelled.set()
+
+
+def test_copying_goes_on_after_an_error_of_the_store_and_nothing_is_copied_again(begun, monkeypatch, caplog):
+    maker, out, failed = begun
+    local, fetch, away = maker.folder(OUTPUT.key), objects.fetch, [OSError("the network is away")]
+
+    def fetch_or_fail(url: str, path: str) -> None:
+        if away:
+            raise away.pop()
+        fetch(url, path)
+
+    monkeypatch.setattr(objects, "fetch", fetch_or_fail)
+    add_shards(out, 2, 3)
+    objects.publish_json(f"{out}/{tokenization.COMPLETE}", [])
+    arrivals = Arrivals(local)
+    wait_for(lambda: arrivals.look() and arrivals.complete)
+    assert len(arrivals.paths) == 3 and failed.empty()
+    assert "can't be copied now (the network is away): trying again" in caplog.text
+    files = [records.describe_file(out, s.path) for s in objects.list_files(out, ".bin")]
+    made, _ = maker.make(StageConfig(), OUTPUT, lambda _: Produced(files=files))
+    monkeypatch.setattr(objects, "copy", lambda *_: pytest.fail("copied again"))
+    assert maker.stage(made.record) == local
+
+
+def test_a_local_file_that_is_not_the_stores_is_copied_again(begun):
+    maker, out, _ = begun
+    files = [records.describe_file(out, s.path) for s in objects.list_files(out, ".bin")]
+    made, _ = maker.make(StageConfig(), OUTPUT, lambda _: Produced(files=files))
+    local = f"{maker.folder(OUTPUT.key)}/{files[0].path}"
+    objects.publish_bytes(local, b"x" * files[0].bytes)
+    maker.stage(made.record)
+    assert objects.sha256(local) == files[0].sha256
+
+
+def test_a_shard_that_is_none_is_told_to_who_waits(begun):
+    _, out, failed = begun
+    objects.publish_bytes(f"{out}/c_train_000002.bin", b"x" * 3000)
+    failure = failed.get(timeout=60)
+    assert isinstance(failure, ValueError) and "c_train_000002.bin is no token shard" in str(failure)

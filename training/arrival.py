@@ -9,6 +9,7 @@ complete.
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storage import objects
@@ -72,11 +73,13 @@ class Arrivals:
         time.sleep(POLL)
 
 
-def stage_as_they_come(folder: str, local: str, cancelled: threading.Event) -> bool:
+def stage_as_they_come(
+    folder: str, local: str, cancelled: threading.Event, failed: Callable[[Exception], None]
+) -> bool:
     """Return once the validation shard and the first training shard are in `local` -> False if cancelled before.
 
     Where `folder` is on S3, a thread goes on to copy the others from there as they come, and then what says that
-    these are all.
+    these are all. `failed` is told, from that thread, why it can't.
     """
     arrivals = Arrivals(folder, local)
     while True:
@@ -90,13 +93,19 @@ def stage_as_they_come(folder: str, local: str, cancelled: threading.Event) -> b
     if folder != local:
         for url in (*validation, objects.join(folder, PLAN)):
             objects.fetch(url, objects.join(local, objects.name_of(url)))
-        threading.Thread(target=_go_on, args=(arrivals, cancelled), daemon=True).start()
+        threading.Thread(target=_go_on, args=(arrivals, cancelled, failed), daemon=True).start()
     return True
 
 
-def _go_on(arrivals: Arrivals, cancelled: threading.Event) -> None:
-    while not arrivals.complete and not cancelled.wait(POLL):
-        arrivals.look()
-    if arrivals.complete:
-        arrivals.look()
-        objects.fetch(objects.join(arrivals.folder, COMPLETE), objects.join(arrivals.local, COMPLETE))
+def _go_on(arrivals: Arrivals, cancelled: threading.Event, failed: Callable[[Exception], None]) -> None:
+    while not cancelled.wait(POLL):
+        try:
+            arrivals.look()
+            if arrivals.complete:
+                objects.fetch(objects.join(arrivals.folder, COMPLETE), objects.join(arrivals.local, COMPLETE))
+                return
+        except objects.failures() as error:
+            log.warning("%s can't be copied now (%s): trying again in %.0f s", arrivals.folder, error, POLL)
+        except Exception as failure:
+            failed(failure)
+            return
