@@ -39,10 +39,16 @@ def steps(place: Places, run: str, document: str) -> list[dict[str, Any]]:
 
 
 def readers(place: Places, index: Lineage, document: str) -> list[Node]:
-    """What was made from a document itself: models whose training saw it, and what reads the shard held out."""
+    """What was made from a document itself: models whose training saw it, and what reads the shard held out.
+
+    Shards whose documents nobody knows are passed over, and that is said.
+    """
     _, rows = index.sql("SELECT namespace, name FROM artifacts WHERE job = 'token_shards'")
     read_by = []
     for key in (name for namespace, name in rows if namespace == place.store):
+        if not _are_known(place, key):
+            sys.stderr.write(f"passed over {key}: its shards have no index of their documents\n")
+            continue
         found = _find(place, key, document)
         held_out = any("_val_" in p.shard for p in found)
         for node in index.made_from(key) if found else []:
@@ -74,6 +80,11 @@ def _positions(place: Places, run: str, config: RunConfig) -> trace.Positions:
     folder = objects.join(place.store, "runs", run)
     may_be_rewound = config.train.on_divergence == "rewind" and objects.exists(objects.join(folder, "metrics.jsonl"))
     return trace.positions_of(folder) if may_be_rewound else {}
+
+
+def _are_known(place: Places, key: str) -> bool:
+    record = records.read_record(place.store, key)
+    return record is not None and documents.has_indexes(record)
 
 
 def _find(place: Places, key: str, document: str) -> list[Place]:

@@ -57,6 +57,11 @@ def find(store: str, tokens: Record, home: Path, document: str) -> list[Place]:
     return [Place(objects.name_of(url).removesuffix(INDEX) + ".bin", *map(_known, row)) for url, *row in rows]
 
 
+def has_indexes(tokens: Record) -> bool:
+    """Not, where the shards were tokenized elsewhere."""
+    return any(f.path.endswith(INDEX) for f in tokens.files)
+
+
 def lookup_of(store: str, tokens: Record, home: Path) -> Path:
     """The file of hashes, made now if it is not there: seconds for 10 million documents."""
     path = home / "documents" / f"{tokens.fingerprint[:16]}-duckdb-{duckdb.__version__}.parquet"  # whose hash it is
@@ -94,7 +99,7 @@ def show_documents(connection: duckdb.DuckDBPyConnection, stores: Sequence[str])
         connection.execute(f"CREATE TEMP TABLE documents ({empty}, {numbers})")
         return
     _reach(connection, [*found])
-    listed = _quoted([*found])
+    listed = quoted([*found])
     connection.execute(f"SET allowed_paths = [{listed}]")
     connection.execute(
         "CREATE TEMP TABLE shard_indexes AS SELECT unnest(?) AS index_url, unnest(?) AS namespace, "
@@ -144,7 +149,7 @@ def _reach(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) -> None:
         connection.register_filesystem(objects.filesystem(remote[0]))
 
 
-def _quoted(values: Sequence[str]) -> str:
+def quoted(values: Sequence[str]) -> str:
     return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
 
 

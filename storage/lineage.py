@@ -8,7 +8,6 @@ nobody and holds nobody up, and an index is never seen half-written.
 
 import fcntl
 import logging
-import re
 import shutil
 import tempfile
 import uuid
@@ -25,7 +24,7 @@ from storage import lineage_rows as rows_of
 from storage import lineage_schema as schema
 from storage import objects
 from storage.contents import UNREADABLE, why
-from storage.documents import show_documents
+from storage.documents import quoted, show_documents
 from storage.lineage_rows import FOLLOWS, Rows, Taken
 
 log = logging.getLogger(__name__)
@@ -67,6 +66,14 @@ SELECT a.name, a.job, a.fingerprint FROM edges e JOIN artifacts a ON a.name = e.
 WHERE (e.namespace, e.input) = (?, ?) ORDER BY 1
 """
 
+# by its name in the store, or as runs name it
+CORPUS = """
+SELECT namespace, name FROM artifacts WHERE $2 IN ('', namespace) AND job = 'documents'
+AND (name IN ('corpora/' || $1 || '/documents', $1 || '/documents')
+     OR (namespace, name) IN (SELECT (namespace, documents) FROM runs WHERE corpus = $1))
+ORDER BY namespace, name
+"""
+
 DESCENDANTS = """
 WITH RECURSIVE below(name, distance) AS (
     SELECT output, 1 FROM edges WHERE namespace = ? AND list_contains(?, input)
@@ -77,15 +84,17 @@ SELECT b.name, a.job, a.fingerprint FROM below b JOIN artifacts a ON a.name = b.
 GROUP BY ALL ORDER BY min(distance), b.name
 """
 
+# of an output; of a run, with all that was made of it, but not with the other models that its report compares it to
 COSTS = """
 WITH RECURSIVE above(name) AS (
-    SELECT ?
+    SELECT name FROM artifacts WHERE namespace = $1 AND ($2 = name OR $2 = 'runs/' || run)
     UNION
-    SELECT e.input FROM edges e JOIN above a ON e.output = a.name WHERE e.namespace = ?
+    SELECT e.input FROM edges e JOIN above a ON e.output = a.name
+    WHERE e.namespace = $1 AND NOT (e.output = $2 || '/report' AND regexp_matches(e.input, '^(models|runs)/'))
 )
 SELECT a.name, a.job, c.* EXCLUDE (namespace, dataset)
 FROM artifacts a JOIN costs c ON c.namespace = a.namespace AND c.dataset = a.name
-WHERE a.namespace = ? AND a.name IN (SELECT name FROM above)
+WHERE a.namespace = $1 AND a.name IN (SELECT name FROM above)
 ORDER BY c.dollars DESC NULLS LAST, c.gpu_hours DESC NULLS LAST, c.seconds DESC NULLS LAST, a.name
 """
 
@@ -113,8 +122,7 @@ class Lineage:
         read = _read(store, rows_of.files_of(store))
 
         def change(connection: duckdb.DuckDBPyConnection) -> None:
-            for table in (*schema.TABLES, schema.INGESTED):
-                connection.execute(f"DELETE FROM {table} WHERE namespace = ?", [store])
+            _forget_stores(connection, [store, *_gone(connection)])
             _insert(connection, read.values())
 
         self._anew_if_damaged(lambda: self._write(change))
@@ -123,13 +131,14 @@ class Lineage:
     def sql(self, query: str, documents: Sequence[str] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Answer a query: (column names, rows). Nothing can be changed and no other file is read.
 
+        The tables have the rows of this index's store; under the database's name, as in `lineage.artifacts`, of all.
         `documents` are stores whose shards' indexes the table `documents` shows, where the query names it. Raises
         ValueError where the query is wrong, with DuckDB's reason.
         """
 
         def answer(connection: duckdb.DuckDBPyConnection) -> tuple[list[str], list[tuple[Any, ...]]]:
             try:
-                return _answer(connection, query, documents)
+                return _answer(connection, self.store, query, documents)
             except duckdb.Error as error:
                 if self._is_damage(error):
                     raise
@@ -150,6 +159,10 @@ class Lineage:
         found = self._ask(lambda connection: _found(connection, self.store, key.rstrip("/")))
         return list(dict.fromkeys(name for _, name in found))
 
+    def nearest(self, key: str) -> list[str]:
+        """The outputs whose names are most like `key`."""
+        return self._ask(lambda connection: _nearest(connection, self.store, key))
+
     def made_from(self, key: str) -> list[Node]:
         """The outputs that were made from `key` itself."""
         rows = self._ask(
@@ -168,24 +181,31 @@ class Lineage:
         return [Node(*row) for row in self._ask(below)]
 
     def cost(self, key: str) -> list[Cost]:
-        """What `key` and everything that it was made from took, each output once, the dearest first."""
+        """What `key` and everything that it was made from took, each output once, the dearest first.
+
+        Of a run all its stages count, made from its weights or not.
+        """
 
         def costs(connection: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
-            store, found = _locate(connection, self.store, key)
-            return connection.execute(COSTS, [found, store, store]).fetchall()
+            return connection.execute(COSTS, _locate(connection, self.store, key)).fetchall()
 
         return [Cost(*row) for row in self._ask(costs)]
 
     def _ingest(self, store: str) -> int:
         with self._reading() as connection:
-            known = _known(connection, store)
+            known, stores_gone = _known(connection, store), _gone(connection)
         found = rows_of.files_of(store)  # one listing, which may take a while on S3; nobody waits for it
         gone = [path for path in known if path not in found]
         changed = [path for path, stamp in found.items() if path not in known or known[path][0] != stamp]
         taken = {path: (size, last) for path, (_, size, last) in known.items() if size}
         read = {path: rows for path, rows in _read(store, changed, taken).items() if rows or path in known}
-        if gone or read:
-            self._write(lambda connection: _replace(connection, store, read, gone))
+
+        def change(connection: duckdb.DuckDBPyConnection) -> None:
+            _forget_stores(connection, _gone(connection))
+            _replace(connection, store, read, gone)
+
+        if gone or read or stores_gone:
+            self._write(change)
         return len(gone) + len(read)
 
     def _ask(self, question: Callable[[duckdb.DuckDBPyConnection], Answer]) -> Answer:
@@ -283,22 +303,34 @@ class Lineage:
             if "lock" not in str(error):
                 raise
         # another program has it open to write, such as DuckDB's own shell
-        copy = Path(stack.enter_context(tempfile.TemporaryDirectory()), "copy.duckdb")
+        copy = Path(stack.enter_context(tempfile.TemporaryDirectory()), self.path.name)
         shutil.copyfile(self.path, copy)
         return duckdb.connect(str(copy), read_only=True)
 
 
 def _answer(
-    connection: duckdb.DuckDBPyConnection, query: str, documents: Sequence[str]
+    connection: duckdb.DuckDBPyConnection, store: str, query: str, documents: Sequence[str]
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    if re.search(r"\b(from|join)\s+documents\b", query, re.IGNORECASE):
+    statements = connection.extract_statements(query)
+    if any(statement.type != duckdb.StatementType.SELECT for statement in statements):
+        raise ValueError(f"{query!r} can't be answered: only SELECT is, the index stays as it is")
+    named = {name.lower() for statement in statements for name in connection.get_table_names(statement.query)}
+    if "documents" in named:
         show_documents(connection, documents)
+    if store:
+        _show_only(connection, store)
     connection.execute("SET enable_external_access = false; SET lock_configuration = true")
-    for statement in connection.extract_statements(query):
-        if statement.type != duckdb.StatementType.SELECT:
-            raise ValueError(f"{query!r} can't be answered: only SELECT is, the index stays as it is")
     result = connection.execute(query)
     return [c[0] for c in result.description or []], result.fetchall()
+
+
+def _show_only(connection: duckdb.DuckDBPyConnection, store: str) -> None:
+    """Have the name of each table mean the rows of one store."""
+    (database,) = connection.execute("SELECT current_database()").fetchone() or ("",)
+    for table in schema.TABLES:
+        connection.execute(
+            f'CREATE TEMP VIEW {table} AS SELECT * FROM "{database}".main.{table} WHERE namespace = {quoted([store])}'
+        )
 
 
 def _known(connection: duckdb.DuckDBPyConnection, store: str) -> dict[str, tuple[str, int, str]]:
@@ -345,6 +377,17 @@ def _fits(rows: Rows, known: tuple[str, int, str] | None) -> bool:
     return FOLLOWS not in rows or (known is not None and rows[FOLLOWS] == [(known[1],)])
 
 
+def _gone(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Local stores that are not there any more, such as one that was moved."""
+    stores = connection.execute(f"SELECT DISTINCT namespace FROM {schema.INGESTED}").fetchall()
+    return [store for (store,) in stores if objects.is_local(store) and not objects.exists(store)]
+
+
+def _forget_stores(connection: duckdb.DuckDBPyConnection, stores: Sequence[str]) -> None:
+    for table in (*schema.TABLES, schema.INGESTED) if stores else ():
+        connection.execute(f"DELETE FROM {table} WHERE list_contains(?, namespace)", [stores])
+
+
 def _forget(connection: duckdb.DuckDBPyConnection, store: str, path: str, with_rows: bool = True) -> None:
     where = "FROM ingested WHERE namespace = ? AND path = ?"
     for (dataset,) in connection.execute(f"SELECT dataset {where}", [store, path]).fetchall():
@@ -369,32 +412,48 @@ def _insert(connection: duckdb.DuckDBPyConnection, read: Collection[Rows]) -> No
 def _locate(connection: duckdb.DuckDBPyConnection, store: str, key: str) -> tuple[str, str]:
     """(store, name) of the output that `key` means, itself or through one of its files.
 
-    Raises ValueError where there is none, or where several have such a file.
+    Raises ValueError where there is none, or where it may be several.
     """
     wanted = key.rstrip("/")
     found = _found(connection, store, wanted)
     if len(found) > 1:
         names = [name if store else f"{namespace}/{name}" for namespace, name in found]
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        raise ValueError(f"{len(names)} outputs have a file {key!r}: name one of {', '.join(names[:MOST_NAMED])}{more}")
+        raise ValueError(f"{key!r} may mean {len(names)} outputs: name one of {', '.join(names[:MOST_NAMED])}{more}")
     if not found:
-        near = connection.execute(
-            "SELECT name FROM artifacts ORDER BY jaro_winkler_similarity(name, ?) DESC LIMIT 3", [wanted]
-        ).fetchall()
-        hint = f": did you mean {', '.join(k for (k,) in near)}?" if near else ": nothing has been made here yet"
+        near = _nearest(connection, store, wanted)
+        hint = f": did you mean {', '.join(near)}?" if near else ": nothing has been made here yet"
         raise ValueError(f"no output or file {key!r}{hint}")
     return found[0]
 
 
+def _nearest(connection: duckdb.DuckDBPyConnection, store: str, wanted: str) -> list[str]:
+    query = (
+        "SELECT DISTINCT name FROM artifacts WHERE $2 IN ('', namespace) "
+        "ORDER BY jaro_winkler_similarity(name, $1) DESC, name LIMIT 3"
+    )
+    return [name for (name,) in connection.execute(query, [wanted, store]).fetchall()]
+
+
 def _found(connection: duckdb.DuckDBPyConnection, store: str, wanted: str) -> list[tuple[str, str]]:
-    """(store, name) of the output of that name, or of every one that has such a file."""
+    """(store, name) of the output of that name, or of every one that has such a file, or is such a corpus."""
+    for name in dict.fromkeys([wanted, objects.absolute(wanted)]):  # a path from where the question was asked
+        if found := _of_name(connection, store, name) or _of_file(connection, store, name):
+            return found
+    return connection.execute(CORPUS, [wanted, store]).fetchall()
+
+
+def _of_name(connection: duckdb.DuckDBPyConnection, store: str, wanted: str) -> list[tuple[str, str]]:
     output = connection.execute(
         "SELECT namespace, name FROM artifacts WHERE $2 IN ('', namespace) "
         "AND ($1 IN (name, namespace || '/' || name) OR name = 'runs/' || $1) ORDER BY ended DESC",
         [wanted, store],
     )
-    if found := output.fetchone():
-        return [found]
+    found = output.fetchone()
+    return [found] if found else []
+
+
+def _of_file(connection: duckdb.DuckDBPyConnection, store: str, wanted: str) -> list[tuple[str, str]]:
     # a score's file lies beside its record, not below it
     folder = "regexp_replace(dataset, '/scores/[^/]*$', '/scores')"
     return connection.execute(

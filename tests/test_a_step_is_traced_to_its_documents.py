@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.seen import readers
 from storage import documents, objects, records, shards, tokenizer
 from storage.lineage import Lineage
-from storage.records import File, Record
+from storage.places import places
+from storage.records import File, Parent, Record
 from training import recipes, tokenization, trace
 from training.loader import training_loader
 from training.model_config import ModelConfig
@@ -112,6 +114,27 @@ def test_it_works_on_s3(tokens, config, s3_store, tmp_path):
     lineage.ingest(s3_store)
     query = "SELECT DISTINCT id, url FROM documents WHERE url = 'u/77'"
     assert lineage.sql(query, [s3_store])[1] == [("id 77", "u/77")]
+
+
+def test_shards_that_were_tokenized_elsewhere_hide_no_reader_of_a_document(tokens, tmp_path, capsys):
+    place = places(str(tmp_path / "store"))
+    objects.copy_tree(tokens, f"{place.store}/tokens/c")
+    names = [s.path for s in objects.list_files(tokens, ".parquet")]
+    files = [records.describe_file(f"{place.store}/tokens/c", name) for name in names]
+
+    def make(key: str, asset: str, files: list[File], *parents: Parent) -> Parent:
+        when, mark = "2026-11-24T10:00:00+00:00", records.fingerprint(asset, "1", {"key": key}, list(parents))
+        records.write_record(place.store, Record(asset, key, mark, "1", {}, list(parents), files, when, when))
+        return Parent(key, mark)
+
+    make("tokens/b", "token_shards", [])
+    make("tokens/c/inspection-1", "inspection", [], make("tokens/c", "token_shards", files))
+    index = Lineage(place.lineage, place.store)
+    index.ingest(place.store)
+    held_out = next(f for f in files if "_val_" in f.path)
+    (document,) = pq.read_table(f"{place.store}/tokens/c/{held_out.path}")["url"].to_pylist()[:1]
+    assert [node.key for node in readers(place, index, document)] == ["tokens/c/inspection-1"]
+    assert capsys.readouterr().err == "passed over tokens/b: its shards have no index of their documents\n"
 
 
 def test_what_can_not_be_traced_is_said(tokens, config, tmp_path):

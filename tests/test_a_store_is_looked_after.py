@@ -89,6 +89,15 @@ def test_the_weights_that_a_run_starts_from_are_checked_too(chain, tmp_path):
     assert (problem.key, problem.dependents) == ("weights/m", ("runs/tuned",))
 
 
+def test_what_lies_outside_the_store_is_named_in_full(chain, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"text")
+    files = [records.describe_file("", str(tmp_path / "a.parquet"))]
+    mark = records.fingerprint("documents", "1", {}, [])
+    records.write_record(chain, Record("documents", "corpora/o/documents", mark, "1", {}, [], files, "", ""))
+    (tmp_path / "a.parquet").unlink()
+    assert problems(chain) == [("missing", str(tmp_path / "a.parquet"))]
+
+
 def test_records_are_checked_too(chain):
     url = records.record_url(chain, "tokens/c")
     data = objects.read_json(url)

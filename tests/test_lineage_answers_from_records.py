@@ -76,6 +76,32 @@ def test_a_file_or_a_location_names_its_output(store, lineage, name):
     assert lineage.ancestry(name.format(store=store)).key == "tokens/c"
 
 
+def test_a_path_from_here_names_its_output(store, lineage, monkeypatch):
+    make_chain(store)
+    outside = f"{store}/data/a.parquet"
+    files = [File(outside, 1, "1", "ab")]
+    records.write_record(
+        store, Record("documents", "corpora/o/documents", "f", "1", {}, [], files, *["2026-11-24"] * 2)
+    )
+    lineage.ingest(store)
+    monkeypatch.chdir(Path(store).parent)
+    assert lineage.ancestry("store/runs/demo/export/hf_model.bin").key == "runs/demo/export"
+    assert lineage.ancestry("./store/runs/demo/").key == "runs/demo"
+    assert lineage.outputs("store/data/a.parquet") == ["corpora/o/documents"]
+
+
+@pytest.mark.parametrize("name", ["embedded", "c-1.0", "corpora/c-1.0", "corpora/c-1.0/documents"])
+def test_a_corpus_is_known_by_its_name(store, lineage, name):
+    documents = make(store, "corpora/c-1.0/documents", "documents")
+    make(store, "tokens/t", "token_shards", documents)
+    config = {"recipe": "demo", "corpus": "embedded", "train": {"steps": 2, "batch_tokens": 64}}
+    objects.publish_json(f"{store}/runs/demo/config.json", config)
+    objects.publish_json(f"{store}/runs/demo/inputs.json", {"documents": documents.key, "tokens": "tokens/t"})
+    lineage.ingest(store)
+    assert lineage.outputs(name) == [documents.key]
+    assert [node.key for node in lineage.impact(name)] == ["tokens/t"]
+
+
 def test_what_was_replaced_since_is_said(store, lineage):
     parents = make_chain(store)
     lineage.ingest(store)
@@ -172,6 +198,28 @@ def test_two_stores_share_an_index(tmp_path, store, lineage):
     ]
 
 
+def test_a_query_is_answered_of_the_store_that_is_asked(tmp_path, store, lineage):
+    """A copy of it counts in all of the database alone; one that was moved away is forgotten."""
+    other = str(tmp_path / "other")
+    make_chain(store)
+    objects.copy_tree(store, other)
+    asked = [Lineage(lineage.path, one) for one in (store, other)]
+    for index in asked:
+        index.ingest(index.store)
+    for index in asked:
+        assert index.sql("SELECT count(*) FROM artifacts a JOIN edges e ON a.name = e.output")[1] == [(5,)]
+        assert index.sql("SELECT DISTINCT namespace FROM files")[1] == [(index.store,)]
+        assert index.sql("SELECT count(*) FROM lineage.artifacts")[1] == [(12,)]
+    moved = str(tmp_path / "moved")
+    objects.move_tree(other, moved)
+    Lineage(lineage.path, moved).ingest(moved)
+    every = "SELECT DISTINCT namespace FROM artifacts ORDER BY 1"
+    assert lineage.sql(every)[1] == [(moved,), (store,)]
+    objects.move_tree(moved, other)
+    lineage.rebuild(store)
+    assert lineage.sql(every)[1] == [(store,)]
+
+
 def test_a_store_on_s3_is_indexed(lineage, s3_store):
     store = f"{s3_store}/lineage"
     make_chain(store)
@@ -205,6 +253,15 @@ def test_a_query_only_reads_the_index(store, lineage, tmp_path, query):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "secret", "store"]
 
 
+@pytest.mark.parametrize(
+    "named", ["artifacts, documents", '"documents"', "artifacts a JOIN Documents d ON a.name = url"]
+)
+def test_however_a_query_names_the_documents_they_are_shown(store, lineage, named):
+    make_chain(store)
+    lineage.ingest(store)
+    assert lineage.sql(f"SELECT count(*) FROM {named}; ", [store])[1] == [(0,)]
+
+
 def test_an_unknown_key_gets_the_nearest(store, lineage):
     with pytest.raises(ValueError, match="nothing has been made here yet"):
         lineage.ancestry("runs/demo")
@@ -212,6 +269,16 @@ def test_an_unknown_key_gets_the_nearest(store, lineage):
     lineage.ingest(store)
     with pytest.raises(ValueError, match="no output or file 'runs/dmeo': did you mean runs/demo,"):
         lineage.ancestry("runs/dmeo")
+    other = f"{store}-2"  # which has the same names, and one that is nearer
+    make_chain(other)
+    make(other, "runs/dmeo2", "trained_model")
+    lineage.ingest(other)
+    with pytest.raises(ValueError, match="did you mean runs/demo, runs/demo/export, runs/demo/scores/hellaswag"):
+        Lineage(lineage.path, store).ancestry("runs/dmeo")
+    with pytest.raises(ValueError, match="did you mean runs/dmeo2, runs/demo, runs/demo/export"):
+        Lineage(lineage.path).ancestry("runs/dmeo")
+    told = gpt2("lineage", "impact", "runs/dmeo", "--store", store, cwd=Path(store))
+    assert told.returncode == 2 and "did you mean runs/demo," in told.stderr
 
 
 def test_what_a_fault_reaches(store, lineage):
@@ -235,7 +302,7 @@ def test_a_file_name_that_several_outputs_have_means_all_of_them(store, lineage,
     assert lineage.outputs("token_shards.bin") == ["tokens/c", "tokens/d"]
     assert lineage.outputs("runs/demo/scores/hellaswag.bin") == ["runs/demo/scores/hellaswag"]
     assert lineage.outputs("runs/hf_model.bin") == []
-    with pytest.raises(ValueError, match="2 outputs have a file 'token_shards.bin': name one of tokens/c, tokens/d"):
+    with pytest.raises(ValueError, match="'token_shards.bin' may mean 2 outputs: name one of tokens/c, tokens/d"):
         Lineage(lineage.path, store).ancestry("token_shards.bin")
     told = gpt2("lineage", "impact", "token_shards.bin", "--store", store, "--json", cwd=tmp_path)
     assert {row["output"]: row["made from"] for row in json.loads(told.stdout)} == {
@@ -254,6 +321,22 @@ def test_the_cost_of_a_score_counts_each_output_once(store, lineage):
     costs = lineage.cost("runs/r/scores/s")
     assert [c.key for c in costs] == ["runs/r/scores/s", "runs/r", "tokens/c", "corpora/c/documents"]
     assert [(c.seconds, c.gpu_hours) for c in costs] == [(7.0, 0.1), (60.0, 0.5), (10.0, None), (5.0, None)]  # never 0
+
+
+def test_the_cost_of_a_run_is_that_of_all_its_stages(store, lineage):
+    tokens = make(store, "tokens/c", "token_shards", cost={"seconds": 10.0})
+    model = make(store, "runs/r", "trained_model", tokens, cost={"seconds": 60.0})
+    export = make(store, "runs/r/export", "hf_model", model, cost={"seconds": 6.0})
+    items = make(store, "eval_items/i", "eval_items", cost={"seconds": 3.0})
+    score = make(store, "runs/r/scores/s", "s", export, items, cost={"seconds": 7.0})
+    looked = make(store, "tokens/c/inspection-1", "inspection", tokens, cost={"seconds": 4.0})
+    other = make(store, "runs/other", "trained_model", tokens, cost={"seconds": 1000.0})
+    make(store, "runs/r/report", "report", model, score, looked, other, cost={"seconds": 2.0})  # beside the other
+    lineage.ingest(store)
+    stages = ["runs/r", "tokens/c", "runs/r/scores/s", "runs/r/export", "tokens/c/inspection-1", "eval_items/i"]
+    stages += ["runs/r/report"]
+    assert [c.key for c in lineage.cost("r")] == [c.key for c in lineage.cost("runs/r")] == stages
+    assert [c.key for c in lineage.cost("runs/r/export")] == ["runs/r", "tokens/c", "runs/r/export"]
 
 
 def test_a_runs_configuration_and_steps_are_rows(store, lineage):

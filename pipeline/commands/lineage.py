@@ -107,7 +107,7 @@ def _print_texts(found: list[dict[str, Any]]) -> None:
 @app.command()
 def impact(
     what: Annotated[
-        str, typer.Argument(help="An output, such as a corpus; a file of one, such as a shard; a document's id or URL.")
+        str, typer.Argument(help="An output; a corpus by its name; a file, such as a shard; a document's id or URL.")
     ],
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -121,7 +121,11 @@ def impact(
     elif readers := _readers(place, index, what):
         nodes = [*readers, *index.impact(*(node.key for node in readers))]
     else:
-        raise ValueError(f"there is no output, file or document {what!r} in {place.store} that anything was made from")
+        near = index.nearest(what)
+        hint = f": did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(
+            f"there is no output, file, corpus or document {what!r} in {place.store} that anything was made from{hint}"
+        )
     rows = {n.key: {"output": n.key, "made by": n.job, "fingerprint": n.fingerprint} for n in nodes}
     if len(holders) > 1:  # each has a file of that name: say which of them an output stands on
         below = {holder: {node.key for node in index.impact(holder)} for holder in holders}
@@ -200,7 +204,7 @@ def sql(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a SQL query over the index: tables artifacts, files, edges, runs, metrics, scores, checks, costs,
+    """Answer a SQL query over the store: tables artifacts, files, edges, runs, metrics, scores, checks, costs,
     environments, documents (docs/lineage.md)."""
     columns, rows = _index(store).sql(query, [places(store).store])
     _print_rows([dict(zip(columns, row, strict=True)) for row in rows], columns, as_json)
