@@ -18,7 +18,7 @@ from storage import objects, records
 from storage.records import Record
 from training.config import SUITES, to_dict
 
-VERSION = "4"
+VERSION = "5"
 
 
 @dg.op(ins={"scores": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), code_version=VERSION)

@@ -76,7 +76,8 @@ def _environment(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {}
 
 
-Rows = Sequence[Mapping[str, Any]]  # a score's per-item rows
+Page = Mapping[str, Any]  # a score's JSON
+Rows = Sequence[Mapping[str, Any]]  # its per-item rows
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,65 @@ class Paired:
     n: int
 
 
-def paired(left: Rows, right: Rows) -> dict[str, Paired]:
-    """By score name. Empty where the rows are not of the same items."""
-    ours, theirs = _values(left), _values(right)
+def paired(left: Page, right: Page, rows: Rows, others: Rows) -> dict[str, Paired | None]:
+    """By score name: every score that is the mean of its rows, and what follows from such means alone.
+
+    None where the rows are known not to be of the same items.
+    """
+    ours, theirs = _means(left, rows), _means(right, others)
+    pairs = {name: _pair(ours[name], theirs[name]) for name in ours if name in theirs and len(ours[name]) > 1}
+    if left.get("suite") == "core":
+        return _of_core(left, right, pairs)
+    if "loss" in pairs and "perplexity" in left["scores"] and "perplexity" in right["scores"]:
+        pairs["perplexity"] = _of_perplexity(pairs["loss"], *(page["scores"] for page in (left, right)))
+    return pairs
+
+
+def _means(page: Page, rows: Rows) -> dict[str, dict[Any, float]]:
+    """The scores that are the mean of their rows; of lm-eval's perplexities the rows are log-likelihoods."""
     return {
-        name: _difference([ours[name][key] - theirs[name][key] for key in ours[name]])
-        for name in ours
-        if len(ours[name]) > 1 and ours[name].keys() == theirs.get(name, {}).keys()
+        name: values
+        for name, values in _values(rows).items()
+        if name in page["scores"]
+        and math.isclose(mean_score(list(values.values())).value, page["scores"][name]["value"], rel_tol=1e-6)
     }
+
+
+def _pair(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Paired | None:
+    return _difference([ours[item] - theirs[item] for item in ours]) if ours.keys() == theirs.keys() else None
+
+
+def _of_perplexity(loss: Paired | None, ours: Page, theirs: Page) -> Paired | None:
+    """As many standard errors apart as the losses whose exponentials they are."""
+    if loss is None:
+        return None
+    apart = ours["perplexity"]["value"] - theirs["perplexity"]["value"]
+    slope = apart / loss.difference if loss.difference else ours["perplexity"]["value"]
+    return Paired(apart, loss.stderr * slope, loss.n)
+
+
+def _of_core(left: Page, right: Page, tasks: Mapping[str, Paired | None]) -> dict[str, Paired | None]:
+    """The accuracies of its tasks, centred as these are, and their mean. Items of two bundles are not the same."""
+    asked, others = (page["details"] for page in (left, right))
+    if asked["bundle_sha256"] != others["bundle_sha256"]:
+        return dict.fromkeys(left["scores"], None)
+    pairs = {f"{task}/centred": _scaled(pair, asked["tasks"][task]["chance"]) for task, pair in tasks.items()}
+    if len(pairs) == len(asked["tasks"]):
+        pairs["core" if asked["complete"] else "partial_core"] = _mean(list(pairs.values()))
+    return {**tasks, **pairs}
+
+
+def _mean(pairs: Sequence[Paired | None]) -> Paired | None:
+    """Over tasks, which are independent of each other."""
+    known = [pair for pair in pairs if pair]
+    if len(known) < len(pairs):
+        return None
+    stderr = math.sqrt(math.fsum(pair.stderr**2 for pair in known)) / len(known)
+    return Paired(math.fsum(pair.difference for pair in known) / len(known), stderr, sum(pair.n for pair in known))
+
+
+def _scaled(pair: Paired | None, chance: float) -> Paired | None:
+    return Paired(pair.difference / (1 - chance), pair.stderr / (1 - chance), pair.n) if pair else None
 
 
 def _difference(values: list[float]) -> Paired:
@@ -121,8 +173,9 @@ def _shares(rows: Rows) -> dict[str, float]:
 
 def _values_of(row: Mapping[str, Any], share: Mapping[str, float]) -> Iterable[tuple[str, Any, float]]:
     if "window" in row:  # validation loss
-        yield "loss", (row["window"], row["tokens"]), -row["logprob"] / share["tokens"]
-        yield "bits_per_byte", (row["window"], row["bytes"]), -row["logprob"] / math.log(2) / share["bytes"]
+        text = (row["window"], row["bytes"], row.get("sha256"))
+        yield "loss", (*text, row["tokens"]), -row["logprob"] / share["tokens"]
+        yield "bits_per_byte", text, -row["logprob"] / math.log(2) / share["bytes"]
     elif "protocol" in row:  # HellaSwag and items in its format
         item = (row["ind"], row.get("label"))  # items made from another corpus have the same numbers, not answers
         yield f"{row['protocol']}_acc", item, float(row["correct"])

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from evals.comparison import Paired, Rows, paired
 
-Verdict = Literal["better", "worse", "equal", "error unknown", "other protocol"]
+Unlike = Literal["other protocol", "other items"]
+Verdict = Literal["better", "worse", "equal", "error unknown"] | Unlike
 
 HELLASWAG_ITEMS = 10_042
 REPRODUCED_WITHIN = 1.0  # standard errors: the same model on the same items differs by rounding and versions only
@@ -118,22 +119,22 @@ def compare(
     against: str,
     source: str,
     pair: Paired | None = None,
-    same_protocol: bool = True,
+    unlike: Unlike | None = None,
 ) -> Comparison:
     """Scores are {value, stderr}. Equal means within two standard errors of the difference.
 
     On the same items (`pair`) that error is the differences' own; else both errors count as if the items had been
-    drawn apart, which calls two models equal more often. Scores by two protocols, such as nats per tokens of two
-    vocabularies, stand side by side without errors and without a verdict.
+    drawn apart, which calls two models equal more often. Scores that are `unlike`, by two protocols as nats per tokens
+    of two vocabularies are, or over two sets of items, stand side by side without errors and without a verdict.
     """
     difference = ours["value"] - theirs["value"]
     known = [s["stderr"] for s in (ours, theirs) if s.get("stderr") is not None]
     error = pair.stderr if pair else math.sqrt(math.fsum(e * e for e in known))
     errors = difference / error if error > 0 else (0.0 if pair and difference == 0 else None)
-    errors = errors if same_protocol else None
+    errors = None if unlike else errors
     return Comparison(
         suite, score, ours["value"], ours.get("stderr"), against, theirs["value"], theirs.get("stderr"),
-        source, difference, errors, pair is not None, _verdict(score, errors) if same_protocol else "other protocol",
+        source, difference, errors, pair is not None, unlike or _verdict(score, errors),
     )  # fmt: skip
 
 
@@ -161,8 +162,9 @@ def against_published(scores: Mapping[str, Mapping[str, Any]], model: str) -> li
                 other = published(suite, name).get(model)
                 if other:
                     theirs = {"value": other.value, "stderr": other.stderr}
-                    against, same = NAMES.get(model, model), name not in OTHER_PROTOCOL
-                    rows.append(compare(suite, score, ours, theirs, against, other.source, same_protocol=same))
+                    against = NAMES.get(model, model)
+                    unlike: Unlike | None = "other protocol" if name in OTHER_PROTOCOL else None
+                    rows.append(compare(suite, score, ours, theirs, against, other.source, unlike=unlike))
     return rows
 
 
@@ -185,16 +187,19 @@ def against_run(
 ) -> list[Comparison]:
     """Every score that both runs have, by suite and name; item by item where both have a suite's per-item rows.
 
-    Without a verdict where the two pages name different protocols.
+    Without a verdict where the two pages name different protocols, or where their rows are of other items.
     """
     rows = []
     for suite, page in scores.items():
         other = others.get(suite, {"scores": {}})
         same = page.get("protocol") == other.get("protocol")
-        pairs = paired(items[suite], other_items[suite]) if same and suite in items and suite in other_items else {}
+        there = same and suite in items and suite in other_items
+        pairs = paired(page, other, items[suite], other_items[suite]) if there else {}
         for score, ours in page["scores"].items():
             theirs = other["scores"].get(score)
             if theirs:
                 pair = pairs.get(score)
-                rows.append(compare(suite, score, ours, theirs, against, "measured here", pair, same_protocol=same))
+                differs: Unlike | None = "other items" if score in pairs and pair is None else None
+                unlike: Unlike | None = differs if same else "other protocol"
+                rows.append(compare(suite, score, ours, theirs, against, "measured here", pair, unlike))
     return rows

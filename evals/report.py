@@ -274,11 +274,11 @@ def _four_choices(bar: Bar) -> bool:
 
 
 def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) -> list[reference.Comparison]:
-    only = {suite: {**run.scores[suite], "scores": {name: run.scores[suite]["scores"][name]}}}
+    only = {suite: run.scores[suite]}
     rows = reference.against_published(only, model) if model else []
     for baseline in run.baselines:
         rows += reference.against_run(only, baseline.scores, baseline.name, run.items, baseline.items)
-    return rows
+    return [row for row in rows if row.score == name]
 
 
 def comparisons(runs: Sequence[ReportData]) -> list[reference.Comparison]:

@@ -1,5 +1,6 @@
 """How well does the model predict text that it has not seen? Loss on a token shard, and bits per byte."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from evals.results import EvalResult, Score
 from evals.scoring import Request, Scorer, rolling
 from storage import shards, tokenizer
 
-Row = dict[str, Any]  # window, tokens, bytes, logprob
+Row = dict[str, Any]  # window, tokens, bytes, sha256 of what was read, logprob
 
 
 def evaluate(
@@ -38,7 +39,8 @@ def evaluate(
     rows = []
     for number, (request, score) in enumerate(zip(asked, scored, strict=True)):
         size = int(sizes[list(request.continuation)].sum())
-        rows.append({"window": number, "tokens": score.tokens, "bytes": size, "logprob": score.logprob})
+        read = np.array((*request.context, *request.continuation), dtype=np.uint16).tobytes()
+        rows.append(_row(number, score.tokens, size, read, score.logprob))
     return _result(model, shard, "token windows", rows, width)
 
 
@@ -55,10 +57,16 @@ def _of_text(
         tokens = model.encode([text])[0]
         asked += [Request(name, *piece) for piece in rolling(tokens, model.eot, model.context)]
         owners += [len(rows)] * (len(asked) - len(owners))
-        rows.append({"window": len(rows), "tokens": len(tokens), "bytes": len(text.encode()), "logprob": 0.0})
+        read = text.encode()
+        rows.append(_row(len(rows), len(tokens), len(read), read, 0.0))
     for owner, score in zip(owners, scorer.score(asked, progress), strict=True):
         rows[owner]["logprob"] += score.logprob
     return _result(model, shard, "documents", rows, model.context)
+
+
+def _row(window: int, tokens: int, size: int, read: bytes, logprob: float) -> Row:
+    digest = hashlib.sha256(read).hexdigest()  # tells whether another model read the same
+    return {"window": window, "tokens": tokens, "bytes": size, "sha256": digest, "logprob": logprob}
 
 
 def _result(model: LoadedModel, shard: str, protocol: str, rows: list[Row], width: int) -> EvalResult:

@@ -1,10 +1,14 @@
 """Better, worse or equal: by the difference in standard errors, in the direction that each score has."""
 
+import json
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from evals import reference
+from evals import comparison, reference
 from evals.comparison import Difference, differences, paired
 from evals.report import ReportData
 from evals.results import mean_score
@@ -46,15 +50,134 @@ def test_the_same_items_are_compared_one_by_one() -> None:
     assert together.errors == pytest.approx(ttest_rel(better, hard).statistic)
 
 
+def page(rows: list[dict[str, Any]], suite: str = "x", **scores: float) -> dict[str, Any]:
+    """A score's JSON, whose values are the means of the rows where none is given."""
+    means = {name: sum(values.values()) / len(values) for name, values in comparison._values(rows).items()}
+    found = {name: {"value": value, "stderr": 0.1} for name, value in (means | scores).items()}
+    return {"suite": suite, "protocol": "one", "scores": found}
+
+
 def test_other_items_are_not_paired() -> None:
     rows = [{"protocol": "harness", "ind": n, "correct": n % 2 == 0, "correct_norm": True} for n in range(6)]
-    assert set(paired(rows, rows)) == {"harness_acc", "harness_acc_norm"}
-    assert paired(rows, rows[:5]) == {}
+    assert set(paired(page(rows), page(rows), rows, rows)) == {"harness_acc", "harness_acc_norm"}
+    assert set(paired(page(rows), page(rows[:4]), rows, rows[:4]).values()) == {None}
     labelled, others = ([{**row, "label": (row["ind"] + more) % 4} for row in rows] for more in (0, 1))
-    assert paired(labelled, labelled) and not paired(labelled, others)  # as many, but made from another corpus
-    core = [{"task": "piqa", "item": n, "correct": True} for n in range(3)]
-    lm_eval = [{"task": "piqa", "item": n, "filter": "none", "metrics": '{"acc": 1.0}'} for n in range(3)]
-    assert set(paired(core, core)) == {"piqa"} and set(paired(lm_eval, lm_eval)) == {"piqa/acc"}
+    assert None not in paired(page(labelled), page(labelled), labelled, labelled).values()
+    # as many, but made from another corpus
+    assert set(paired(page(labelled), page(others), labelled, others).values()) == {None}
+    found = reference.against_run({"x": page(labelled)}, {"x": page(others)}, "b", {"x": labelled}, {"x": others})
+    assert {(row.verdict, row.errors, row.same_items) for row in found} == {("other items", None, False)}
+
+
+def read(text: str, nats: float) -> list[dict[str, Any]]:
+    """Windows of as many tokens, and as many bytes, of some text."""
+    return [
+        {"window": n, "tokens": 8, "bytes": 30, "sha256": f"{text} {n}", "logprob": -8 * nats * (1 + n % 3 / 100)}
+        for n in range(9)
+    ]
+
+
+def test_losses_over_two_corpora_have_no_verdict() -> None:
+    """Though their windows are as many, and as long."""
+    pages, items = [], []
+    for text, nats in (("stories", 3.0), ("code", 2.0), ("stories", 2.0)):
+        rows = read(text, nats)
+        pages.append({"validation_loss": page(rows, perplexity=math.exp(1.01 * nats))})
+        items.append({"validation_loss": rows})
+    apart = reference.against_run(pages[0], pages[1], "b", items[0], items[1])
+    assert {(row.score, row.verdict, row.errors) for row in apart} == {
+        (score, "other items", None) for score in ("loss", "bits_per_byte", "perplexity")
+    }
+    same = reference.against_run(pages[0], pages[2], "b", items[0], items[2])
+    assert {(row.score, row.verdict, row.same_items) for row in same} == {
+        (score, "worse", True) for score in ("loss", "bits_per_byte", "perplexity")
+    }
+
+
+def test_a_perplexity_is_as_far_apart_as_its_loss() -> None:
+    draw = np.random.default_rng(0)
+    pages, items = [], []
+    for more in (0.0, 0.03):
+        rows = [
+            {"window": n, "tokens": 32, "bytes": 100, "logprob": -32 * (3 + v + more)}
+            for n, v in enumerate(draw.normal(0, 0.1, 40))
+        ]
+        loss = sum(-row["logprob"] for row in rows) / 32 / 40
+        pages.append({"validation_loss": page(rows, perplexity=math.exp(loss))})
+        items.append({"validation_loss": rows})
+    found = {row.score: row for row in reference.against_run(*pages, "b", *items)}
+    assert found["perplexity"].errors == pytest.approx(found["loss"].errors)
+    assert found["perplexity"].verdict == found["loss"].verdict
+
+
+def lambada(more: float) -> list[dict[str, Any]]:
+    """Rows as lm-eval has them: of perplexity, an item's log-likelihood."""
+    return [
+        {"task": "lambada", "item": n, "filter": "none", "target": "bag",
+         "metrics": json.dumps({"acc": float(n % 2), "perplexity": -2 - n / 10 - more})}
+        for n in range(9)
+    ]  # fmt: skip
+
+
+def test_a_metric_that_is_no_mean_over_its_items_is_not_paired() -> None:
+    pages, items = [], []
+    for more in (0.0, 0.02):
+        rows = lambada(more)
+        value = math.exp(2 + 0.4 + more)
+        pages.append({"eleuther": page(rows, **{"lambada/perplexity": value})})
+        items.append({"eleuther": rows})
+    for score in (found["eleuther"]["scores"] for found in pages):
+        score["lambada/perplexity"]["stderr"] = 2.0
+    rows_of = {row.score: row for row in reference.against_run(*pages, "b", *items)}
+    assert rows_of["lambada/acc"].same_items and not rows_of["lambada/perplexity"].same_items
+    assert rows_of["lambada/perplexity"].verdict == "equal"
+
+
+def core_rows(right: float, seed: int) -> list[dict[str, Any]]:
+    draw = np.random.default_rng(seed)
+    return [
+        {"task": task, "item": n, "correct": bool(v)}
+        for task in ("piqa", "cups")
+        for n, v in enumerate(draw.random(50) < right)
+    ]
+
+
+def core_page(rows: list[dict[str, Any]], bundle: str = "a") -> dict[str, Any]:
+    made = page(rows, "core")
+    chances = {"piqa": 0.5, "cups": 0.25}
+    for task, chance in chances.items():
+        made["scores"][f"{task}/centred"] = {
+            "value": (made["scores"][task]["value"] - chance) / (1 - chance),
+            "stderr": 0.1,
+        }
+    mean = sum(made["scores"][f"{task}/centred"]["value"] for task in chances) / 2
+    made["scores"]["core"] = {"value": mean, "stderr": 0.1}
+    tasks = {task: {"chance": chance} for task, chance in chances.items()}
+    return made | {"details": {"bundle_sha256": bundle, "complete": True, "tasks": tasks}}
+
+
+def test_core_is_paired_as_its_tasks_are() -> None:
+    """The mean's error is that of independent differences, here drawn anew."""
+    left, right = core_rows(0.6, 1), core_rows(0.4, 2)
+    ours, theirs = core_page(left), core_page(right)
+    found = {
+        r.score: r
+        for r in reference.against_run({"core": ours}, {"core": theirs}, "b", {"core": left}, {"core": right})
+    }
+    assert all(row.same_items for row in found.values())
+    assert found["piqa/centred"].errors == pytest.approx(found["piqa"].errors)
+    differences = np.array(
+        [
+            [float(a["correct"]) - b["correct"] for a, b in zip(left, right, strict=True) if a["task"] == task]
+            for task in ("piqa", "cups")
+        ]
+    ) / [[0.5], [0.75]]
+    draw = np.random.default_rng(3)
+    again = [np.mean([draw.choice(task, 50).mean() for task in differences]) for _ in range(2000)]
+    assert found["core"].errors == pytest.approx(differences.mean() / np.std(again), rel=0.1)
+    other = core_page(right, "b")
+    apart = reference.against_run({"core": ours}, {"core": other}, "b", {"core": left}, {"core": right})
+    assert {row.verdict for row in apart} == {"other items"}
 
 
 def test_without_any_error_there_is_no_verdict() -> None:

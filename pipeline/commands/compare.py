@@ -67,7 +67,7 @@ def score_table(run: str, comparisons: list[reference.Comparison]) -> Table:
         error = "" if c.stderr is None else f" ± {c.stderr:.4f}"
         other = "" if c.reference_stderr is None else f" ± {c.reference_stderr:.4f}"
         errors = "" if c.errors is None else f"{c.errors:+.1f}"
-        difference = "" if c.verdict == "other protocol" else f"{c.difference:+.4f}"
+        difference = "" if c.verdict.startswith("other") else f"{c.difference:+.4f}"
         row = (f"{c.value:.4f}{error}", c.against, f"{c.reference:.4f}{other}", difference, errors)
         table.add_row(c.suite, c.score, *row, c.verdict, c.source + (", same items" if c.same_items else ""))
     return _whole(table)
