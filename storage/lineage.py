@@ -66,6 +66,11 @@ SELECT a.name, a.job, a.fingerprint FROM edges e JOIN artifacts a ON a.name = e.
 WHERE (e.namespace, e.input) = (?, ?) ORDER BY 1
 """
 
+# whether a query reads a table of that name, as DuckDB's own parser sees it
+NAMES_DOCUMENTS = """
+SELECT list_contains(json_extract_string(lower(json_serialize_sql(?)), '$..table_name'), 'documents')
+"""
+
 # by its name in the store, or as runs name it
 CORPUS = """
 SELECT namespace, name FROM artifacts WHERE $2 IN ('', namespace) AND job = 'documents'
@@ -314,8 +319,7 @@ def _answer(
     statements = connection.extract_statements(query)
     if any(statement.type != duckdb.StatementType.SELECT for statement in statements):
         raise ValueError(f"{query!r} can't be answered: only SELECT is, the index stays as it is")
-    named = {name.lower() for statement in statements for name in connection.get_table_names(statement.query)}
-    if "documents" in named:
+    if connection.execute(NAMES_DOCUMENTS, [query]).fetchone() == (True,):
         show_documents(connection, documents)
     if store:
         _show_only(connection, store)

@@ -253,6 +253,13 @@ def test_a_query_only_reads_the_index(store, lineage, tmp_path, query):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "secret", "store"]
 
 
+def test_a_query_may_join_by_a_column_that_is_named_once(store, lineage):
+    make_chain(store)
+    lineage.ingest(store)
+    made = "WITH made(name) AS (SELECT name FROM artifacts WHERE job = 'documents') SELECT job FROM made "
+    assert Lineage(lineage.path, store).sql(f"{made} JOIN artifacts USING (name)")[1] == [("documents",)]
+
+
 @pytest.mark.parametrize(
     "named", ["artifacts, documents", '"documents"', "artifacts a JOIN Documents d ON a.name = url"]
 )
