@@ -25,6 +25,7 @@ from storage.verification import source_url
 
 OVERLAP_WORDS = 13  # as in GPT-3's appendix C
 BATCH_TEXT = 2 * 2**20  # bytes of text looked at together
+INDEX_ROWS = 2**17  # of an index of documents looked at together
 EXAMPLES = 20
 FILTER_BITS = 24  # of a hash: a table of 16 MiB tells most shingles of no item apart before any search
 NEAR_WORDS = 5  # a shingle of the near-duplicate check
@@ -202,10 +203,12 @@ def held_out(tokens_folder: str, most: int = MOST_VALIDATION) -> HeldOut:
             for n, text in enumerate(batch.texts)
         ]
         return HeldOut({shard: range(count)}, named[:most])
-    table = parquet.read_table(index)
-    bounds = table.group_by("file").aggregate([("row", "min"), ("row", "max")]).to_pylist()
-    held = {source_url(tokens_folder, b["file"]): range(b["row_min"], b["row_max"] + 1) for b in bounds}
-    documents = table.slice(0, most).to_pylist()
+    held: dict[str, range] = {}
+    for table in parquet.read_tables(index, INDEX_ROWS, ["file", "row"]):  # in the order of files and rows
+        for rows in table.group_by("file").aggregate([("row", "min"), ("row", "max")]).to_pylist():
+            url = source_url(tokens_folder, rows["file"])
+            held[url] = range(held[url].start if url in held else rows["row_min"], rows["row_max"] + 1)
+    documents = next(parquet.read_tables(index, most)).to_pylist()
     distinct = len({d["id"] for d in documents}) == len(documents)  # only then does an id name a document
     names = [_shown(d["id"] if distinct else None, source_url(tokens_folder, d["file"]), d["row"]) for d in documents]
     tokens = shards.read_tokens(shard, 0, count)

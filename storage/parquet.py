@@ -15,6 +15,7 @@ COLUMNS = ("text", "id", "dump", "url")  # what is read of each document, where 
 FOOTER_BYTES = 64 * 1024  # of a parquet file's end, which holds the sizes and statistics of all of its data
 BATCH_ROWS = 32  # rows in memory at once, or fewer, of
 BATCH_TEXT = 4 * 2**20  # about so many bytes of text, if they are like their row group
+BATCH_DOCUMENTS = 2**16  # handed on together at most: the other columns of short documents outweigh their text
 
 
 def check_file(url: str) -> str:
@@ -45,6 +46,13 @@ def footer_bytes(local: str) -> int:
 def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
     with objects.open_file(url) as f:
         return pq.ParquetFile(f).read(columns, use_threads=False)
+
+
+def read_tables(url: str, rows: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A table, so many rows of it in memory at a time."""
+    with objects.open_file(url) as f:
+        for batch in pq.ParquetFile(f).iter_batches(rows, columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
 
 
 def read_metadata(url: str) -> pq.FileMetaData:
@@ -92,14 +100,17 @@ def _rows_at_once(metadata: pq.FileMetaData, groups: Sequence[int] | None) -> in
 
 
 def text_batches(read: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[list[bytes], list[pa.RecordBatch]]]:
-    """Documents in batches of at most `size` bytes of text, a larger one alone: (texts, their other columns)."""
+    """Documents in batches of at most `size` bytes of text, a larger one alone: (texts, their other columns).
+
+    No more than BATCH_DOCUMENTS are in one.
+    """
     found: list[bytes] = []
     others: list[pa.RecordBatch] = []
     held = 0
     for batch in read:
         described, first = batch.drop_columns([TEXT]), 0
         for row, text in enumerate(_each_text(batch)):
-            if found and held + len(text) > size:
+            if found and (held + len(text) > size or len(found) == BATCH_DOCUMENTS):
                 yield found, [*others, described.slice(first, row - first)]
                 found, others, held, first = [], [], 0, row
             found.append(text)

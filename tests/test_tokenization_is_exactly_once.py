@@ -111,8 +111,12 @@ def test_the_number_of_workers_changes_no_byte(corpus, tmp_path, workers):
 
 
 @pytest.mark.parametrize(("setting", "size"), [("PIECE_TEXT", 1), ("PIECE_TEXT", 10_000_000), ("BATCH_TEXT", 5_000)])
-def test_the_size_of_pieces_and_batches_changes_no_byte(corpus, tmp_path, monkeypatch, setting, size):
+@pytest.mark.parametrize("rows_together", [16, pieces.INDEX_ROWS])
+def test_the_size_of_pieces_and_batches_changes_no_byte(corpus, tmp_path, monkeypatch, setting, size, rows_together):
+    monkeypatch.setattr(pieces, "INDEX_ROWS", rows_together)
     run(corpus[0], tmp_path / "one")
+    index = pq.read_metadata(tmp_path / "one" / "out" / "c_val_000000.documents.parquet")
+    assert index.num_row_groups == -(-index.num_rows // rows_together)
     monkeypatch.setattr(pieces, setting, size)
     run(corpus[0], tmp_path / "other")
     assert digests(tmp_path / "other" / "out") == digests(tmp_path / "one" / "out")

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage import objects, parquet, shards
 from storage.records import File
-from training.pieces import INDEX_SCHEMA, Piece, scratch_beside
+from training.pieces import INDEX_ROWS, INDEX_SCHEMA, Piece, scratch_beside, write_index
 
 COPY_TOKENS = 2**22  # tokens copied at once
 
@@ -39,7 +38,7 @@ def cut_shard(place: str, out: str, corpus: str, cut: Cut) -> tuple[Cut, list[Fi
     """Publish one shard of `out` and, before it, the index of its documents."""
     name = shards.shard_name(corpus, shards.split_of(cut.index), cut.index)
     with scratch_beside(place) as scratch:
-        pq.write_table(_shard_index(place, cut), f"{scratch}/index", compression="zstd")
+        write_index(f"{scratch}/index", _shard_index(place, cut))
         _write_tokens(place, cut, f"{scratch}/tokens")
         index = _publish_described(f"{scratch}/index", out, shards.index_name(name))
         files = [_publish_described(f"{scratch}/tokens", out, name), index]
@@ -74,18 +73,16 @@ def _piece_tokens(url: str, first: int, stop: int) -> Iterator[np.ndarray]:
             yield block
 
 
-def _shard_index(place: str, cut: Cut) -> pa.Table:
+def _shard_index(place: str, cut: Cut) -> Iterator[pa.Table]:
     """Every document that has a token in the shard, the one that runs in from the shard before included."""
-    tables = []
     for piece, start in cut.overlaps():
-        table = parquet.read_table(piece.path(place, "parquet"))
-        begins = table["position"].to_numpy() + start
-        inside = (begins < cut.stop) & (begins + table["tokens"].to_numpy() > cut.start)
-        table = table.filter(pa.array(inside))
-        columns = {name: table[name] for name in table.column_names}
-        columns |= {"start": pa.array(begins[inside] - cut.start), "position": pa.array(begins[inside])}
-        tables.append(pa.table(columns, schema=INDEX_SCHEMA))
-    return pa.concat_tables(tables)
+        for table in parquet.read_tables(piece.path(place, "parquet"), INDEX_ROWS):
+            begins = table["position"].to_numpy() + start
+            inside = (begins < cut.stop) & (begins + table["tokens"].to_numpy() > cut.start)
+            table = table.filter(pa.array(inside))
+            columns = {name: table[name] for name in table.column_names}
+            columns |= {"start": pa.array(begins[inside] - cut.start), "position": pa.array(begins[inside])}
+            yield pa.table(columns, schema=INDEX_SCHEMA)
 
 
 def document_at(shard: str, position: int) -> dict[str, object]:

@@ -8,9 +8,10 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +22,11 @@ from storage.batch_tokenizer import Encode, Mismatch, batch_tokenizer, encode_by
 
 log = logging.getLogger(__name__)
 
-EDITION = 2  # of what is written: raise it when the same corpus gives other bytes
+EDITION = 3  # of what is written: raise it when the same corpus gives other bytes
 PIECE_TEXT = 64 * 2**20  # bytes of text a piece: a few seconds of work, lost when a worker dies
 BATCH_TEXT = 4 * 2**20  # bytes of text encoded at once
+INDEX_ROWS = 2**17  # documents in a row group of an index, and in memory at once
+INDEX_REPEATS = ["dump", "file"]  # columns of few values, kept as numbers into a list of these
 
 KINDS = ("bin", "parquet", "json")  # tokens, index, and last the counts that say that it is complete
 INDEX_SCHEMA = pa.schema(
@@ -112,22 +115,25 @@ def encode_piece(place: str, piece: Piece) -> tuple[Piece, Encoded]:
 
 
 def _encode_piece(place: str, piece: Piece, encode: Encode) -> Encoded:
-    lengths, described = [np.zeros(0, dtype=np.int64)], []
     with scratch_beside(place) as scratch:
         with open(f"{scratch}/bin", "wb") as f:
-            read = parquet.read_groups(piece.url, piece.groups)
-            for texts, descriptions in parquet.text_batches(read, BATCH_TEXT):
-                tokens, counts = encode(texts) if len(texts) > 1 else encode_in_parts(texts[0], BATCH_TEXT, encode)
-                tokens.tofile(f)
-                lengths.append(counts)
-                described += descriptions
-        counts = np.concatenate(lengths)
-        pq.write_table(_index(piece, counts, described), f"{scratch}/parquet", compression="zstd")
+            documents = write_index(f"{scratch}/parquet", _encode_into(f, piece, encode))
+            encoded = Encoded(f.tell() // 2, documents)
         for kind in KINDS[:2]:
             move_into_place(f"{scratch}/{kind}", piece.path(place, kind))
-    encoded = Encoded(int(counts.sum()), len(counts))
     objects.publish_json(piece.path(place, "json"), asdict(encoded))
     return encoded
+
+
+def _encode_into(f: IO[bytes], piece: Piece, encode: Encode) -> Iterator[pa.Table]:
+    """Write the tokens of a piece to `f` -> the index of its documents, batch by batch, as they are written."""
+    row = piece.first_row
+    for texts, described in parquet.text_batches(parquet.read_groups(piece.url, piece.groups), BATCH_TEXT):
+        first = f.tell() // 2
+        tokens, lengths = encode(texts) if len(texts) > 1 else encode_in_parts(texts[0], BATCH_TEXT, encode)
+        tokens.tofile(f)
+        yield _index(piece.file, row, first, lengths, pa.Table.from_batches(described))
+        row += len(texts)
 
 
 def scratch_beside(place: str) -> tempfile.TemporaryDirectory[str]:
@@ -147,16 +153,31 @@ def move_into_place(local: str, url: str) -> None:
         objects.publish_file(local, url)
 
 
-def _index(piece: Piece, lengths: np.ndarray, described: list[pa.RecordBatch]) -> pa.Table:
-    """The documents of a piece; `start` and `position` count from its first token."""
+def _index(file: str, row: int, first: int, lengths: np.ndarray, described: pa.Table) -> pa.Table:
+    """Documents from `row` of a file and token `first` of their piece on, where `start` and `position` count from."""
     rows = len(lengths)
-    known = pa.Table.from_batches(described) if described else pa.table({})
     absent = pa.nulls(rows, pa.string())
     columns = {
-        name: known[name].cast(pa.string()) if name in known.column_names else absent for name in ("id", "url", "dump")
+        name: described[name].cast(pa.string()).combine_chunks() if name in described.column_names else absent
+        for name in ("id", "url", "dump")
     }
-    columns["file"] = pa.array([piece.file] * rows, pa.string())
-    columns["row"] = pa.array(np.arange(piece.first_row, piece.first_row + rows))
-    columns["start"] = columns["position"] = pa.array(np.cumsum(lengths) - lengths)
+    columns["file"] = pa.repeat(file, rows)
+    columns["row"] = pa.array(np.arange(row, row + rows))
+    columns["start"] = columns["position"] = pa.array(first + np.cumsum(lengths) - lengths)
     columns["tokens"] = pa.array(lengths)
     return pa.table(columns, schema=INDEX_SCHEMA)
+
+
+def write_index(local: str, tables: Iterable[pa.Table]) -> int:
+    """Write an index; its bytes depend on its documents, not on the tables that they come in -> how many there are."""
+    documents, held = 0, INDEX_SCHEMA.empty_table()
+    with pq.ParquetWriter(local, INDEX_SCHEMA, compression="zstd", use_dictionary=INDEX_REPEATS) as writer:
+        for table in tables:
+            documents += len(table)
+            held = pa.concat_tables([held, table])
+            while len(held) >= INDEX_ROWS:
+                writer.write_table(held.slice(0, INDEX_ROWS).combine_chunks())
+                held = held.slice(INDEX_ROWS)
+        if len(held):
+            writer.write_table(held.combine_chunks())
+    return documents
