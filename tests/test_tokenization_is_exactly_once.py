@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,18 @@ def test_a_finished_corpus_is_not_encoded_again(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenization, "encode_piece", lambda *_: pytest.fail("encoded again"))
     monkeypatch.setattr(tokenization, "cut_shard", lambda *_: pytest.fail("cut again"))
     assert run(corpus[0], tmp_path) == first
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_same_bytes_of_another_time_are_the_same_corpus(tmp_path, monkeypatch, shared):
+    """Of a file that was touched, or of another machine's copy."""
+    file = tmp_path / "0.parquet"
+    pq.write_table(pa.table({"text": ["alpha beta " * 2000] * 2}), file)
+    again = partial(tokenization.tokenize, [str(file)], str(tmp_path / "out"), "c", 2_500, str(tmp_path / "work"), 1)
+    first = again(lambda *_: None, shared=shared)
+    os.utime(file, (1, 1))
+    monkeypatch.setattr(tokenization, "encode_piece", lambda *_: pytest.fail("encoded again"))
+    assert again(lambda *_: None, shared=shared) == first
 
 
 def test_no_scratch_tokens_stay_behind(corpus, tmp_path):

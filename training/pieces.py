@@ -72,16 +72,21 @@ def plan_pieces(files: Sequence[str], root: str = "", first: int = 0) -> list[Pi
     """The pieces of files in corpus order, from their metadata alone; `first` counts the pieces before them."""
     pieces: list[Piece] = []
     with ThreadPoolExecutor(16) as pool:
-        described = list(pool.map(lambda url: (url, parquet.read_metadata(url), objects.stat(url)), files))
-    for url, metadata, stat in described:
+        described = list(pool.map(lambda url: (parquet.read_metadata(url), _content(url)), files))
+    for url, (metadata, read) in zip(files, described, strict=True):
         file = named(url, root)
-        content = f"{EDITION} {file} {stat}"
+        content = f"{EDITION} {file} {read}"
         row = 0
         for groups, text_bytes in _group_runs(parquet.group_text_bytes(metadata)):
             key = hashlib.sha256(f"{content} {groups}".encode()).hexdigest()[:16]
             pieces.append(Piece(first + len(pieces), url, file, groups, row, text_bytes, key))
             row += sum(metadata.row_group(g).num_rows for g in groups)
     return pieces
+
+
+def _content(url: str) -> str:
+    """What tells a file from others: its bytes, not when they were written, so that a copy counts as the same."""
+    return f"{objects.stat(url).bytes} {parquet.check_file(url)}"
 
 
 def _group_runs(text_bytes: list[int]) -> Iterator[tuple[tuple[int, ...], int]]:
