@@ -8,6 +8,8 @@ run needs `health_every` set. Prints the largest of each over the run, and the s
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,14 @@ SHOWN = {
 
 
 def read(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's steps. Raises ValueError where there are none, or none about its health."""
+    file = Path(run, "metrics.jsonl")
+    if not file.exists():
+        raise ValueError(f"there is no {file}: name a run's folder")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    if not any("attention_logit_max" in line for line in lines):
+        raise ValueError(f"{file} says nothing about health: train the run with health_every=100, or less")
+    return lines
 
 
 def series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -40,18 +49,23 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.stability", description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="+", help="FOLDER or FOLDER=LABEL")
     parser.add_argument("--out", type=Path, default=Path("stability.png"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     pairs = [given.partition("=") for given in options.run]
-    runs = {label or Path(folder).name: read(folder) for folder, _, label in pairs}
+    try:
+        runs = {label or Path(folder).name: read(folder) for folder, _, label in pairs}
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     for label, lines in runs.items():
         largest = [f"{title} {max(series(lines, key)[1]):.3f}" for key, title in SHOWN.items()]
         print(f"{label}: {', '.join(largest)}; last loss {lines[-1]['loss']:.4f}, {lines[-1]['skipped']} skipped")
     draw(runs, options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
