@@ -1,19 +1,17 @@
 """Which of cuBLASLt's algorithms is fastest for each product of a training step, on a card that is hot?
 
-    python benchmarks/tune_matmul.py d48:16 d12:64
+    python -m benchmarks.tune_matmul d48:16 d12:64 modern:d12:64
 
-Writes training/kernels_matmul.json. cuBLASLt proposes a few algorithms a product, by its own estimate best first;
-each is timed under lasting load, where power, not the clock, sets the pace.
+A model and its micro-batch each. Writes training/kernels_matmul.json. cuBLASLt proposes a few algorithms a product, by
+its own estimate best first; each is timed under lasting load, where power, not the clock, sets the pace.
 """
 
 import json
 import statistics
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.kernels_matmul import TUNED, Algorithm, Plan, Product, library
 from training.kernels_model import chunks
@@ -25,10 +23,11 @@ ROUNDS, ROUND_MS = 3, 25
 def products(config: ModelConfig, rows: int) -> list[Product]:
     """Every product of a micro-step of so many tokens."""
     C, found = config.channels, []
-    for out, inner, epilogue, add in ((3 * C, C, "bias", False), (C, C, "bias", True), (4 * C, C, "gelu", False),
-                                      (C, 4 * C, "bias", False)):  # fmt: skip
+    bias, gelu, dgelu = ("bias", "gelu", "dgelu") if config.family == "gpt2" else ("", "", "")
+    for out, inner, epilogue, add in ((3 * C, C, bias, False), (C, C, bias, True), (4 * C, C, gelu, False),
+                                      (C, 4 * C, bias, False)):  # fmt: skip
         found.append(Product(rows, out, inner, False, True, epilogue, add))
-        found.append(Product(rows, inner, out, False, False, "dgelu" if inner == 4 * C else ""))
+        found.append(Product(rows, inner, out, False, False, dgelu if inner == 4 * C else ""))
         found.append(Product(out, inner, rows, True, False, "", True))
     part = chunks(rows, config.padded_vocab)[0].stop
     found.append(Product(part, config.padded_vocab, C, False, True))
@@ -74,14 +73,26 @@ def tune(product: Product) -> tuple[int, list[float]]:
     return best if times[best] < 0.99 * times[0] else 0, times
 
 
-def main(models: list[str]) -> None:
+def case(text: str) -> tuple[ModelConfig, int]:
+    """ "modern:d12:64" -> the model, and the tokens of a micro-step. Raises ValueError for anything else."""
+    name, _, micro_batch = text.rpartition(":")
+    if not name or not micro_batch.isdecimal() or not int(micro_batch):
+        raise ValueError(f"{text!r}: write a model and its micro-batch, such as d12:64 or modern:d12:64")
+    config = model_from_descriptor(name)
+    return config, int(micro_batch) * config.context
+
+
+def main(models: Sequence[str]) -> int:
+    try:
+        cases = [case(text) for text in models]
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     owner = library(0)
     tables = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     table = tables.setdefault(f"{owner.card}, cuBLASLt {owner.version}", {})
-    for model in models:
-        name, _, micro_batch = model.partition(":")
-        config = model_from_descriptor(name)
-        for product in products(config, int(micro_batch) * config.context):
+    for config, rows in cases:
+        for product in products(config, rows):
             rank, times = tune(product)
             rate = 2 * product.m * product.n * product.k / min(times) / 1e9
             print(f"{product.name:52s} {times[0]:.3f} -> {min(times):.3f} ms, {rate:.0f} TFLOP/s", flush=True)
@@ -90,7 +101,8 @@ def main(models: list[str]) -> None:
                 table[product.name] = rank
             torch.cuda.empty_cache()
         TUNED.write_text(json.dumps(tables, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -77,17 +77,32 @@ def multiply(
     "gelu" writes GELU's input to `aux`. "dgelu" takes GELU's gradient at `aux`. `scales`, of fp8 operands: what
     the rows of op(a) and the columns of op(b) are to be multiplied by.
     """
-    m, k = a.shape[::-1] if transpose_a else a.shape
-    n = b.shape[0] if transpose_b else b.shape[1]
+    product = kind_of(a, b, transpose_a, transpose_b, bias, out, add, epilogue, scales)
     if out is None:
-        out = torch.empty(m, n, dtype=a.dtype if scales is None else torch.bfloat16, device=a.device)
-    epilogue = epilogue or ("bias" if bias is not None else "")
-    product = Product(
-        m, n, k, transpose_a, transpose_b, epilogue, add is not None, a.dtype, b.dtype, out.dtype,
-        scales is not None,
-    )  # fmt: skip
+        out = torch.empty(product.m, product.n, dtype=product.dtype_d, device=a.device)
     plan(product, a.device.index or 0)(a, b, out, add, bias, aux, scales)
     return out
+
+
+def kind_of(
+    a: Tensor,
+    b: Tensor,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: Tensor | None = None,
+    epilogue: str = "",
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Product:
+    """The kind of product that `multiply` makes of its arguments."""
+    m, k = a.shape[::-1] if transpose_a else a.shape
+    n = b.shape[0] if transpose_b else b.shape[1]
+    made = out.dtype if out is not None else a.dtype if scales is None else torch.bfloat16
+    epilogue = epilogue or ("bias" if bias is not None else "")
+    return Product(
+        m, n, k, transpose_a, transpose_b, epilogue, add is not None, a.dtype, b.dtype, made, scales is not None
+    )
 
 
 class Library:
