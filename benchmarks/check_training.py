@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,12 @@ SHARD_TOKENS = 2_000_000
 MEMORY_ROWS = (("d12", 64), ("d24", 32), ("d36", 16), ("d48", 16))
 
 
-def make_tokens(data: str, folder: Path) -> str:
-    """Three shards of the corpus's first documents."""
-    tokens = encode(sorted(map(str, Path(data).glob("*.parquet"))), 3 * SHARD_TOKENS)
+def make_tokens(data: str, folder: Path, instead: str) -> str:
+    """Three shards of the corpus's first documents. Raises ValueError where it has none: `instead` is to be given."""
+    files = sorted(map(str, Path(data).glob("*.parquet")))
+    if not files:
+        raise ValueError(f"{data} holds no parquet files to train on: give {instead}")
+    tokens = encode(files, 3 * SHARD_TOKENS)
     folder.mkdir()
     for index in range(3):
         name = shard_name("check", "train" if index else "val", index)
@@ -266,15 +269,21 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Check training on a GPU.")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.check_training", description="Check training on a GPU.")
     parser.add_argument("--data", default=str(ROOT / "../shared/data/fineweb_edu_style/sample"))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "cpu"])
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     found = {}
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        tokens = make_tokens(options.data, Path(scratch, "tokens"))
+        try:
+            tokens = make_tokens(options.data, Path(scratch, "tokens"), "a folder of them with --data FOLDER")
+        except ValueError as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
         for name in options.part:
             print(f"\n== {name}", flush=True)
             place = Path(scratch, name)
@@ -282,7 +291,8 @@ def main() -> None:
             found[name] = PARTS[name](place, tokens)
             if options.json:  # after each part: what has been measured stays
                 Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """How does training scale over the GPUs of one machine, and do its results stay the same?
 
-    python -m benchmarks.scaling speed|equality|overlap [--ranks 1 2 4 8] [--tokens FOLDER] [--tiny] [--json FILE]
+    python -m benchmarks.scaling speed|equality|overlap … [--ranks 1 2 4 8] [--tokens FOLDER] [--tiny] [--out FOLDER]
 
 speed:    d12 and d48 at each number of GPUs, the same micro-batch and accumulation on each. GPUs of one kind differ by
           some percent, and all wait for the slowest: so efficiency is told against it too, as it is when each GPU
@@ -10,7 +10,7 @@ equality: d12 at 131,072 tokens a step: losses on 1 and on all GPUs; a rank kill
           of all GPUs resumed on half of them and on one
 overlap:  a step on all GPUs with gradients and weights travelling during the computation, and after it
 `--tiny` takes the demo's model and random tokens, on gloo ranks where there is no GPU: that the script works, not how
-fast anything is.
+fast anything is. The folder of `--out` gets scaling_speed.json and so on, each written after every case.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.check_training import children, make_tokens, reached, wait_until
-from storage.shards import shard_name, write_shard
+from storage.shards import shard_name, shard_paths, write_shard
 from training.config import to_dict
 from training.launch import gpu_count, gpu_ids
 from training.recipes import recipe
@@ -51,6 +51,7 @@ class Case:
 
 CASES = (Case("d12", 64, 8), Case("d48", 16, 8))
 TINY = (Case("demo", 1, 2, context=256),)
+Keep = Callable[[Any], None]  # what has been found so far, after each case
 
 
 def alone(case: Case, place: Path) -> list[dict[str, Any]]:
@@ -74,7 +75,7 @@ def start_bench(case: Case, ranks: int, file: Path, gpu: str | None = None) -> s
     return subprocess.Popen(line, cwd=ROOT, env=os.environ | only)
 
 
-def speed(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> list[dict[str, Any]]:
+def speed(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str, keep: Keep) -> None:
     found = []
     columns = ("ms a step", "tokens/s", "of GPU 0", "of slowest", "GiB a GPU", "in NCCL")
     print(f"{'model':<6} {'GPUs':>6}" + "".join(f" {column:>10}" for column in columns))
@@ -93,7 +94,7 @@ def speed(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str
                 flush=True,
             )
             found.append(result)
-    return found
+        keep(found)
 
 
 class Runs:
@@ -126,7 +127,7 @@ class Runs:
         return max(abs(a - b) for a, b in zip(self.losses(name), self.losses(other), strict=True))
 
 
-def equality(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> dict[str, Any]:
+def equality(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str, keep: Keep) -> None:
     name, batch = ("demo", 1024) if cases is TINY else ("gpt2-124m", 131_072)
     settings = [f"batch_tokens={batch}", "steps=20", "checkpoint_every=5", "keep_checkpoints=9"]
     runs = Runs(place, tokens, name, settings)
@@ -138,6 +139,7 @@ def equality(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: 
     assert killed.wait() == 0
     found: dict[str, Any] = {f"losses on 1 and {most} GPUs": runs.gap("one", "all")}
     found[f"killed and restarted on {most}"] = runs.gap("all", "killed")
+    keep(found)
     for ranks in sorted({max(1, most // 2), 1}, reverse=True):
         name = f"on-{ranks}"
         stopped = runs.start(name, most)
@@ -146,14 +148,15 @@ def equality(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: 
         assert stopped.wait() == 75
         assert runs.start(name, ranks).wait() == 0
         found[f"stopped on {most}, resumed on {ranks}"] = runs.gap("all", name)
+        keep(found)
     for what, gap in found.items():
         print(f"{what:<40} largest difference of a step's loss {gap:.1e}")
     found["main.log as undisturbed"] = (place / "killed/main.log").read_bytes() == (place / "all/main.log").read_bytes()
     print(f"main.log after the kill equal to the bit: {found['main.log as undisturbed']}")
-    return found
+    keep(found)
 
 
-def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str) -> list[dict[str, Any]]:
+def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: str, keep: Keep) -> None:
     """One micro-step a step: communication weighs most where nothing is accumulated."""
     found, most = [], max(counts)
     print(f"{'model':<12} {'GPUs':>4} {'overlap':>8} {'ms a step':>10}")
@@ -170,10 +173,15 @@ def overlap(place: Path, counts: Sequence[int], cases: Sequence[Case], tokens: s
             ms = statistics.median(json.loads(line)["seconds"] for line in lines[3:]) * 1e3
             print(f"{name:<12} {most:>4} {together:>8} {ms:>10.1f}", flush=True)
             found.append({"model": name, "ranks": most, "overlap": together, "step_ms": ms})
-    return found
+            keep(found)
 
 
-def shards(place: Path, cases: Sequence[Case]) -> str:
+def shards(place: Path, cases: Sequence[Case], given: str) -> str:
+    """The folder of token shards: the one given, or one made below `place`. Raises ValueError where there is none."""
+    if given:
+        if not all(shard_paths(given, split) for split in ("train", "val")):
+            raise ValueError(f"--tokens {given} is no folder of token shards (*_train_*.bin and *_val_*.bin)")
+        return given
     if cases is TINY:
         folder = place / "tokens"
         folder.mkdir()
@@ -182,28 +190,41 @@ def shards(place: Path, cases: Sequence[Case]) -> str:
             write_shard(str(folder / shard_name("random", split, index)), tokens)
         return str(folder)
     data = os.environ.get("GPT2_SHARED_DATA", str(ROOT / "../shared/data"))
-    return make_tokens(f"{data}/fineweb_edu_style/sample", place / "tokens")
+    return make_tokens(f"{data}/fineweb_edu_style/sample", place / "tokens", "token shards with --tokens FOLDER")
 
 
 PARTS = {"speed": speed, "equality": equality, "overlap": overlap}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure training on several GPUs.")
-    parser.add_argument("part", choices=PARTS)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description="Measure training on several GPUs.")
+    parser.add_argument("part", nargs="+", choices=PARTS)
     parser.add_argument("--ranks", type=int, nargs="+", help="[default: 1, 2, 4 … to all GPUs]")
     parser.add_argument("--tokens", metavar="FOLDER", help="token shards [default: of the texts beside the project]")
     parser.add_argument("--tiny", action="store_true", help="the demo's model, to try the script")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
-    counts = options.ranks or [2**n for n in range(gpu_count().bit_length())]
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the figures there")
+    options = parser.parse_args(argv)
+    counts = options.ranks or [2**n for n in range(gpu_count().bit_length())] or [1]
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         cases = TINY if options.tiny else CASES
-        tokens = "" if options.part == "speed" else options.tokens or shards(Path(scratch), cases)
-        found = PARTS[options.part](Path(scratch), counts, cases, tokens)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        try:  # first: it may be what a later part lacks
+            tokens = "" if options.part == ["speed"] else shards(Path(scratch), cases, options.tokens or "")
+        except ValueError as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+        for part in options.part:
+            place = Path(scratch, part)
+            place.mkdir()
+            PARTS[part](place, counts, cases, tokens, partial(write, part, options.out))
+    return 0
+
+
+def write(part: str, out: Path | None, found: Any) -> None:
+    if out:
+        (out / f"scaling_{part}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
