@@ -102,7 +102,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="models, separated by commas")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/gpt2_training.json")
     options = parser.parse_args()
-    only = options.only.split(",") if options.only else [row.model for row in ROWS]
+    known = [*dict.fromkeys(row.model for row in ROWS)]
+    only = options.only.split(",") if options.only else known
+    if unknown := sorted({*only} - {*known}):
+        parser.error(f"--only {','.join(unknown)}: choose from {', '.join(known)}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     wanted = [row for row in ROWS if row.model in only]
     results = []
     for row in wanted:

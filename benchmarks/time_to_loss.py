@@ -277,6 +277,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints: gigabytes a run")
     parser.add_argument("--json", type=Path, default=Path("time_to_loss.json"), help="results, also of earlier calls")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds} must be at least 1")
     if options.val and options.split:
         parser.error("--val is for figures to report, --split for choices: give one of them")
     return options

@@ -13,6 +13,7 @@ from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
 
 from pipeline import definitions
 from storage.places import places
+from training.recipes import recipe
 
 
 def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
@@ -45,6 +46,14 @@ def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
 )
 def test_a_value_that_is_not_known(arguments: list[str], said: str, tmp_path: Path) -> None:
     assert said in refuse("run", *arguments, cwd=tmp_path, store=tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "setting", ["beta1=1.5", "beta2=1", "weight_decay=-3", "final_lr_fraction=-1", "eps=-1", "skip_grad_z=-1"]
+)
+def test_a_number_that_no_training_can_have(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"{setting.split('=')[0]}=.* must"):
+        recipe("demo", [setting])
 
 
 def test_a_folder_without_parquet(tmp_path: Path) -> None:

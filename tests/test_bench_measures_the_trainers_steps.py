@@ -9,7 +9,7 @@ from training import bench
 
 
 def test_a_tiny_recipe_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "result.json"
+    out = tmp_path / "new/result.json"
     arguments = ["demo", "--micro-batch", "1", "--batch-tokens", "256", "--steps", "1", "--json", str(out)]
     assert bench.main(arguments) == 0
     result = json.loads(out.read_text())
@@ -24,6 +24,8 @@ def test_a_tiny_recipe_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["d13"], "no GPT-2 of depth 13"),
         (["nonsense"], "no recipe and no model"),
         (["demo", "--batch-tokens", "300"], "batch_tokens=300"),
+        (["demo", "--micro-batch", "0"], "--micro-batch 0"),
+        (["demo", "--steps", "0"], "--steps 0"),
     ],
 )
 def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,8 @@ def test_the_speed_recipes_rates_follow_from_the_batch_and_a_setting_comes_last(
     assert config.train.lr == pytest.approx(0.5 * recipe("modern:d4c512", ["batch_tokens=131072"]).train.lr)
     assert (config.train.head_lr, config.train.init_seed, config.train.order_seed) == (0.5, 3, 3)
     assert (config.train.val_sequences, config.train.steps, config.model.channels) == (4, 100, 512)
+    short = time_to_loss.configure("modern:d4", ["context=64"], 1, parsed("--batch-tokens=512"))
+    assert (short.model.context, short.train.batch_tokens) == (64, 512)
     gpt2 = time_to_loss.configure("gpt2-124m", [], 1, options)
     assert (gpt2.train.lr, gpt2.train.warmup_steps) == (6e-4, 10)
 
@@ -64,6 +66,12 @@ def parsed(*words: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["time_to_loss", "--corpus", "x", *words])
         return time_to_loss.arguments()
+
+
+def test_no_seeds_are_no_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parsed("--seeds=0")
+    assert "--seeds 0 must be at least 1" in capsys.readouterr().err
 
 
 def test_parquet_is_read_in_order_with_eot_before_each_document(tmp_path: Path) -> None:

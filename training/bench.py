@@ -196,10 +196,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="time by kind of operation, and its share of a step")
     parser.add_argument("--fp8", action="store_true", help="fp8 operands for the blocks' products")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     options = parser.parse_args(argv)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        if min(options.micro_batch, options.steps) < 1:
+            raise ValueError(f"--micro-batch {options.micro_batch}, --steps {options.steps}: both must be at least 1")
         config = configure(options.model, options.micro_batch, options.batch_tokens, options.fp8)
         world = distributed.join()
         result = Bench(config, world).run(options.steps, started, options.profile)
@@ -209,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.is_first:
         print(describe(result))
         if options.json:
-            Path(options.json).write_text(json.dumps(asdict(result), indent=1) + "\n")
+            options.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
     distributed.leave()
     return 0
 

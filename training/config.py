@@ -65,15 +65,18 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         least_zero = ("warmup_steps", "val_every", "sample_every", "sample_tokens", "health_every", "keep_every")
-        for name in (*least_zero, "clip", "momentum_warmup_steps"):
+        for name in (*least_zero, "clip", "momentum_warmup_steps", "weight_decay", "skip_loss_z", "skip_grad_z"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("lr", "embedding_lr", "head_lr"):
+        for name in ("lr", "embedding_lr", "head_lr", "eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("cooldown", "momentum", "neuron_beta2"):
+        for name in ("cooldown", "momentum", "neuron_beta2", "final_lr_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1, below 1")
 
 
 # The prompt of GPT-2's best-known sample, and how its texts were drawn: 20 of them are made of every run.
