@@ -148,9 +148,9 @@ def _fetch(maker: Maker, run: str, output: Output, progress: Callable[[Event], N
     """Shards that somebody else has made, as they are; whoever reads them meanwhile is told when the last is there."""
     out = records.folder_url(maker.places.store, output.key)
     source = maker.source(run)
-    if objects.exists(complete := objects.join(out, tokenization.COMPLETE)):
+    if objects.exists(complete := objects.join(out, shards.COMPLETE)):
         objects.remove(complete)
-    objects.publish_json(objects.join(out, tokenization.PLAN), source.identity)
+    objects.publish_json(objects.join(out, shards.PLAN), source.identity)
     files = source.fetch(
         out,
         lambda done, total: progress({"event": "bytes", "done": done, "total": total}),

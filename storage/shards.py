@@ -24,6 +24,8 @@ BLOCK_BYTES = 8 * 2**20  # read at once
 ITEM_START = 65535  # no token has this id, so a reader that lost its place notices
 CHOICES = 4
 INDEX = ".documents.parquet"  # ends the name of a shard's index
+PLAN = "plan.json"  # what a folder of shards is being made from
+COMPLETE = "complete.json"  # that it is: all counts and files
 
 Split = Literal["train", "val"]
 

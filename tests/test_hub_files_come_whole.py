@@ -312,7 +312,7 @@ def test_files_become_shards_while_others_are_fetched(local, tmp_path, monkeypat
     made = tmp_path / "work-out" / "c_train_000001.bin"
     while not made.exists():
         time.sleep(0.05)
-    assert len(source.whole(out)) == 2 and not (made.parent / tokenization.COMPLETE).exists()
+    assert len(source.whole(out)) == 2 and not (made.parent / shards.COMPLETE).exists()
     written = made.stat().st_mtime_ns
     held.set()
     fetching.join()

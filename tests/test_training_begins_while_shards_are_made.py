@@ -21,8 +21,8 @@ from assets.resources import Launcher, Silent
 from assets.trainer import Training
 from storage import objects, records, shards
 from storage.places import Places
+from storage.shards import COMPLETE, PLAN
 from training.checkpoint import complete
-from training.tokenization import COMPLETE, PLAN
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storage import objects
-from storage.shards import read_header, shard_paths
-from training.tokenization import COMPLETE, PLAN
+from storage.shards import COMPLETE, PLAN, read_header, shard_paths
 
 log = logging.getLogger(__name__)
 

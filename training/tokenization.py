@@ -25,6 +25,7 @@ import numpy as np
 
 from storage import objects
 from storage.records import File, is_unchanged
+from storage.shards import COMPLETE, PLAN
 from training.claims import Claims
 from training.cuts import Cut, cut_shard, document_at, record_name
 from training.pieces import KINDS, Encoded, Piece, encode_piece, plan_pieces, read_encoded
@@ -38,8 +39,6 @@ FULL_SHARD = 100_000_000  # tokens, as in llm.c
 SHARDS_OF_SMALL = 20  # a small corpus gives one validation shard and about this many for training
 ENOUGH_TEXT = 4 * SHARDS_OF_SMALL * FULL_SHARD  # bytes: a corpus that has so many is cut into full shards
 SMALLEST_SHARD = 2048  # tokens: the longest context, so that a validation shard holds a sequence
-PLAN = "plan.json"  # what a folder of shards is being made from
-COMPLETE = "complete.json"  # that it is: all counts and files
 PIECES = "pieces"  # where machines share their pieces and claims, below the shards, until these are complete
 POLL = 1.0  # seconds between two looks at what others have done
 
