@@ -73,6 +73,12 @@ def test_training_and_evals_run_where_there_is_neither_dagster_nor_duckdb() -> N
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_training_from_shards_needs_only_what_the_documentation_names() -> None:
+    absent = ["pyarrow", "transformers", "dagster", "duckdb", "datasets", "s3fs", "pandas", "matplotlib"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import training.train, training.launch"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_every_file_states_the_question_it_answers() -> None:
     for _, path in sources():
         if path.stem != "__init__":
