@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import re
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from storage import objects
@@ -117,7 +116,7 @@ def fetch(
 
     def one(entry: Entry) -> str:
         local = os.path.join(folder, os.path.basename(entry.path))
-        fetch_file(_place(repo, commit, entry), local, entry, counter.of(entry.path), check)
+        fetch_file(_place(repo, commit, entry), local, entry, counter.of(entry.path), check, counter.stopped)
         done(entry, local)
         return local
 
@@ -126,15 +125,15 @@ def fetch(
         try:
             return [future.result() for future in futures]
         finally:
-            counter.stopped = True  # where one has failed, or somebody has pressed Ctrl-C
+            counter.stopped.set()  # where one has failed, or somebody has pressed Ctrl-C
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def fetch_end(repo: str, commit: str, entry: Entry, local: str, count: int) -> None:
+def fetch_end(repo: str, commit: str, entry: Entry, local: str, count: int, stopped: Event) -> None:
     """Make `local` a file of the entry's size that holds its last `count` bytes; those before are a hole."""
     Path(local).touch()
     os.truncate(local, max(0, entry.bytes - count))
-    _fetch_part(_place(repo, commit, entry), Path(local), entry, lambda _: None)
+    _fetch_part(_place(repo, commit, entry), Path(local), entry, lambda _: None, stopped)
 
 
 def _place(repo: str, commit: str, entry: Entry) -> str:
@@ -151,11 +150,11 @@ class _Counter:
     def __init__(self, progress: Callable[[int], None]):
         self.progress, self.lock = progress, Lock()
         self.bytes: dict[str, int] = {}
-        self.stopped = False
+        self.stopped = Event()
 
     def of(self, name: str) -> Callable[[int], None]:
         def count(here: int) -> None:
-            if self.stopped:
+            if self.stopped.is_set():
                 raise _Stopped(name)
             with self.lock:
                 self.bytes[name] = here
@@ -170,8 +169,12 @@ def fetch_file(
     entry: Entry,
     progress: Callable[[int], None],
     check: Callable[[Entry, str], None] = lambda entry, part: None,
+    stopped: Event | None = None,
 ) -> None:
-    """Make `local` the whole, checked file; what an earlier process has begun is gone on with."""
+    """Make `local` the whole, checked file; what an earlier process has begun is gone on with.
+
+    `stopped` ends it while it waits for the hub.
+    """
     there = os.path.exists(local) and os.path.getsize(local) == entry.bytes
     if there and entry.sha256 in ("", _sha256(Path(local))):
         progress(entry.bytes)
@@ -179,7 +182,7 @@ def fetch_file(
     part = Path(f"{local}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for again in (True, False):
-        _fetch_part(url, part, entry, progress)
+        _fetch_part(url, part, entry, progress, stopped or Event())
         found = _sha256(part)
         if not entry.sha256 or found == entry.sha256:
             check(entry, str(part))
@@ -191,7 +194,7 @@ def fetch_file(
     raise ValueError(f"{url} twice came with sha256 {found}, not {entry.sha256}: is a proxy changing it?")
 
 
-def _fetch_part(url: str, part: Path, entry: Entry, progress: Callable[[int], None]) -> None:
+def _fetch_part(url: str, part: Path, entry: Entry, progress: Callable[[int], None], stopped: Event) -> None:
     """Append to `part` until it has all bytes, over as many connections as it takes."""
     failures = 0
     while (here := _size(part)) < entry.bytes:
@@ -199,7 +202,7 @@ def _fetch_part(url: str, part: Path, entry: Entry, progress: Callable[[int], No
         reason, wait = _receive(url, part, here, progress)
         failures = 0 if _size(part) > here else failures + 1
         if _size(part) < entry.bytes:
-            _pause(url, failures, ATTEMPTS, reason, wait)
+            _pause(url, failures, ATTEMPTS, reason, wait, stopped)
     if here > entry.bytes:
         part.unlink()
         raise ValueError(f"{url} is longer than the {entry.bytes:,} bytes in the hub's list: run this again")
@@ -269,7 +272,7 @@ def _ask(url: str, what: str) -> tuple[Any, str]:
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:  # also in the midst of an answer
             reason = error
         failures += 1
-        _pause(url, failures, LIST_ATTEMPTS, reason, wait)
+        _pause(url, failures, LIST_ATTEMPTS, reason, wait, Event())
 
 
 def _explain(error: urllib.error.HTTPError) -> str:
@@ -288,7 +291,7 @@ def _asked_wait(error: urllib.error.HTTPError) -> float | None:
     return float(asked[1]) if asked else None
 
 
-def _pause(url: str, failures: int, most: int, reason: Exception | str, asked: float | None) -> None:
+def _pause(url: str, failures: int, most: int, reason: Exception | str, asked: float | None, stopped: Event) -> None:
     """Wait before the next attempt, or raise Unreachable after too many that brought nothing."""
     if failures >= most:
         raise Unreachable(
@@ -297,7 +300,8 @@ def _pause(url: str, failures: int, most: int, reason: Exception | str, asked: f
         )
     wait = min(LONGEST_WAIT, asked if asked is not None else 2.0**failures * random.uniform(0.25, 0.5))
     log.warning("%s: %s; trying again in %.1f s", url, reason, wait)
-    time.sleep(wait)
+    if stopped.wait(wait):
+        raise _Stopped(url)
 
 
 def _sha256(path: Path) -> str:

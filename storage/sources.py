@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -266,20 +267,23 @@ class Hub:
 
         Raises ValueError where a file is no parquet with text.
         """
-        total = 0
+        total, stopped = 0, threading.Event()
         with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(hub.PARALLEL) as pool:
-            for here in pool.map(lambda entry: self._text_bytes_of(entry, scratch), self.entries):
-                total += here
-                if total >= enough:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
+            try:
+                for here in pool.map(lambda entry: self._text_bytes_of(entry, scratch, stopped), self.entries):
+                    total += here
+                    if total >= enough:
+                        break
+            finally:
+                stopped.set()  # those that wait for the hub
+                pool.shutdown(wait=False, cancel_futures=True)
         return total
 
-    def _text_bytes_of(self, entry: hub.Entry, scratch: str) -> int:
+    def _text_bytes_of(self, entry: hub.Entry, scratch: str, stopped: threading.Event) -> int:
         local = os.path.join(scratch, objects.name_of(entry.path))
-        hub.fetch_end(self.place.repo, self.commit, entry, local, parquet.FOOTER_BYTES)
+        hub.fetch_end(self.place.repo, self.commit, entry, local, parquet.FOOTER_BYTES, stopped)
         if (footer := parquet.footer_bytes(local)) > parquet.FOOTER_BYTES:
-            hub.fetch_end(self.place.repo, self.commit, entry, local, footer)
+            hub.fetch_end(self.place.repo, self.commit, entry, local, footer, stopped)
         parquet.check_file(local)
         return sum(parquet.group_text_bytes(parquet.read_metadata(local)))
 

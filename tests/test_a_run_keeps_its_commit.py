@@ -24,7 +24,7 @@ NOWHERE = "http://127.0.0.1:9"
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     with LocalHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+        monkeypatch.setattr(hub, "LONGEST_WAIT", 0.0)
         yield server
 
 

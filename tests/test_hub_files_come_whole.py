@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from local_hub import LocalHub
+from tiny_run import wait_for
 
 from storage import hub, objects, shards, sources
 from storage.parquet import FOOTER_BYTES, total_text_bytes
@@ -42,7 +44,7 @@ def local(monkeypatch):
     with LocalHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+        monkeypatch.setattr(hub, "LONGEST_WAIT", 0.0)
         server.publish(REPO, "c0ffee", {**FILES, **CRAWL, "README.md": b"read me"})
         yield server
 
@@ -108,11 +110,31 @@ def test_a_part_longer_than_its_file_is_thrown_away(local, tmp_path):
 
 
 def test_busy_answers_are_waited_out_as_long_as_they_ask(local, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
-    local.busy, local.retry_after = 3, "7"
-    fetch("fineweb-edu-10B:1", tmp_path)
-    assert waits == [7.0] * 3
+    monkeypatch.setattr(hub, "LONGEST_WAIT", 300.0)
+    source = sources.resolve("fineweb-edu-10B:1")
+    local.busy, local.retry_after = 2, "1"
+    began = time.monotonic()
+    source.fetch(str(tmp_path), lambda *_: None)
+    assert time.monotonic() - began >= 2.0 and len(ranges(local)) == 3
+
+
+@pytest.mark.parametrize("what", ["files", "their ends"])
+def test_ctrl_c_does_not_wait_for_a_busy_hub(local, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(hub, "LONGEST_WAIT", 300.0)
+    source = sources.resolve("fineweb-edu-10B")
+    local.busy, local.retry_after = 100, "40"
+
+    def press() -> None:
+        wait_for(lambda: local.busy == 97)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        source.fetch(str(tmp_path), lambda *_: None) if what == "files" else source.text_bytes(10**12)
+    pressing.join()
+    assert time.monotonic() - began < 30
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(local):

@@ -87,7 +87,7 @@ def hubs_copy(words: str) -> dict[str, bytes]:
 def on_the_hub(monkeypatch):
     """Three items, on a hub."""
     monkeypatch.setattr(items, "HELLASWAG_ITEMS", 3)
-    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    monkeypatch.setattr(hub, "LONGEST_WAIT", 0.0)
     with LocalHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         server.publish("Rowan/hellaswag", "c0ffee", hubs_copy("context"))
@@ -127,7 +127,7 @@ def published(monkeypatch):
     data = "".join(json.dumps(RAW | {"ctx": f"context {n}"}) + "\n" for n in range(3)).encode()
     monkeypatch.setattr(items, "HELLASWAG_ITEMS", 3)
     monkeypatch.setattr(items, "HELLASWAG_SHA256", hashlib.sha256(data).hexdigest())
-    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    monkeypatch.setattr(hub, "LONGEST_WAIT", 0.0)
     with LocalHub(files={items.HELLASWAG_FILE: data}) as server:
         monkeypatch.setenv("GPT2_GITHUB_RAW", server.url)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
