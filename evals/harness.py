@@ -173,7 +173,7 @@ def _run(
         )  # fmt: skip
     assert out is not None  # only other ranks than the first get None
     counts = {task: n["effective"] for task, n in out["n-samples"].items()}
-    scores = _scores(out["results"], counts)
+    scores = _scores(out)
     if not scores or not all(counts.values()):
         raise ValueError(f"{suite}: lm-eval's task {name} gave no score (items: {counts})")
     facts = {
@@ -205,10 +205,10 @@ def _naming(task: str) -> Iterator[None]:
             log.error("lm-eval's task %s failed", task)
 
 
-def _scores(results: dict[str, dict[str, Any]], counts: dict[str, int]) -> dict[str, Score]:
+def _scores(out: dict[str, Any]) -> dict[str, Score]:
     """task/metric; lm-eval's keys are `acc,none` and `acc_stderr,none`, with a filter after the comma."""
     scores = {}
-    for task, values in results.items():
+    for task, values in out["results"].items():
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -216,8 +216,15 @@ def _scores(results: dict[str, dict[str, Any]], counts: dict[str, int]) -> dict[
             stderr = values.get(f"{metric}_stderr,{kind}")
             stderr = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
             name = f"{task}/{metric}" if kind == "none" else f"{task}/{metric},{kind}"
-            scores[name] = Score(float(value), stderr, counts.get(task, sum(counts.values())))
+            scores[name] = Score(float(value), stderr, _items_of(task, out))
     return scores
+
+
+def _items_of(task: str, out: dict[str, Any]) -> int:
+    """Of a task, or of all in a group of tasks and groups."""
+    if task in out["n-samples"]:
+        return int(out["n-samples"][task]["effective"])
+    return sum(_items_of(part, out) for part in out["group_subtasks"][task])
 
 
 def _per_item(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

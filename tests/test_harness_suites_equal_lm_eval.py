@@ -122,7 +122,7 @@ def test_each_task_scores_as_with_lm_evals_own_model(part: harness.Part, model: 
     )  # fmt: skip
     assert theirs is not None
     ours = harness.evaluate(model, Scorer(model), [part], folder)
-    expected = harness._scores(theirs["results"], {task: n["effective"] for task, n in theirs["n-samples"].items()})
+    expected = harness._scores(theirs)
     assert set(ours.scores) == set(expected)
     for name, score in expected.items():
         assert ours.scores[name].value == pytest.approx(score.value, rel=1e-4 if "perplexity" in name else 1e-6), name
@@ -193,6 +193,24 @@ def test_a_text_ends_at_the_models_end_token_not_at_its_first(llama: LoadedModel
     finally:
         with torch.no_grad():
             llama.module.lm_head.weight[50258] = 0
+
+
+def test_a_groups_items_are_those_of_its_own_tasks(model: LoadedModel, tmp_path: Path) -> None:
+    """As MMLU's: a group of groups, here of 4 and of 4 + 3 items."""
+    write_tasks(tmp_path)
+    for name, count in (("mmlu_more", 4), ("mmlu_few", 3)):
+        lines = (tmp_path / "mmlu_sums.yaml").read_text().splitlines()
+        files = _data(tmp_path, name, mmlu, {"dev": 6, "test": count})
+        kept = [line for line in lines if not line.startswith(("task:", "dataset_"))]
+        (tmp_path / f"{name}.yaml").write_text("\n".join([*kept, f"task: {name}", *files]) + "\n")
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    groups = {"mmlu": "[stem, words]", "stem": "[mmlu_sums]", "words": "[mmlu_more, mmlu_few]"}
+    for name, parts in groups.items():
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: {parts}\n{mean}")
+    scores = harness.evaluate(model, Scorer(model), [harness.Part("mmlu", 0)], str(tmp_path)).scores
+    assert {name.removesuffix("/acc"): score.n for name, score in scores.items()} == {
+        "mmlu": 11, "stem": 4, "words": 7, "mmlu_sums": 4, "mmlu_more": 4, "mmlu_few": 3,
+    }  # fmt: skip
 
 
 def test_out_of_memory_while_texts_are_generated_halves_their_rows(
