@@ -9,7 +9,6 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.hellaswag.utils import process_docs
 
 from evals.harness_model import HarnessModel, Progress
+from evals.harness_tasks import Part
 from evals.hellaswag import Item
 from evals.model import LoadedModel
 from evals.results import EvalResult, Score
@@ -26,35 +26,6 @@ from evals.scoring import Scorer
 log = logging.getLogger(__name__)
 
 BOOTSTRAPS = 1000  # resamples for the error of a metric that is no mean, such as word perplexity
-
-
-@dataclass(frozen=True)
-class Part:
-    """One task, or group of tasks, of lm-eval in a suite."""
-
-    task: str
-    shots: int | None = None  # few-shot examples; None: as the task says
-    metric: str = ""  # its share in the suite's average; empty: none
-
-
-# what Hugging Face's first Open LLM Leaderboard ran, and the discussion with it (at a commit of lm-eval of 2023:
-# today's harness renders some prompts otherwise, so those numbers are not claimed)
-SUITES = {
-    "leaderboard-v1": (
-        Part("arc_challenge", 25, "acc_norm"),
-        Part("hellaswag", 10, "acc_norm"),
-        Part("mmlu", 5, "acc"),
-        Part("truthfulqa_mc2", 0, "acc"),
-        Part("winogrande", 5, "acc"),
-        Part("gsm8k", 5, "exact_match,strict-match"),
-    ),
-    "zero-shot": (
-        Part("lambada_openai", 0, "acc"),
-        Part("piqa", 0, "acc_norm"),
-        Part("arc_easy", 0, "acc_norm"),
-        Part("wikitext", 0),
-    ),
-}
 
 
 def evaluate(

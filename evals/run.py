@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evals import harness_tasks
 from storage import events
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from evals.results import EvalResult
     from evals.scoring import Scorer
 
-HARNESS_SUITES = ("eleuther", "leaderboard-v1", "zero-shot")
+HARNESS_SUITES = ("eleuther", *harness_tasks.SUITES)
 SUITES = ("validation_loss", "hellaswag", "completion_demo", *HARNESS_SUITES, "core")
 
 
@@ -56,9 +57,9 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     inputs = Inputs(items, shard, tuple(t for t in tasks.split(",") if t), task_path, bundle, limit, window)
-    if Path(model).exists() and _is_local(suite, inputs):  # nothing is on the network: nothing should ask for it
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     try:
+        if Path(model).exists() and _is_local(suite, inputs):  # nothing is on the network: nothing should ask for it
+            os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         run(model, suite, out, inputs, batch, device, dtype)
     except ValueError as error:  # the user's input: one line that says what to do
         sys.stderr.write(f"{error}\n")
@@ -68,7 +69,13 @@ def main(
 
 def _is_local(suite: str, inputs: Inputs) -> bool:
     """lm-eval's own tasks fetch their data from the hub; all else is files that the command line names."""
-    return bool(suite not in HARNESS_SUITES or inputs.items or inputs.task_path)
+    if suite not in HARNESS_SUITES or inputs.items:
+        return True
+    return bool(inputs.task_path) and harness_tasks.all_own(_tasks(suite, inputs), inputs.task_path)
+
+
+def _tasks(suite: str, inputs: Inputs) -> list[str]:
+    return [part.task for part in harness_tasks.SUITES.get(suite, ())] or list(inputs.tasks)
 
 
 def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: str, dtype: str) -> None:
@@ -138,7 +145,7 @@ def _harness(
     if inputs.items:
         items = hellaswag.read_items(inputs.items, inputs.limit)
         return harness.evaluate_items(model, scorer, items, progress=progress, suite=suite)
-    parts = harness.SUITES.get(suite) or [harness.Part(task) for task in inputs.tasks]
+    parts = harness_tasks.SUITES.get(suite) or [harness_tasks.Part(task) for task in inputs.tasks]
     return harness.evaluate(model, scorer, parts, inputs.task_path, inputs.limit, progress, suite)
 
 

@@ -11,8 +11,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from evals import harness
+from evals import harness, run
 from evals.harness_model import HarnessModel
+from evals.harness_tasks import SUITES, Part
 from evals.model import LoadedModel, load
 from evals.scoring import Scorer, rolling
 
@@ -113,8 +114,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [part for parts in harness.SUITES.values() for part in parts], ids=lambda p: p.task)
-def test_each_task_scores_as_with_lm_evals_own_model(part: harness.Part, model: LoadedModel, folder: str) -> None:
+@pytest.mark.parametrize("part", [part for parts in SUITES.values() for part in parts], ids=lambda p: p.task)
+def test_each_task_scores_as_with_lm_evals_own_model(part: Part, model: LoadedModel, folder: str) -> None:
     theirs = lm_eval.simple_evaluate(
         model=HFLM(model.name, device="cpu", dtype="float32", batch_size=2),
         tasks=[part.task], num_fewshot=part.shots, bootstrap_iters=1000,
@@ -133,7 +134,7 @@ def test_each_task_scores_as_with_lm_evals_own_model(part: harness.Part, model: 
 
 
 def test_the_suite_runs_its_six_tasks_with_their_shots_and_counts_what_was_cut(model: LoadedModel, folder: str) -> None:
-    parts = harness.SUITES["leaderboard-v1"]
+    parts = SUITES["leaderboard-v1"]
     result = harness.evaluate(model, Scorer(model), parts, folder, limit=2, suite="leaderboard-v1")
     wanted = {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5, "mmlu_sums": 5}
     tasks = result.details["tasks"]
@@ -207,7 +208,7 @@ def test_a_groups_items_are_those_of_its_own_tasks(model: LoadedModel, tmp_path:
     groups = {"mmlu": "[stem, words]", "stem": "[mmlu_sums]", "words": "[mmlu_more, mmlu_few]"}
     for name, parts in groups.items():
         (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: {parts}\n{mean}")
-    scores = harness.evaluate(model, Scorer(model), [harness.Part("mmlu", 0)], str(tmp_path)).scores
+    scores = harness.evaluate(model, Scorer(model), [Part("mmlu", 0)], str(tmp_path)).scores
     assert {name.removesuffix("/acc"): score.n for name, score in scores.items()} == {
         "mmlu": 11, "stem": 4, "words": 7, "mmlu_sums": 4, "mmlu_more": 4, "mmlu_few": 3,
     }  # fmt: skip
@@ -236,6 +237,22 @@ def test_out_of_memory_while_texts_are_generated_halves_their_rows(
         HarnessModel(llama, Scorer(llama, share_prefixes=False)).generate_until(wanted)
 
 
+def test_the_network_is_left_alone_only_where_all_tasks_are_a_folders_own(folder: str, tmp_path: Path) -> None:
+    def local(suite: str, tasks: str = "", path: str = folder) -> bool:
+        return run._is_local(suite, run.Inputs("", "", tuple(tasks.split(",")) if tasks else (), path, "", 0))
+
+    assert local("eleuther", "gsm8k,mmlu") and local("leaderboard-v1") and local("zero-shot")
+    assert not local("eleuther", "gsm8k,boolq")
+    assert not local("eleuther", "gsm8k", path="")
+    (tmp_path / "mix.yaml").write_text("group: mix\ntask: [{task: mine, num_fewshot: 1}, boolq]\n")
+    (tmp_path / "mine.yaml").write_text("task: mine\nprocess_docs: !function code.py.read\n")
+    assert local("eleuther", "mine", str(tmp_path)) and not local("eleuther", "mix", str(tmp_path))
+    assert not local("leaderboard-v1", path=str(tmp_path))
+    (tmp_path / "broken.yaml").write_text("task: [")
+    with pytest.raises(ValueError, match=r"broken.yaml is no task file of lm-eval's"):
+        local("eleuther", "mine", str(tmp_path))
+
+
 @pytest.mark.slow
 def test_an_unknown_task_is_named(folder: str) -> None:
     with pytest.raises(ValueError, match="has no task no_such_task"):
@@ -253,7 +270,7 @@ def test_a_task_that_fails_is_named(
         page = tmp_path / "winogrande.yaml"
         page.write_text(page.read_text() + "validation_split: absent\n")
     with pytest.raises(error):
-        harness.evaluate(model, Scorer(model), [harness.Part("winogrande", 0)], folder)
+        harness.evaluate(model, Scorer(model), [Part("winogrande", 0)], folder)
     assert "lm-eval's task winogrande failed" in caplog.text
 
 
