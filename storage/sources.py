@@ -212,6 +212,11 @@ class Hub:
             raise ValueError(f"{place.repo} has no {place.suffix} file in {place.folder or 'its root'}")
         found.sort(key=lambda e: ("_val_" not in e.path, e.path))  # a shard for validation comes first
         chosen = found[: place.files or None]
+        if place.suffix == ".bin" and len({"_val_" in e.path for e in chosen}) < 2:
+            raise ValueError(
+                f"the first {len(chosen)} files of {place.label} are not a shard for validation and one for training: "
+                "take --files 2 or more"
+            )
         return cls.of(place, commit, [asdict(e) | {"sha256": e.sha256 or commit} for e in chosen])
 
     @classmethod

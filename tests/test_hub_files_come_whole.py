@@ -296,9 +296,17 @@ def test_pretokenized_shards_come_validation_first_and_checked(local, tmp_path):
     files = source.fetch(str(tmp_path), lambda *_: None)
     assert [f.path for f in files] == ["edu_fineweb_val_000000.bin", "edu_fineweb_train_000001.bin"]
     assert shards.open_shard(shards.shard_paths(str(tmp_path), "val")[0]).tolist() == [50256, 9, 9]
-    local.publish(repo, "2", {"edu_fineweb_val_000000.bin": shard([1], magic=7)})
+    local.publish(repo, "2", {**train, "edu_fineweb_val_000000.bin": shard([1], magic=7)})
     with pytest.raises(ValueError, match="is no token shard"):
         fetch("fineweb-edu-100B-tokens", tmp_path / "broken")
+
+
+def test_a_validation_shard_alone_is_no_corpus(local):
+    files = {f"edu_fineweb_{name}.bin": shard([50256]) for name in ("val_000000", "train_000001")}
+    local.publish("karpathy/fineweb-edu-100B-gpt2-token-shards", "1", files)
+    with pytest.raises(ValueError, match="first 1 files of fineweb-edu-100B-tokens are not .* take --files 2 or more"):
+        sources.resolve("fineweb-edu-100B-tokens:1")
+    assert len(sources.resolve("fineweb-edu-100B-tokens:2").identity["files"]) == 2
 
 
 def test_bytes_of_text_are_known_before_the_files_come(local, tmp_path):
