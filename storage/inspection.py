@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage import objects, parquet, shards, tokenizer
-from storage.shingles import Hashes, Words, shingles, words_of
+from storage.shingles import Hashes, Words, shingles, words_in_parts, words_of
 from storage.verification import source_url
 
 OVERLAP_WORDS = 13  # as in GPT-3's appendix C
@@ -107,7 +107,8 @@ def contamination(
     documents, hit = 0, 0
     for batch in _batches(files):
         left_out = leave_out.get(batch.url, range(0))
-        found = [f for f in sought.found_in(words_of(batch.texts)) if batch.rows[f[1]] not in left_out]
+        parts = words_in_parts(batch.texts, BATCH_TEXT, length)
+        found = [f for words in parts for f in sought.found_in(words) if batch.rows[f[1]] not in left_out]
         documents += sum(row not in left_out for row in batch.rows)
         hit += len({document for _, document, _ in found})
         for item, document, run in found:
@@ -175,12 +176,13 @@ def _batches_of_shard(url: str) -> Iterator[_Batch]:
     size = 0
     for start, stop in zip(edges, edges[1:], strict=False):
         inside = tokens[start:stop]
-        texts.append(tokenizer.encoding().decode_bytes(inside[inside != tokenizer.EOT].tolist()))
-        rows.append(start)
-        size += len(texts[-1])
-        if size >= BATCH_TEXT:
+        text = tokenizer.encoding().decode_bytes(inside[inside != tokenizer.EOT].tolist())
+        if texts and size + len(text) > BATCH_TEXT:
             yield _Batch(url, texts, rows, unit="token")
             texts, rows, size = [], [], 0
+        texts.append(text)
+        rows.append(start)
+        size += len(text)
     if texts:
         yield _Batch(url, texts, rows, unit="token")
 
@@ -256,11 +258,13 @@ def _signatures(texts: list[bytes]) -> NDArray[np.uint32]:
     """MinHash signatures (documents, PERMUTATIONS), of those with a shingle: fewer words are like no other document."""
     from rensa import RMinHash  # here alone: the rest of this module does without
 
-    words = words_of(texts)
-    hashes, first = shingles(words, NEAR_WORDS)
-    ends = np.searchsorted(words.documents[first], np.arange(len(texts)), side="right")
-    bounds = np.unique(np.append(0, ends))  # a document without a shingle ends where the one before does
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, bounds.astype(np.uint64), PERMUTATIONS, 42)
+    hashes, ends = [], np.zeros(len(texts), dtype=np.int64)
+    for words in words_in_parts(texts, BATCH_TEXT, NEAR_WORDS):
+        found, first = shingles(words, NEAR_WORDS)
+        hashes.append(found)
+        ends += np.searchsorted(words.documents[first], np.arange(len(texts)), side="right")
+    bounds = np.unique(np.append(0, ends)).astype(np.uint64)  # a document without a shingle ends where it begins
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(hashes), bounds, PERMUTATIONS, 42)
     return np.array(matrix.to_rows(), dtype=np.uint32).reshape(-1, PERMUTATIONS)
 
 

@@ -4,7 +4,8 @@ Words are runs of letters and numbers, ASCII in lower case; whatever stands betw
 word, and each run of n words (a shingle), has a hash of 64 bits, made for a whole batch of documents at once.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +16,8 @@ from storage.batch_tokenizer import NUMBER, character_classes, is_utf8
 
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse among the 64-bit numbers
 STEP = 0xBF58476D1CE4E5B9
+HASHED_TEXT = 2**20  # bytes whose words are hashed together; a longer word counts by its first so many
+CUT = re.compile(rb"[^0-9A-Za-z\x80-\xff]")  # a document may be cut here: in no word and no wide character
 Hashes = NDArray[np.uint64]
 
 
@@ -34,6 +37,24 @@ class Words:
         return b" ".join(self.text[a:b] for a, b in spans).decode()
 
 
+def words_in_parts(documents: Sequence[bytes], size: int, length: int) -> Iterator[Words]:
+    """The words of a batch; of a single document above `size` bytes part by part, so that memory stays bounded.
+
+    Each part begins with the last `length` - 1 words of the one before: a run of `length` words lies in one part.
+    """
+    if len(documents) != 1 or len(documents[0]) <= size:
+        yield words_of(documents)
+        return
+    document, first, before = documents[0], 0, b""
+    while first < len(document):
+        cut = CUT.search(document, first + size)
+        stop = cut.start() if cut else len(document)
+        words = words_of([before + document[first:stop]])
+        yield words
+        before = words.run(max(0, len(words.starts) - length + 1), length - 1).encode()
+        first = stop
+
+
 def words_of(documents: Sequence[bytes]) -> Words:
     if not is_utf8(b"\n".join(documents)):
         documents = [d.decode("utf-8", "replace").encode() for d in documents]
@@ -48,23 +69,30 @@ def words_of(documents: Sequence[bytes]) -> Words:
 
 
 def _word_hashes(data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Hashes:
-    """A polynomial in the word's bytes, from prefix sums over the whole text."""
-    size = 1 << max(len(data) - 1, 1).bit_length()
-    powers, inverses = _powers(size)
-    sums = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum(data * powers[: len(data)], out=sums[1:])
-    return _mixed((sums[ends] - sums[starts]) * inverses[starts])
+    """A polynomial in the word's bytes, from prefix sums over HASHED_TEXT at a time."""
+    hashes = np.empty(len(starts), dtype=np.uint64)
+    ends = np.minimum(ends, starts + HASHED_TEXT)
+    powers, inverses = _powers()
+    first = 0
+    while first < len(starts):
+        last = int(np.searchsorted(ends, starts[first] + HASHED_TEXT, side="right"))
+        text = data[starts[first] : ends[last - 1]]
+        sums = np.zeros(len(text) + 1, dtype=np.uint64)
+        np.cumsum(text * powers[: len(text)], out=sums[1:])
+        begins, stops = starts[first:last] - starts[first], ends[first:last] - starts[first]
+        hashes[first:last] = _mixed((sums[stops] - sums[begins]) * inverses[begins])
+        first = last
+    return hashes
 
 
 @cache
-def _powers(size: int) -> tuple[Hashes, Hashes]:
+def _powers() -> tuple[Hashes, Hashes]:
     """BASE to the power of 0, 1, …, and the inverses, modulo 2**64."""
-    inverse = pow(BASE, -1, 2**64)
-    return _geometric(BASE, size), _geometric(inverse, size)
+    return _geometric(BASE), _geometric(pow(BASE, -1, 2**64))
 
 
-def _geometric(ratio: int, size: int) -> Hashes:
-    values = np.full(size, ratio, dtype=np.uint64)
+def _geometric(ratio: int) -> Hashes:
+    values = np.full(HASHED_TEXT, ratio, dtype=np.uint64)
     values[0] = 1
     return np.cumprod(values)
 

@@ -1,4 +1,4 @@
-"""A worker of tokenization takes less than 600 MiB, however large a file or a row group is."""
+"""A worker of tokenization or inspection takes less than 600 MiB, however large a file or a row group is."""
 
 import os
 import random
@@ -20,6 +20,14 @@ import sys
 from training import pieces
 for piece in pieces.plan_pieces(sys.argv[2:]):
     print(pieces.encode_piece(sys.argv[1], piece)[1].documents)
+print(open("/proc/self/status").read())
+"""
+
+INSPECT = """
+import sys
+from storage import inspection
+print(inspection.duplicates(sys.argv[1:]).documents)
+print(inspection.contamination(sys.argv[1:], [("item", " ".join("abcdefghijklm"))]).documents)
 print(open("/proc/self/status").read())
 """
 
@@ -91,6 +99,15 @@ def test_a_shard_of_short_documents_is_cut_without_its_whole_index(tmp_path: Pat
             for kind in ("parquet", "bin"):
                 os.link(f"{place}/000000-key.{kind}", piece.path(place, kind))
     assert highest([CUT, place, str(tmp_path / "out")], 6 * count + 4_000_000 // 30 + 1) < 600
+
+
+@pytest.mark.slow
+def test_a_document_of_40_mb_is_inspected_part_by_part(tmp_path: Path) -> None:
+    choose = random.Random(0)
+    words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randrange(2, 9))) for _ in range(20_000)]
+    file = str(tmp_path / "large.parquet")
+    pq.write_table(pa.table({"text": [" ".join(choose.choices(words, k=6_500_000))]}), file)
+    assert highest([INSPECT, file], 1, 1) < 600
 
 
 def peak(tmp_path: Path, file: str, *documents: int) -> int:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage import inspection, items, tokenizer
-from storage.shingles import shingles, words_of
+from storage.shingles import shingles, words_in_parts, words_of
 from training import tokenization
 
 VOCABULARY = [f"w{n}" for n in range(60)]  # few words, so that runs of them meet by chance
@@ -85,6 +85,35 @@ def test_hashes_of_words_do_not_depend_on_their_place():
     assert first.tolist() == [0, 1, 3] and hashes[1] == hashes[2] != hashes[0]
     many = words_of([b" ".join(b"w%d" % n for n in range(200_000))])
     assert len(np.unique(many.hashes)) == 200_000
+
+
+@pytest.mark.parametrize("length", [1, 5, 13])
+@pytest.mark.parametrize("size", [1, 50, 1000])
+def test_a_long_document_has_the_same_runs_in_parts(length, size):
+    choose = random.Random(6)
+    words = [*VOCABULARY, "\u65e5\u672c\u8a9e", "\u00fcber", "---", "x" * 300]
+    text = "".join(word + choose.choice([" ", ", ", "\n", "\u2014", "_"]) for word in choose.choices(words, k=2000))
+    for document in (text.encode(), b"\xff lone \xed\xa0\x80 bytes " + text.encode(), b"", b"-" * 5000, b"one two"):
+        whole, parts = words_of([document]), list(words_in_parts([document], size, length))
+        found = [(part, *shingles(part, length)) for part in parts]
+        hashes, first = shingles(whole, length)
+        assert np.array_equal(np.concatenate([h for _, h, _ in found]), hashes)
+        runs = [part.run(place, length) for part, _, places in found for place in places]
+        assert runs == [whole.run(place, length) for place in first]
+        assert max(len(part.text) for part in parts) < size + 300 * length + 400
+
+
+def test_a_long_document_is_looked_at_as_a_short_one_is(tmp_path, monkeypatch):
+    choose = random.Random(7)
+    words = [f"word{n}" for n in range(5000)]
+    long = choose.choices(words, k=3000)
+    changed = [*long[:1500], "changed", *long[1501:]]
+    files = write(tmp_path, [" ".join(long), "between", " ".join(changed), " ".join(long[::-1])], files=1)
+    asked = [(f"item {n}", " ".join(long[n : n + 13])) for n in range(0, 2987, 7)]
+    whole = inspection.contamination(files, asked), inspection.duplicates(files)
+    monkeypatch.setattr(inspection, "BATCH_TEXT", 2_000)
+    assert (inspection.contamination(files, asked), inspection.duplicates(files)) == whole
+    assert len(whole[0].contaminated) == len(asked) and whole[1].near == 1
 
 
 def test_copies_are_counted_exact_and_near(tmp_path):
