@@ -66,7 +66,7 @@ def _execute(
         except dg.DagsterExecutionInterruptedError as interrupted:  # Dagster's name for it, within a step
             raise Interrupted(STOPPED) from interrupted
         except DagsterAssetCheckFailedError as failed:
-            raise CheckFailed(" ".join(str(failed).split())) from failed
+            raise CheckFailed("; ".join(f"{asset}: {why}" for asset, why in terminal.failed.items())) from failed
         finally:
             terminal.close()
     # Once: the stages have added what they made. After a run that fails, the next command that asks does it.

@@ -58,6 +58,7 @@ class Terminal:
 
     console: Console
     made: "dict[str, Made]" = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # asset → why
     bar: Progress | None = None
     tasks: dict[str, TaskID] = field(default_factory=dict)  # bars of the stages that go on: two while training waits
     quarters: dict[str, int] = field(default_factory=dict)  # of each stage, last printed where there are no bars
@@ -83,6 +84,7 @@ class Terminal:
         if event["event"] == "warning":
             self.console.print(f"  [yellow]![/yellow] [bold]{asset:<16}[/bold] {escape(event['message'])}")
         if event["event"] == "failed":
+            self.failed[asset] = event["message"]
             self.console.print(f"  [red]✗[/red] [bold]{asset:<16}[/bold] {escape(event['message'])}")
         shown = _progress(event)
         if shown is None:

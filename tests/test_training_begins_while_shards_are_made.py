@@ -151,6 +151,23 @@ def test_a_file_that_fails_stops_the_training_at_a_checkpoint_and_says_why(hub: 
     assert len(steps) == 6 and recorded(store, "tokens/*")
 
 
+def test_a_shard_that_fails_its_check_is_named_and_left_without_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, files = token_shards()
+    last = list(files)[-1]
+    store = tmp_path / "store"
+    with LocalHub() as server:
+        server.publish(repo, "1", files | {last: shard([50256, 65535])})
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        asked = ["run", "--corpus", "fineweb-edu-100B-tokens", *TINY_SETTINGS, *ONLY[:4], "--store", str(store)]
+        done = gpt2(*asked, "--json", cwd=tmp_path)
+    assert done.returncode == 1 and not recorded(store, "tokens/*")
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("gpt2: token_shards: shards_are_whole failed: problem ")
+    assert f"{last} holds token 65535" in said and "remove it and make it anew" in said
+
+
 def test_what_fails_in_copying_from_s3_stops_the_training_at_a_checkpoint(s3_store: str, tmp_path: Path) -> None:
     maker = Maker(Places(s3_store, tmp_path / "home"), Launcher(), Silent())
     tokens, out = Output("token_shards", "tokens/walk", "1", {}), f"{s3_store}/tokens/walk"
