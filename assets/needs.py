@@ -1,4 +1,4 @@
-"""Which outputs in the store does a run refer to, whatever of it has been made yet?"""
+"""Which outputs in the store does a run refer to, or may it make, whatever of it has been made yet?"""
 
 import logging
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from assets.corpus import completion_output
 from assets.items import hellaswag_output
 from assets.making import Maker
 from assets.run_config import source_of
+from evals.run import SUITES
 from storage import objects
 
 log = logging.getLogger(__name__)
@@ -18,16 +19,22 @@ def needs(maker: Maker, run: str) -> Iterator[str]:
     url = objects.join(maker.places.store, "runs", run, "inputs.json")
     inputs: dict[str, str] = objects.read_json(url) if objects.exists(url) else {}
     yield from inputs.values()
-    if "documents" not in inputs:
-        yield from _documents(maker, run, config.corpus)
-    elif "tokens" not in inputs:  # being made, from these documents
-        corpus = inputs["documents"].split("/")[1]
+    documents = {inputs["documents"]} if "documents" in inputs else _documents(maker, run, config.corpus)
+    yield from documents
+    if "tokens" not in inputs:  # being made, from these documents, which may still be on their way
+        corpora = tuple(key.split("/")[1] for key in documents)
         tokens = objects.list_files(objects.join(maker.places.store, "tokens"))
-        yield from {f"tokens/{name}" for s in tokens if (name := s.path.split("/")[0]).startswith(corpus)}
+        yield from {f"tokens/{name}" for s in tokens if (name := s.path.split("/")[0]).startswith(corpora)}
     if config.evals.hellaswag:
         yield hellaswag_output(config.evals).key
     if "tokens" in inputs:
         yield completion_output(maker, run, config.evals).key
+
+
+def stages(run: str) -> Iterator[str]:
+    """The keys of what a run may make of its own."""
+    yield from (f"runs/{run}", *(f"runs/{run}/{stage}" for stage in ("export", "samples", "report")))
+    yield from (f"runs/{run}/scores/{suite}" for suite in SUITES)
 
 
 def _unreadable() -> tuple[type[Exception], ...]:

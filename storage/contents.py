@@ -15,6 +15,7 @@ CLAIMS = ".claims"  # of whoever is making an output
 FOLDERS = ("corpora", "tokens", "eval_items", "weights", "runs", "models", CLAIMS)
 RUNS_OWN = ("config.json", "source.json", "inputs.json", "definition.json")  # beside a run's record
 CARD = "README.md"  # beside a run's exported weights: it is written again with every new score
+IN_CHECKPOINT = re.compile(r"(model|optimizer_\d+_of_\d+)\.safetensors|state\.json|DONE")
 TOKENS_OWN = ("plan.json", "complete.json")
 PARTIAL = re.compile(r"(^|/)(\.[^/]*\.partial|\.writable-[^/]*|[^/]*\.part(ial)?)$")
 
@@ -144,7 +145,9 @@ def _kind(path: str, key: str, known: frozenset[str], mentioned: set[str], done:
     if parts[0] == CLAIMS or (parts[0] == "tokens" and parts[2:3] == ["pieces"]):
         return "claim"
     if parts[0] == "runs" and parts[2:3] == ["checkpoints"]:
-        return "own" if folder in done else "torn checkpoint"
+        if len(parts) > 4 and "/".join(parts[:4]) not in done:
+            return "torn checkpoint"
+        return "own" if folder in done and IN_CHECKPOINT.fullmatch(name) else "foreign"
     if (parts[0] == "runs" and parts[2:] == [name] and name in RUNS_OWN) or name == ".staged.json":
         return "own"
     if parts[0] == "runs" and parts[2:] == ["export", CARD]:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from storage import lineage_rows, objects
-from storage.contents import Contents, contents, failures, key_of_record, why
+from storage.contents import CLAIMS, Contents, contents, failures, key_of_record, why
 from storage.records import File, Record, file_url, fingerprint, is_as_written, record_url
 
 HASHERS = 8  # files that are read at once; sha256 uses a core each
@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    kind: str  # missing, changed, unreadable, foreign, record, config
+    kind: str  # missing, changed, unreadable, foreign, unfinished, record, config
     path: str  # in the store, or absolute where the bytes lie outside
     what: str  # in words
     key: str  # of the output that it belongs to; "" for none
@@ -32,12 +32,20 @@ class Verified:
     problems: Sequence[Problem]
 
 
-def verify(store: str, top: Collection[str], progress: Progress = lambda done, total: None) -> Verified:
-    """Read every byte of every output in the store; `progress` gets (bytes read, of how many)."""
+def verify(
+    store: str,
+    top: Collection[str],
+    progress: Progress = lambda done, total: None,
+    awaited: Collection[str] = (),
+) -> Verified:
+    """Read every byte of every output in the store; `progress` gets (bytes read, of how many).
+
+    `awaited`: keys of what runs in the store may yet make, or go on with; what is under way has a claim.
+    """
     found = contents(store, top)
     files = [(record, f) for record in found.records.values() for f in record.files]
     total, done = sum(f.bytes for _, f in files), 0
-    problems = [*_records(store, found), *_configurations(store, found), *_foreign(found)]
+    problems = [*_records(store, found), *_configurations(store, found), *_foreign(found, awaited)]
     with ThreadPoolExecutor(HASHERS) as pool:
         for (record, f), wrong in zip(files, pool.map(lambda pair: _check(store, *pair), files), strict=True):
             done += f.bytes
@@ -93,11 +101,22 @@ def _configurations(store: str, found: Contents) -> Iterator[Problem]:
             yield Problem("config", path, f"can't be read: {why(error)}", path.removesuffix("/config.json"), ())
 
 
-def _foreign(found: Contents) -> Iterator[Problem]:
+def _foreign(found: Contents, awaited: Collection[str]) -> Iterator[Problem]:
+    """Files that no record mentions and nobody is at work on; those of an output without a record as one."""
+    claims = [e.path.split("/")[1:-1] for e in found.entries if e.path.startswith(f"{CLAIMS}/")]
+    claimed = {"/".join(["runs", *name[1:]] if name[0] == "training" else name) for name in claims if name}
+    unfinished: dict[str, list[str]] = {}
     for entry in found.entries:
+        if any(entry.key == key or entry.path.startswith((f"{key}/", f"{key}.")) for key in claimed):
+            continue
         if entry.kind == "foreign":
-            what = f"is foreign: the record of {entry.key} does not mention it" if entry.key else "is foreign"
-            yield Problem("foreign", entry.path, what, entry.key, ())
+            yield Problem("foreign", entry.path, "is foreign: no record mentions it", entry.key, ())
+        elif entry.kind in ("unfinished", "own") and entry.key not in found.known and entry.key not in awaited:
+            unfinished.setdefault(entry.key, []).append(entry.path)
+    for key, paths in unfinished.items():
+        many = f", like {len(paths) - 1:,} more files in it" if len(paths) > 1 else ""
+        what = f"is of no output{many}: {key} has no record, and no run in the store is making it or can go on with it"
+        yield Problem("unfinished", paths[0], what, key, ())
 
 
 def dependents(found: Contents) -> Callable[[str], tuple[str, ...]]:

@@ -89,6 +89,24 @@ def test_the_weights_that_a_run_starts_from_are_checked_too(chain, tmp_path):
     assert (problem.key, problem.dependents) == ("weights/m", ("runs/tuned",))
 
 
+def test_files_that_belong_to_nothing_are_found_and_those_under_way_are_not(chain):
+    put = lambda *paths: [objects.publish_bytes(objects.join(chain, path), b"1") for path in paths]  # noqa: E731
+    put("runs/r/checkpoints/step_000001/evil.bin", "runs/r/checkpoints/evil.bin")
+    unfinished = ["runs/r/scores/notes.txt", "runs/r/extra/x.bin", "corpora/stray/documents/x.parquet"]
+    put(*unfinished, "tokens/stray/a.bin", "tokens/stray/plan.json")
+    assert sorted(problems(chain)) == sorted(
+        [("unfinished", path) for path in (*unfinished, "tokens/stray/a.bin")]
+        + [("foreign", f"runs/r/checkpoints/{name}") for name in ("step_000001/evil.bin", "evil.bin")]
+    )
+    awaited = [f"runs/r/{stage}" for stage in ("scores/notes", "extra")]
+    put(".claims/corpora/stray/documents/000001", ".claims/tokens/stray/000000")
+    found = integrity.verify(chain, FOLDERS, awaited=awaited).problems
+    assert {p.kind for p in found} == {"foreign"}
+    put("runs/new/config.json", "runs/new/main.log", ".claims/training/new/000000")
+    found = integrity.verify(chain, FOLDERS, awaited=awaited).problems
+    assert [p.path for p in found if p.kind == "unfinished"] == []
+
+
 def test_what_lies_outside_the_store_is_named_in_full(chain, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"text")
     files = [records.describe_file("", str(tmp_path / "a.parquet"))]
@@ -219,7 +237,8 @@ def test_what_was_left_half_done_goes(chain, tmp_path):
     assert {path: g.what for g in found for path in g.paths} == left
     assert not any(g.name.startswith("runs/r/") for g in garbage.find(chain, tmp_path, (), LATER, FOLDERS, ["r"]))
     garbage.remove(chain, found)
-    assert collected(chain, tmp_path) == {} and problems(chain) == []
+    assert collected(chain, tmp_path) == {}
+    assert integrity.verify(chain, FOLDERS, awaited=["runs/unfinished"]).problems == []
     assert objects.exists(objects.join(chain, "runs/unfinished/checkpoints/step_000001/DONE"))  # it can be resumed
 
 
@@ -244,8 +263,9 @@ def test_the_commands_say_and_do_it(finished, tmp_path):
     (store / "tokens/old/plan.json").write_text("{}")
     broken = gpt2("store", "verify", "--store", str(store), "--json", cwd=tmp_path)
     assert broken.returncode == 1
-    (problem,) = json.loads(broken.stdout)["problems"]
+    left, problem = json.loads(broken.stdout)["problems"]
     assert (problem["kind"], problem["path"]) == ("missing", "runs/tiny/export/config.json")
+    assert (left["kind"], left["path"]) == ("unfinished", "tokens/old/plan.json")
     assert "runs/tiny/scores/completion_demo" in problem["dependents"]
     assert json.loads(gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path).stdout)["garbage"] == []  # new
     refused = gpt2("store", "gc", "--hours", "0.5", "--store", str(store), cwd=tmp_path)

@@ -1,5 +1,6 @@
 """Commands that look after a store: `gpt2 store status | verify | gc`."""
 
+import contextlib
 import json
 import time
 from collections.abc import Collection, Sequence
@@ -14,7 +15,7 @@ from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console, size
 from storage import garbage, integrity, objects
-from storage.contents import FOLDERS
+from storage.contents import FOLDERS, UNREADABLE
 from storage.garbage import Garbage
 from storage.integrity import Problem
 from storage.places import Places, places
@@ -57,7 +58,10 @@ def verify(store: StoreOption = None, as_json: JsonOption = False) -> None:
     with Progress(console=terminal, transient=True, disable=as_json or not terminal.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
         found = integrity.verify(
-            place.store, _folders(place), lambda done, total: bar.update(task, completed=done, total=total)
+            place.store,
+            _folders(place),
+            lambda done, total: bar.update(task, completed=done, total=total),
+            _awaited(place),
         )
     if as_json:
         print(json.dumps(asdict(found), indent=2))
@@ -127,6 +131,18 @@ def _needed(place: Places) -> set[str]:
 
     maker = runs.silent_maker(place)
     return {key for run in runs.known_runs(place) for key in needs(maker, run)}
+
+
+def _awaited(place: Places) -> set[str]:
+    """What the runs in the store need or may yet make; a run that can't be read needs nothing that is known."""
+    from assets.needs import needs, stages
+
+    maker, found = runs.silent_maker(place), set[str]()
+    for run in runs.known_runs(place):
+        found.update(stages(run))
+        with contextlib.suppress(*UNREADABLE):  # `verify` says of its configuration, or records, what is wrong
+            found.update(needs(maker, run))
+    return found
 
 
 def _existing(store: str | None) -> Places:
