@@ -47,8 +47,8 @@ def _execute(
     places: Places, terminal: Terminal, job: str, config: dict[str, Any], partition_key: str = "", **options: Any
 ) -> str:
     with dg.DagsterInstance.get() as dagster:
-        for swept in instance.sweep(dagster):
-            terminal.console.print(f"  [yellow]![/yellow] run {swept[:8]} had died; it is marked as failed")
+        for dead in instance.sweep(dagster, places):
+            terminal.console.print(f"  [yellow]![/yellow] run {dead[:8]} had died; it is marked as failed")
         for holder in instance.holders(dagster):
             terminal.console.print(
                 f"  [yellow]![/yellow] the cards are held by {holder}; training and evals wait for it"
@@ -58,11 +58,12 @@ def _execute(
             options["partition_key"] = partition_key
         signal.signal(signal.SIGTERM, _as_interrupt)
         try:
-            result = (
-                definitions.build(terminal)
-                .resolve_job_def(job)
-                .execute_in_process(instance=dagster, run_config=LOG_QUIETLY | config, **options)
-            )
+            with instance.swept(dagster, places):
+                result = (
+                    definitions.build(terminal)
+                    .resolve_job_def(job)
+                    .execute_in_process(instance=dagster, run_config=LOG_QUIETLY | config, **options)
+                )
         except dg.DagsterExecutionInterruptedError as interrupted:  # Dagster's name for it, within a step
             raise Interrupted(STOPPED) from interrupted
         except DagsterAssetCheckFailedError as failed:

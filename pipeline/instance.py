@@ -15,6 +15,7 @@ import dagster as dg
 import yaml
 
 from assets.resources import POOL
+from pipeline import runs
 from pipeline.page import SERVED_BY
 from storage import objects
 from storage.places import Places
@@ -31,8 +32,7 @@ concurrency:
 run_monitoring: # a run that never starts, or never stops when told to, is not left so
   enabled: true
   start_timeout_seconds: 180
-  cancel_timeout_seconds: 180 # longer than a training gets for its last checkpoint
-  free_slots_after_run_end_seconds: 30
+  cancel_timeout_seconds: 600 # longer than any recipe's training gets for its last checkpoint
   poll_interval_seconds: 30
 telemetry:
   enabled: false
@@ -49,12 +49,14 @@ storage: # runs and events; what the steps printed lies in this folder
       env: {POSTGRES_VARIABLE}
 """
 
+PARTITION_TAG = "dagster/partition"
 HOST_TAG, AMONG_TAG, PROCESS_TAG, ALIVE_TAG = "gpt2/host", "gpt2/among", "gpt2/process", "gpt2/alive"
 UNFINISHED = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
 NAMELESS_SECONDS = 300.0  # after which a run whose process has not named itself never had one for long
 ALIVE_SECONDS = 60.0  # between two notes that a run's process lives
 SILENT_SECONDS = 900.0  # without one, after which a run of another machine counts as lost; clocks may differ a little
 PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
+SWEEP_SECONDS = 5.0  # between two sweeps beside a run of the command line
 
 
 def prepare(places: Places) -> None:
@@ -122,29 +124,56 @@ def _tell(dagster: dg.DagsterInstance, run_id: str, ended: threading.Event) -> N
             return
 
 
-def sweep(dagster: dg.DagsterInstance) -> list[str]:
+@contextmanager
+def swept(dagster: dg.DagsterInstance, places: Places) -> Iterator[None]:
+    """Within this, a run that waits for the cards gets them once who held them is gone, also without a daemon."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_sweep_until, args=(ended, dagster, places), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _sweep_until(ended: threading.Event, dagster: dg.DagsterInstance, places: Places) -> None:
+    while not ended.wait(SWEEP_SECONDS):
+        sweep(dagster, places)
+
+
+def sweep(dagster: dg.DagsterInstance, places: Places) -> list[str]:
     """Mark as failed the runs whose process has died, or whose machine is lost -> their ids; free the cards that ended
-    runs hold."""
-    swept = []
+    runs hold and nothing of theirs uses any more."""
+    dead = []
     for record in dagster.get_run_records(dg.RunsFilter(statuses=UNFINISHED)):
         run, reason = record.dagster_run, _dead(record)
         if reason:
             dagster.report_run_failed(run, reason)
-            swept.append(run.run_id)
+            dead.append(run.run_id)
     for run_id in dagster.event_log_storage.get_concurrency_run_ids():
         holder = dagster.get_run_by_id(run_id)
-        if holder is None or holder.is_finished:
+        if holder is None or (holder.is_finished and not _is_at_work(holder, places)):
             dagster.event_log_storage.free_concurrency_slots_for_run(run_id)
-    return swept
+    return dead
+
+
+def _is_at_work(ended: dg.DagsterRun, places: Places) -> bool:
+    """Whether a run that counts as ended may still use the cards: its process lives, or the ranks that it has left
+    behind save their checkpoint. Of another machine's run that is not known until that was silent for long."""
+    tags = ended.tags
+    if _is_elsewhere(tags.get(HOST_TAG, platform.node()), tags.get(AMONG_TAG, processes_here())):
+        return time.time() - float(tags.get(ALIVE_TAG, "0")) < SILENT_SECONDS
+    run_id, pid, since = [*tags.get(PROCESS_TAG, "").split(":"), "", ""][:3]
+    lives = run_id == ended.run_id and started(int(pid)) == since
+    return lives or tags.get(PARTITION_TAG) in runs.busy(places)
 
 
 def holders(dagster: dg.DagsterInstance) -> list[str]:
     """The runs that hold the pool of the cards, in words."""
     held = dagster.event_log_storage.get_concurrency_info(POOL).active_run_ids
     runs = [dagster.get_run_by_id(run_id) for run_id in sorted(held)]
-    return [
-        f"{run.tags.get('dagster/partition', run.job_name)} (Dagster's run {run.run_id[:8]})" for run in runs if run
-    ]
+    return [f"{run.tags.get(PARTITION_TAG, run.job_name)} (Dagster's run {run.run_id[:8]})" for run in runs if run]
 
 
 def _dead(record: dg.RunRecord) -> str:

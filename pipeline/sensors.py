@@ -22,7 +22,7 @@ FAILURE = dg.DagsterRunStatus.FAILURE
     description="Marks as failed the runs whose process on this machine has died, and frees the cards that they held.",
 )
 def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-    swept = instance.sweep(context.instance)
+    swept = instance.sweep(context.instance, places())
     return dg.SkipReason(f"Marked as failed: {', '.join(swept)}" if swept else "Every run that is going on lives.")
 
 

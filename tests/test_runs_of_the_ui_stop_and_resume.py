@@ -1,5 +1,6 @@
 """Runs launched from the page: terminate saves a checkpoint, a retry goes on from it, a kill leaves nothing behind."""
 
+import fcntl
 import json
 import os
 import signal
@@ -10,12 +11,14 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
 from test_a_killed_command_loses_nothing import processes_of
 from tiny_pipeline import Finished, copied
 from tiny_ui import RETRY, TERMINATE, Page, serve, wait_for
 
 from pipeline import instance
 from storage.places import places
+from training import plan, recipes
 
 TRAINING = ["documents", "token_shards", "eval_items", "trained_model"]
 ENDLESS = {
@@ -73,7 +76,7 @@ def test_a_run_whose_process_is_gone_is_marked_as_failed_and_no_other(tmp_path: 
         elsewhere = {instance.HOST_TAG: "another-machine"}
         dagster.add_run_tags(far.run_id, elsewhere)
         dagster.add_run_tags(lost.run_id, elsewhere | {instance.ALIVE_TAG: f"{time.time() - 1000:.0f}"})
-        assert {*instance.sweep(dagster)} == {dead.run_id, lost.run_id}
+        assert {*instance.sweep(dagster, places(str(tmp_path)))} == {dead.run_id, lost.run_id}
         found = [dagster.get_run_by_id(run.run_id).status.value for run in (dead, lives, retry, lost, far)]
         assert found == ["FAILURE", "CANCELING", "CANCELING", "FAILURE", "CANCELING"]
 
@@ -99,7 +102,38 @@ def test_a_run_of_another_machine_of_this_name_is_left_alone(
             here = dagster.get_run_by_id(run.run_id).tags[instance.AMONG_TAG].split(" ")
         process = {instance.PROCESS_TAG: f"{run.run_id}:{2**22 + 1}:1"}  # there is none of this number here
         dagster.add_run_tags(run.run_id, process | {instance.AMONG_TAG: f"{boot or here[0]} {container or here[1]}"})
-        assert instance.sweep(dagster) == ([run.run_id] if swept else [])
+        assert instance.sweep(dagster, places(str(tmp_path))) == ([run.run_id] if swept else [])
+
+
+@pytest.mark.parametrize("silent", [0, 1000])
+def test_the_cards_of_a_dead_run_are_free_when_its_ranks_are_gone(silent: int, tmp_path: Path) -> None:
+    """On this machine that is seen; another one has to be silent for long."""
+    place = places(str(tmp_path / "store"))
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as dagster:
+        slots = dagster.event_log_storage
+        slots.set_concurrency_slots(instance.POOL, 2)
+        here, far = (dagster.create_run_for_job(nothing, tags={instance.PARTITION_TAG: "r"}) for _ in range(2))
+        for run in (here, far):
+            with instance.owned(dagster, run):
+                assert slots.claim_concurrency_slot(instance.POOL, run.run_id, "trained_model").is_claimed
+            dagster.add_run_tags(run.run_id, {instance.PROCESS_TAG: f"{run.run_id}:{2**22 + 1}:1"})
+            dagster.report_run_canceled(run)  # as after the time in which it had to stop
+        heard = {instance.HOST_TAG: "another-machine", instance.ALIVE_TAG: f"{time.time() - silent:.0f}"}
+        dagster.add_run_tags(far.run_id, heard)
+        (place.home / "locks").mkdir(parents=True)
+        with open(place.home / "locks/r.lock", "w") as lock:  # as its ranks hold on to it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            instance.sweep(dagster, place)
+            assert slots.get_concurrency_run_ids() == ({here.run_id} if silent else {here.run_id, far.run_id})
+        instance.sweep(dagster, place)
+        assert slots.get_concurrency_run_ids() == (set() if silent else {far.run_id})
+
+
+def test_every_recipe_may_save_its_last_checkpoint_before_it_is_given_up() -> None:
+    monitoring = yaml.safe_load(instance.SETTINGS)["run_monitoring"]
+    longest = max(plan.shutdown_seconds(make(), ranks=1) for make in recipes.RECIPES.values())
+    assert monitoring["cancel_timeout_seconds"] > longest
+    assert "free_slots_after_run_end_seconds" not in monitoring  # the cards are free when the ranks are gone
 
 
 def tags(page: Page, run_id: str) -> dict[str, str]:
@@ -138,6 +172,6 @@ def test_terminate_saves_retry_resumes_and_kill_9_of_everything_leaves_nothing(
     wait_for("webserver, daemon and code server to end", lambda: not group_lives(page.process.pid), 60)
     monkeypatch.setenv("DAGSTER_HOME", str(places(store).dagster_home))
     with dg.DagsterInstance.get() as dagster:
-        instance.sweep(dagster)  # as the next command and the next daemon do
+        instance.sweep(dagster, places(store))  # as the next command and the next daemon do
         assert dagster.get_run_by_id(second).status.value == "FAILURE"
         assert not dagster.event_log_storage.get_concurrency_info("gpu").active_slot_count

@@ -186,7 +186,7 @@ def _add_partitions(place: Places) -> None:
 
     with dg.DagsterInstance.get() as dagster:
         dagster.add_dynamic_partitions("run", ["demo", *runs.known_runs(place)])
-        instance.sweep(dagster)
+        instance.sweep(dagster, place)
 
 
 def env(store: StoreOption = None, as_json: JsonOption = False) -> None:
