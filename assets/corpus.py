@@ -8,8 +8,10 @@ import dagster as dg
 from assets import shown
 from assets.ahead import tokenized_ahead
 from assets.items import ITEMS_VERSION, hellaswag_items
-from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
+from assets.making import Check, Maker, Output, Produced, StageConfig, chosen, materialize
+from assets.repeats import check_new
 from assets.resources import RUNS, Event, NewRun
+from assets.run_config import source_of
 from assets.tokens import validation_shard
 from evals import completion_items
 from storage import hub, items, objects, parquet, records, sources
@@ -43,8 +45,7 @@ def documents(
 ) -> dg.MaterializeResult:
     """The documents of the run's corpus: parquet in FineWeb-Edu's columns, in corpus order."""
     if new_run.config is not None:
-        retry = context.run.parent_run_id is not None
-        maker.define(context.partition_key, from_dict(RunConfig, new_run.config), retry)
+        _define(context, maker, from_dict(RunConfig, new_run.config))
     source = maker.source(context.partition_key)
     output = documents_output(source)
 
@@ -63,6 +64,13 @@ def documents(
     maker.remember_input(context.partition_key, documents=output.key)
     columns = {} if source.kind == "tokens" else shown.parquet_columns(_url(maker, made.record, 0))
     return materialize(made, checks, columns | dict(source.details))
+
+
+def _define(context: dg.AssetExecutionContext, maker: Maker, run: RunConfig) -> None:
+    name, retry = context.partition_key, context.run.parent_run_id is not None
+    if chosen(context, "trained_model"):
+        check_new(maker, name, run, documents_output(source_of(maker.places, name, run.corpus)))
+    maker.define(name, run, retry)
 
 
 @dg.asset(

@@ -16,7 +16,17 @@ from pydantic import Field
 
 from assets import shown
 from assets.resources import Event, Launcher, Listener
-from assets.run_config import check_name, check_unchanged, config_url, keep_source, resuming, source_of, stored
+from assets.run_config import (
+    DEFINITION,
+    check_name,
+    check_no_repeat,
+    check_unchanged,
+    config_url,
+    keep_source,
+    resuming,
+    source_of,
+    stored,
+)
 from assets.turns import turn, turn_or_refusal
 from storage import objects, records, sources
 from storage.lineage import Lineage
@@ -192,8 +202,9 @@ class Maker:
         return self.parent(key, asset)
 
     def claim_run(self, run: str, fingerprint: str) -> None:
-        """Refuse to train in a run folder that holds the weights of another definition."""
-        url = objects.join(self.places.store, "runs", run, "definition.json")
+        """Refuse to train in a run folder that holds the weights of another definition, or what another run trains."""
+        check_no_repeat(self.places, run, fingerprint)
+        url = objects.join(self.places.store, "runs", run, DEFINITION)
         there = objects.read_json(url)["fingerprint"] if objects.exists(url) else fingerprint
         if there != fingerprint:
             raise ValueError(

@@ -89,3 +89,27 @@ def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
     if there.recipe != config.recipe:
         differences.insert(0, f"recipe={there.recipe} (now {config.recipe})")
     raise ValueError(f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name")
+
+
+DEFINITION = "definition.json"  # of a run whose training has begun: the fingerprint of its model
+
+
+def trainings(places: Places) -> dict[str, str]:
+    """The runs of the store whose training has begun -> the fingerprint of what each of them trains."""
+    found = objects.list_files(objects.join(places.store, "runs"), f"/{DEFINITION}")
+    folders = [s.path.removesuffix(f"/{DEFINITION}") for s in found if s.path.count("/") == 1]
+    return {
+        run: objects.read_json(objects.join(places.store, "runs", run, DEFINITION))["fingerprint"] for run in folders
+    }
+
+
+def check_no_repeat(places: Places, run: str, fingerprint: str) -> None:
+    """Refuse to begin a training that another run of the store has begun or finished: it would come to the same."""
+    begun = trainings(places)
+    same = [name for name, other in begun.items() if other == fingerprint]
+    if same and run not in begun:
+        raise ValueError(
+            f"run {run!r} would train what run {same[0]!r} of this store trains or has trained, of the same settings, "
+            f"tokens and code: go on with that one (--name {same[0]}), or ask it other questions "
+            f"(gpt2 evals {same[0]}); for a repeat take another order_seed or init_seed, or another --store"
+        )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from assets.run_config import definition, source_of, stored
+from assets.run_config import definition, source_of, stored, trainings
 from evals.run import HARNESS_SUITES
 from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
@@ -116,6 +116,14 @@ def check_possible(places: Places, config: RunConfig, source: sources.Source) ->
         raise ValueError(f"nnodes={config.machine.nnodes} needs rendezvous=HOST:PORT of the first machine")
     check_space(places, config, sum(f.get("bytes", 0) for f in source.identity.get("files", [])))
     objects.check_writable(places.store)  # last: it makes the store's folder
+
+
+def check_new(places: Places, run: str, config: RunConfig, source: sources.Source) -> None:
+    """Refuse a run that would train what another one of the store has trained, or has begun to."""
+    if trainings(places):
+        from assets import corpus, repeats  # Dagster takes a second to load
+
+        repeats.check_new(silent_maker(places), run, config, corpus.documents_output(source))
 
 
 def check_items(place: str) -> None:

@@ -7,19 +7,27 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
+import dagster as dg
 import pytest
-from tiny_pipeline import ROOT
+from tiny_pipeline import ROOT, gpt2
 from tiny_run import wait_for
 
 from assets import turns
+from assets.corpus import documents_output
 from assets.making import Maker, Output, Produced, StageConfig
+from assets.repeats import check_new
 from assets.resources import Launcher, Silent
-from assets.trainer import Hold
-from storage import objects, records
-from storage.places import Places
-from training import claims
+from assets.run_config import trainings
+from assets.tokens import tokens_output
+from assets.trainer import Hold, trained_output
+from pipeline import definitions
+from storage import objects, records, sources
+from storage.places import Places, places
+from storage.records import Record
+from training import claims, recipes
 
 OUTPUT = Output("documents", "corpora/c/documents", "1", {"kind": "test"})
 
@@ -169,3 +177,38 @@ def test_only_who_is_seen_to_be_gone_loses_a_claim_at_once(tmp_path, process, ta
     owner.process = owner.process | process
     assert owner.take("work")
     assert claims.Claims(str(tmp_path)).take("work") == taken
+
+
+@pytest.fixture
+def begun(tmp_path) -> str:
+    """A store in which the demo's documents are made, and its training has begun as run `a`."""
+    store, config = str(tmp_path / "store"), recipes.recipe("demo")
+    documents, metrics = documents_output(sources.resolve(config.corpus)), {"text_bytes": 1_800_000}
+    definition = (documents.asset, documents.key, documents.fingerprint, documents.code_version, documents.config)
+    records.write_record(store, Record(*definition, [], [], "", "", metrics=metrics))
+    tokens = tokens_output(config, documents, metrics["text_bytes"])
+    maker(store, tmp_path, "store").claim_run("a", trained_output("a", config, tokens).fingerprint)
+    return store
+
+
+def test_what_another_run_trains_is_not_trained_again(begun, tmp_path, monkeypatch):
+    """On the command line and from the launchpad it is refused before anything is made; that run itself goes on."""
+    said = "run 'b' would train what run 'a' of this store trains or has trained"
+    refused = gpt2("run", "demo", "--name", "b", "--store", begun, cwd=tmp_path, timeout=60)
+    assert refused.returncode == 2 and said in refused.stderr and "--name a" in refused.stderr, refused.stderr
+    for name, value in places(begun).variables().items():
+        monkeypatch.setenv(name, value)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as dagster:
+        dagster.add_dynamic_partitions("run", ["b"])
+        job = definitions.build().resolve_job_def("demo")
+        with pytest.raises(ValueError, match=said):
+            new = {"resources": {"new_run": {"config": {"recipe": "demo"}}}}
+            job.execute_in_process(new, partition_key="b", instance=dagster)
+    assert not os.path.exists(f"{begun}/runs/b")
+    here, config = maker(begun, tmp_path, "store"), recipes.recipe("demo")
+    documents = documents_output(sources.resolve(config.corpus))
+    another = replace(config, train=replace(config.train, order_seed=1))
+    check_new(here, "a", config, documents)
+    check_new(here, "b", another, documents)
+    with pytest.raises(ValueError, match=said):
+        here.claim_run("b", trainings(here.places)["a"])  # of documents that were made since

@@ -76,6 +76,8 @@ def run(
     runs.check_inputs(place, run_name, config, names)
     source = runs.source(place, run_name, config.corpus)
     runs.check_possible(place, config, source)
+    if not names or "trained_model" in names:
+        runs.check_new(place, run_name, config, source)
     prepare(place)
     objects.publish_json(config_url(place, run_name), to_dict(config))
     keep_source(place, run_name, config.corpus, source)
