@@ -21,6 +21,7 @@ from assets.tokens import validation_shard
 from assets.trainer import trained_output
 from storage import objects
 from storage.records import Record, read_record
+from training import launch
 from training.config import RunConfig
 
 VERSION = "1"
@@ -94,4 +95,10 @@ def _score(
         maker.launcher.run("evals.run", [exported, *asking], progress)
     page = objects.read_json(str(out))
     metrics = {"scores": page["scores"], "protocol": page["protocol"], "step": step}
-    return Produced(paths=[out.name, page["per_item"]], rows=page["items"], metrics=metrics)
+    return Produced(
+        paths=[out.name, page["per_item"]],
+        rows=page["items"],
+        metrics=metrics,
+        gpus=min(launch.gpu_count(), 1),
+        price=run.machine.price_per_gpu_hour,
+    )

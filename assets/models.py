@@ -48,9 +48,13 @@ def score_model(context: dg.OpExecutionContext, config: ModelConfig, maker: dg.R
     if "hellaswag" in config.suites and settings.hellaswag:
         hellaswag_items(maker, StageConfig(), settings)
     subject = subject_of(maker, config.model)
+    run = config.like or (config.model if subject.record.asset == "hf_model" else "")
+    price = maker.run_config(run).machine.price_per_gpu_hour if run else 0.0
     for questions in questions_of(maker, config.suites, settings, config.like):
         stage = StageConfig(recompute=config.recompute)
-        made, checks = score(maker, stage, questions, subject.place, subject.record, subject.folder, settings.dtype)
+        made, checks = score(
+            maker, stage, questions, subject.place, subject.record, subject.folder, settings.dtype, price
+        )
         key = [*subject.place.split("/"), questions.suite]
         context.log_event(
             dg.AssetMaterialization(key, metadata=shown.scores(made.record.metrics["scores"]) | describe(made))

@@ -8,9 +8,10 @@ import pytest
 from dagster._core.definitions.partitions.context import partition_loading_context
 from tiny_pipeline import Finished, copied
 
+from assets.models import scored_here
 from pipeline import instance, sensors
 from pipeline.definitions import build, defs
-from storage import records
+from storage import objects, records
 from storage.lineage import Lineage
 from storage.places import places
 
@@ -41,12 +42,18 @@ def test_the_sensor_asks_for_each_kept_checkpoint_once(
         os.utime(done_again, (1, 1))  # as when the run is made again
         assert tick(dagster)[0].run_key not in {asked[0].run_key, *keys}
         job = build().resolve_job_def("checkpoint_scores")
+        priced(store, monkeypatch)
         done = job.execute_in_process(asked[0].run_config, partition_key="tiny", instance=dagster)
+        asking = {"model": "tiny", "suites": ["completion_demo"]}
+        model = {"ops": {"score_model": {"config": asking | {"like": "tiny"}}}}
+        build().resolve_job_def("score_models").execute_in_process(model, instance=dagster)
         (seen,) = dagster.fetch_observations(dg.AssetKey("trained_model"), limit=1).records
         assert tick(dagster) == []
     assert done.success
     record = records.read_record(store, "runs/tiny/checkpoint_scores/step_000004")
     assert record is not None and record.rows == 12
+    assert record.cost["dollars"] == pytest.approx(2 * record.cost["seconds"] / 3600, abs=1e-5)
+    assert [score.cost["dollars"] > 0 for scores in scored_here(store).values() for score in scores] == [True]
     assert seen.asset_observation is not None and seen.asset_observation.partition == "tiny"
     shown = seen.asset_observation.metadata
     assert shown["step"].value == 4
@@ -56,6 +63,14 @@ def test_the_sensor_asks_for_each_kept_checkpoint_once(
     below = {node.job: node.replaced for node in lineage.ancestry(record.key).inputs}
     assert below == {"trained_model": False, "token_shards": False, "eval_items": False}
     assert record.key in [node.key for node in lineage.impact("runs/tiny")]
+
+
+def priced(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that can be seen, though not used, at $2 an hour."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    config = objects.read_json(f"{store}/runs/tiny/config.json")
+    config["machine"]["price_per_gpu_hour"] = 2.0
+    objects.publish_json(f"{store}/runs/tiny/config.json", config)
 
 
 def asked_after_failures(dagster: dg.DagsterInstance, asked: dg.RunRequest) -> list[str]:
