@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from assets.card import FILE as CARD
 from assets.card import write_card
 from assets.failures import ProcessFailed
 from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
+from assets.observer import Observer
 from assets.resources import POOL, RUNS, Event
 from assets.tokens import validation_shard
 from evals import report
@@ -26,7 +26,6 @@ from training.config import RunConfig, to_dict
 log = logging.getLogger(__name__)
 
 EXPORT_VERSION = "1"
-OBSERVE_SECONDS = 300.0  # between two observations of a training: at most 300 a day reach the event log
 
 
 def _loss_is_finite(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
@@ -61,13 +60,13 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
     tokens = maker.input(name, "tokens", "token_shards")
     trainer.record_starting_weights(maker, run)
     output = trainer.trained_output(name, run, tokens)
-    observer = Observer(context, maker, run)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         training = maker.trainings.pop(name, None)  # begun while its shards were being made
         if training:
-            training.join(lambda event: observer.see(event, progress))
+            training.join(context, progress)
         else:
+            observer = Observer(context, maker, run)
             trainer.train(maker, name, run, maker.stage(tokens), output, lambda event: observer.see(event, progress))
         return _trained(maker.folder(output.key), run, launch.ranks_here(run.machine.gpus))
 
@@ -116,42 +115,6 @@ def _training_metadata(folder: str, name: str, run: RunConfig, record: Record) -
         | {f"figure_{p.name}": image(p.name, p.png["light"]) for p in pictures}
         | ({"hellaswag": log.accuracy[-1][1]} if log.accuracy else {})
     )
-
-
-class Observer:
-    """Shows a training in Dagster while it runs: at its first step, then every few minutes, never one a step."""
-
-    def __init__(self, context: dg.AssetExecutionContext, maker: Maker, config: RunConfig):
-        self.context, self.maker, self.config = context, maker, config
-        self.seconds: list[float] = []  # of the steps since the last observation
-        self.last = -math.inf
-
-    def see(self, event: Event, progress: Callable[[Event], None]) -> None:
-        progress(event)
-        if event["event"] == "training_step":
-            self.seconds.append(event["seconds"])
-            if time.monotonic() - self.last >= OBSERVE_SECONDS:
-                self.last = time.monotonic()
-                try:
-                    self.observe(event)
-                except Exception as error:  # a picture, or Dagster's database, is no reason to end a training
-                    message = f"step {event['step']} is not shown in Dagster, the training goes on: {error}"
-                    log.exception(message)
-                    progress({"event": "warning", "message": message})
-                self.seconds = []
-
-    def observe(self, event: Event) -> None:
-        """The step's numbers, the hours left at the pace since the last observation, and the curve so far."""
-        name = self.context.partition_key
-        numbers = {key: value for key, value in event.items() if key != "event" and value is not None}
-        pace = sum(self.seconds) / len(self.seconds)
-        left = {"hours_left": (event["steps"] - event["step"]) * pace / 3600}
-        log = Path(self.maker.folder(f"runs/{name}"), "main.log").read_text()
-        png = report.live(report.ReportData(name, to_dict(self.config), log))
-        plot = self.maker.places.home / "live" / f"{name}.png"
-        objects.publish_bytes(str(plot), png)
-        shown_as = {"loss_so_far": image("loss so far", png), "plot": dg.MetadataValue.path(str(plot))}
-        self.context.log_event(dg.AssetObservation("trained_model", partition=name, metadata=numbers | left | shown_as))
 
 
 @dg.asset(

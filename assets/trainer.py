@@ -18,6 +18,7 @@ import dagster as dg
 from assets.failures import Interrupted, ProcessFailed
 from assets.items import hellaswag_items, hellaswag_output
 from assets.making import Maker, Output, Produced, StageConfig, chosen
+from assets.observer import Observer
 from assets.resources import POOL, Event, stop
 from assets.run_config import resuming
 from storage import objects, records, starting_weights
@@ -141,8 +142,8 @@ def _train_arguments(maker: Maker, name: str, run: RunConfig, tokens: str) -> li
 class Training:
     """A training that a thread follows while this process makes its shards. What fails in it is raised by `join`."""
 
-    def __init__(self, maker: Maker, name: str, run: RunConfig, tokens: Output):
-        self.maker, self.name, self.run, self.tokens = maker, name, run, tokens
+    def __init__(self, maker: Maker, name: str, run: RunConfig, tokens: Output, observer: Observer):
+        self.maker, self.name, self.run, self.tokens, self.observer = maker, name, run, tokens, observer
         self.handle: OnEvent = self._show
         self.cancelled = threading.Event()
         self.process: Popen[str] | None = None
@@ -174,10 +175,11 @@ class Training:
             self._stop_process()
 
     def _show(self, event: Event) -> None:
-        self.maker.listener.progressed("trained_model", event)
+        self.observer.see(event, lambda event: self.maker.listener.progressed("trained_model", event))
 
-    def join(self, on_event: OnEvent) -> None:
-        """Wait for it to end, with its events, in this thread from now on. Raises what it failed of."""
+    def join(self, context: dg.AssetExecutionContext, progress: OnEvent) -> None:
+        """Wait for it to end, with its events, in this thread and step from now on. Raises what it failed of."""
+        self.observer.context = context
         events: SimpleQueue[Event] = SimpleQueue()
         self.handle = events.put
         try:
@@ -185,7 +187,7 @@ class Training:
                 if events.empty():
                     time.sleep(WAIT)
                 else:
-                    on_event(events.get())
+                    self.observer.see(events.get(), progress)
         except BaseException:
             self.stop()
             raise
@@ -221,7 +223,7 @@ def begun_early(
         nonlocal wanted
         with turn:
             if wanted and _claimed(context):
-                maker.trainings[name] = Training(maker, name, run, tokens)
+                maker.trainings[name] = Training(maker, name, run, tokens, Observer(context, maker, run))
             wanted = False
 
     try:

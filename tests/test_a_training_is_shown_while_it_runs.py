@@ -7,8 +7,8 @@ import dagster as dg
 import pytest
 import tiny_run
 
-from assets import model
-from assets.model import Observer
+from assets import model, observer
+from assets.observer import Observer
 from assets.resources import RUNS, Event
 from pipeline.runs import silent_maker
 from storage.places import places
@@ -22,7 +22,7 @@ def step(number: int) -> Event:
 
 
 def test_what_cannot_be_shown_is_said_and_the_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "OBSERVE_SECONDS", 0.0)
+    monkeypatch.setattr(observer, "OBSERVE_SECONDS", 0.0)
     place = places(str(tmp_path / "store"))
     main_log = Path(place.store, "runs/tiny/main.log")
     main_log.parent.mkdir(parents=True)
@@ -30,10 +30,10 @@ def test_what_cannot_be_shown_is_said_and_the_training_goes_on(tmp_path: Path, m
 
     @dg.asset(partitions_def=RUNS)
     def trained_model(context: dg.AssetExecutionContext) -> None:
-        observer = Observer(context, silent_maker(place), tiny_run.config())
+        shows = Observer(context, silent_maker(place), tiny_run.config())
         for number, text in enumerate((SKIPPED, "no line of main.log", SKIPPED), start=1):
             main_log.write_text(text)
-            observer.see(step(number), seen.append)
+            shows.see(step(number), seen.append)
 
     with dg.DagsterInstance.ephemeral() as dagster:
         dagster.add_dynamic_partitions("run", ["tiny"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pytest
 import tiny_run
@@ -17,10 +18,11 @@ from test_hub_files_come_whole import parquet, shard
 from tiny_pipeline import ROOT, TINY_SETTINGS, copied, gpt2
 
 from assets.making import Maker, Output
+from assets.observer import Observer
 from assets.resources import Launcher, Silent
 from assets.trainer import Training
 from storage import objects, records, shards
-from storage.places import Places
+from storage.places import Places, places
 from storage.shards import COMPLETE, PLAN
 from training.checkpoint import complete
 
@@ -113,6 +115,13 @@ def begin(hub: SlowHub, store: Path) -> subprocess.Popen[str]:
     return process  # type: ignore[no-any-return]
 
 
+def observed(store: Path) -> list[str | None]:
+    """The partitions of the trainings that Dagster's page shows."""
+    with dg.DagsterInstance.from_config(str(places(str(store)).dagster_home)) as dagster:
+        found = dagster.fetch_observations(dg.AssetKey("trained_model"), limit=9).records
+    return [record.asset_observation.partition for record in found if record.asset_observation]
+
+
 def recorded(store: Path, place: str) -> list[records.Record]:
     found = store.glob(f"{place}/record.json")
     return [r for path in found if (r := records.read_record(str(store), str(path.parent.relative_to(store))))]
@@ -122,9 +131,11 @@ def test_a_run_steps_before_the_last_file_has_come_and_its_record_stands_on_all(
     store = tmp_path / "store"
     process = begin(hub, store)
     assert " trl:" in (store / "runs/early/main.log").read_text() and not recorded(store, "tokens/*")
+    tiny_run.wait_for(lambda: process.poll() is not None or observed(store) == ["early"])  # live in the page
     hub.last.set()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
+    assert observed(store) == ["early"]  # once in five minutes
     (documents,), (tokens,), (model,) = (recorded(store, p) for p in ("corpora/*/documents", "tokens/*", "runs/early"))
     assert [p.fingerprint for p in model.parents] == [tokens.fingerprint]
     assert [p.fingerprint for p in tokens.parents] == [documents.fingerprint]
@@ -175,13 +186,14 @@ def test_what_fails_in_copying_from_s3_stops_the_training_at_a_checkpoint(s3_sto
     for path in Path(tiny_run.tokens(tmp_path / "walk", shards=2)).iterdir():
         objects.publish_file(str(path), f"{out}/{path.name}")
     objects.publish_json(f"{out}/{PLAN}", {})
-    training = Training(maker, "r", tiny_run.config(checkpoint_every=100), tokens)
+    context, config = dg.build_asset_context(partition_key="r"), tiny_run.config(checkpoint_every=100)
+    training = Training(maker, "r", config, tokens, Observer(context, maker, config))
     folder = maker.folder("runs/r")
     tiny_run.wait_for(lambda: not training.thread.is_alive() or waiting(folder))
     objects.publish_bytes(f"{out}/walk_train_copy.bin", b"")
     limit = threading.Timer(120, training.stop)
     limit.start()
     with pytest.raises(ValueError, match="'copy'"):
-        training.join(lambda event: None)
+        training.join(context, lambda event: None)
     limit.cancel()
     assert complete(folder) == [3]
