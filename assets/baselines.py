@@ -4,6 +4,7 @@ A model counts once it has been scored on the run's validation shard: `gpt2 eval
 recipe `finetune` on the same tokens counts by itself.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from evals.comparison import Rows
 from evals.report import Baseline
 from storage import objects, records
 from storage.records import Record
-from training.config import SUITES
+from training.config import SUITES, RunConfig
+
+log = logging.getLogger(__name__)
 
 WITHOUT_EFFECT = ("items", "window")  # of a score's configuration: they follow from what it reads
 
@@ -58,9 +61,19 @@ def _others(maker: Maker, run: str, context: int) -> Iterator[tuple[str, str, in
             yield name, reference.NAMES.get(reference.published_name(name) or "", name), context, theirs
     for stat in objects.list_files(objects.join(store, "runs"), "/config.json"):
         name = stat.path.split("/")[0]
-        if stat.path.count("/") == 1 and name != run and (config := maker.run_config(name)).recipe == "finetune":
+        if stat.path.count("/") == 1 and name != run and (config := _finetuned(maker, name)):
             there = (records.read_record(store, f"runs/{name}/scores/{suite}") for suite in SUITES)
             yield name, f"{name} (fine-tuned)", config.model.context, [record for record in there if record]
+
+
+def _finetuned(maker: Maker, run: str) -> RunConfig | None:
+    """The configuration of a fine-tuned run; None for any other, and for one that can't be read."""
+    try:
+        config = maker.run_config(run)
+    except ValueError as error:
+        log.warning("run %r stands beside no other: %s", run, error)
+        return None
+    return config if config.recipe == "finetune" else None
 
 
 def _same_questions(theirs: Record, ours: Record, window: int, context: int) -> bool:

@@ -4,9 +4,10 @@ import difflib
 import fcntl
 import hashlib
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from training.config import SUITES, RunConfig, settable_keys
 
 if TYPE_CHECKING:
     from assets.making import Maker
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
 EXPORT_BYTES = 4  # a parameter
@@ -67,8 +70,19 @@ def default_name(config: RunConfig) -> str:
 
 def known_runs(places: Places) -> list[str]:
     """Names of the runs in the store."""
-    found = objects.list_files(objects.join(places.store, "runs"), "config.json")
+    found = objects.list_files(objects.join(places.store, "runs"), "/config.json")
     return [s.path.split("/")[0] for s in found if s.path.count("/") == 1]
+
+
+def readable_runs(places: Places) -> Iterator[str]:
+    """Names of the runs in the store, without those whose configuration can't be read: these are named in the log."""
+    for run in known_runs(places):
+        try:
+            stored(places, run)
+        except ValueError as error:
+            log.warning("run %r is left out: %s", run, error)
+        else:
+            yield run
 
 
 def busy(places: Places) -> list[str]:

@@ -34,7 +34,7 @@ def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 )
 def new_checkpoints(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest]:
     maker = Maker(places(), Launcher(), Silent())
-    for run in {*context.instance.get_dynamic_partitions("run")} & {*runs.known_runs(maker.places)}:
+    for run in {*context.instance.get_dynamic_partitions("run")} & {*runs.readable_runs(maker.places)}:
         for step, made in unscored(maker, run).items():
             checkpoint = {CHECKPOINT_TAG: f"{run}@{step} of {made}"}
             failed = context.instance.get_runs_count(dg.RunsFilter(tags=checkpoint, statuses=[FAILURE]))

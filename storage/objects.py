@@ -76,7 +76,11 @@ def read_text(url: str) -> str:
 
 
 def read_json(url: str) -> Any:
-    return json.loads(read_bytes(url))
+    """Raises ValueError, naming the file, for what is no JSON."""
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise ValueError(f"{url} is no JSON ({error})") from error
 
 
 def stat(url: str) -> Stat:

@@ -5,12 +5,17 @@ import os
 import shutil
 import time
 
+import dagster as dg
 import pytest
 from tiny_pipeline import gpt2
 
+from pipeline import definitions, runs, sensors
 from storage import garbage, integrity, objects, records
 from storage.contents import FOLDERS
+from storage.places import places
 from storage.records import Parent, Record
+from training import recipes
+from training.config import to_dict
 
 CONFIG = {"recipe": "demo", "corpus": "c", "train": {"steps": 2, "batch_tokens": 64}}
 LATER = time.time() + 10 * 86400  # as of which everything here is old
@@ -299,6 +304,33 @@ def test_a_run_whose_corpus_is_gone_keeps_every_corpus(finished, tmp_path):
     shutil.rmtree(store / "runs/lost")
     gone = gpt2("store", "gc", "--store", str(store), "--json", cwd=tmp_path)
     assert [g["name"] for g in json.loads(gone.stdout)["garbage"]] == ["corpora/other/documents"]
+
+
+@pytest.mark.parametrize("broken", ["config.json", "inputs.json"])
+def test_a_run_that_cannot_be_read_costs_no_other_its_answers(broken, tmp_path, monkeypatch):
+    """It is named with its file; only what may delete what it needs refuses."""
+    store, recipe = str(tmp_path / "store"), to_dict(recipes.recipe("demo"))
+    for run in ("well", "broken"):
+        objects.publish_json(f"{store}/runs/{run}/config.json", recipe)
+        objects.publish_json(f"{store}/runs/{run}/old_config.json", recipe)
+    file = f"{store}/runs/broken/{broken}"
+    objects.publish_bytes(file, b'{"recipe": ')
+    place = places(store)
+    assert runs.known_runs(place) == ["broken", "well"]
+    told = gpt2("store", "status", "--store", store, "--json", cwd=tmp_path)
+    shown = {s["run"] for s in json.loads(told.stdout)}
+    assert shown == ({"well"} if broken == "config.json" else {"well", "broken"}), told.stderr
+    assert file in (told.stderr if broken == "config.json" else told.stdout)
+    refused = gpt2("store", "gc", "--store", store, "--yes", cwd=tmp_path)
+    assert refused.returncode == 2 and "nothing is deleted" in refused.stderr and f"{file} is no JSON" in refused.stderr
+    traced = gpt2("lineage", "trace", "broken", "--step", "1", "--store", store, cwd=tmp_path)
+    assert traced.returncode == 2 and f"{file} is no JSON" in traced.stderr
+    for name, value in place.variables().items():
+        monkeypatch.setenv(name, value)
+    with dg.DagsterInstance.ephemeral() as dagster:
+        dagster.add_dynamic_partitions("run", ["well", "broken"])
+        context = dg.build_sensor_context(dagster, repository_def=definitions.defs.get_repository_def())
+        assert sensors.new_checkpoints.evaluate_tick(context).run_requests == []
 
 
 def states(store, tmp_path) -> dict[str, tuple[str, str]]:

@@ -217,6 +217,8 @@ def defining(section: ModelConfig | TrainConfig) -> dict[str, Any]:
 def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
     """The inverse of `to_dict`. Raises ValueError for a key or a value that `cls` does not have."""
     hints = typing.get_type_hints(cls)
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: {data!r} is no table of settings")
     for key in data:
         if key not in hints:
             raise ValueError(f"{where}: unknown key {key!r}{_suggest(key, hints)}")

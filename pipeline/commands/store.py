@@ -35,9 +35,9 @@ def status(
     from assets.freshness import stages
 
     place = _existing(store)
-    names = run or runs.known_runs(place)
-    for name in names:
+    for name in run or ():
         runs.existing(place, name)
+    names = run or [*runs.readable_runs(place)]
     maker = runs.silent_maker(place)
     found = [stage for name in names for stage in stages(maker, name)]
     if as_json:
@@ -130,7 +130,16 @@ def _needed(place: Places) -> set[str]:
     from assets.needs import needs
 
     maker = runs.silent_maker(place)
-    return {key for run in runs.known_runs(place) for key in needs(maker, run)}
+    needed: set[str] = set()
+    for run in runs.known_runs(place):
+        try:
+            needed.update(needs(maker, run))
+        except ValueError as error:
+            raise ValueError(
+                f"nothing is deleted, as it is not known what run {run!r} needs: {error}: mend that file, or remove "
+                "the run's folder"
+            ) from error
+    return needed
 
 
 def _awaited(place: Places) -> set[str]:
