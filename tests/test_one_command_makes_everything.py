@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
-from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 
 from storage import records, shards, tokenizer
 
@@ -157,6 +160,17 @@ def test_only_evals_scores_anew_and_touches_nothing_else(finished: Finished, tmp
     assert not any(output["reused"] for output in outputs.values())
     assert outputs["completion_demo"]["metrics"]["scores"] == before
     assert Path(finished.store, "runs/tiny/export/record.json").stat().st_mtime_ns == stamp
+
+
+def test_dagsters_own_commands_find_the_instance_of_a_fresh_machine(tmp_path: Path) -> None:
+    """As docs/running.md has it, before anything else has run there."""
+    ours, theirs = f"{sys.executable} -m pipeline.commands.main", f"{sys.executable} -m dagster"
+    script = f'eval "$({ours} env --store {tmp_path}/store)" && {theirs} instance concurrency get gpu'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -193,7 +193,9 @@ def _add_partitions(place: Places) -> None:
 
 def env(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Print the variables with which Dagster's own commands see the same instance: eval "$(gpt2 env)"."""
-    variables = places(store).variables()
+    place = places(store)
+    prepare(place)
+    variables = place.variables()
     if as_json:
         print(json.dumps(variables, indent=2))
     else:
