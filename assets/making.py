@@ -85,7 +85,7 @@ class Produced:
     metrics: dict[str, Any] = field(default_factory=dict)
     gpus: int = 0  # that were held while it was made
     price: float = 0.0  # dollars an hour of one of them; 0: not told
-    seconds: float | None = None  # paid for, over all attempts; None: the time of this one
+    seconds: float | None = None  # of wall clock, over all attempts; None: of this one
     ledger: dict[str, float | int | None] = field(default_factory=dict)  # more of what it cost
 
 

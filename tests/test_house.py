@@ -16,7 +16,18 @@ from pipeline.commands.main import build
 
 ORDER = ["pipeline", "assets", "training", "evals", "storage"]  # each imports only from itself and those behind it
 TORCH_FREE = {
-    "training": {"config", "recipes", "tokenization", "order", "schedule", "outliers", "metrics", "plan", "launch"},
+    "training": {
+        "attempts",
+        "config",
+        "recipes",
+        "tokenization",
+        "order",
+        "schedule",
+        "outliers",
+        "metrics",
+        "plan",
+        "launch",
+    },
     "evals": {"reference", "report", "completion_items", "core_bundle", "results", "comparison"},
 }
 ONLY_IN = {"dagster": {"assets", "pipeline"}, "duckdb": {"storage"}, "torch": {"training", "evals"}}

@@ -1,12 +1,16 @@
-"""The ledger of a run: every step that was paid for counts, useful or not; what can't be read is absent, never 0."""
+"""The ledger of a run: all that was paid for counts, useful or not; what can't be read is absent, never 0."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
-from tiny_pipeline import copied, gpt2
+from tiny_pipeline import ROOT, copied, gpt2
+from tiny_ui import wait_for
 
 from assets.card import outputs_of
 from assets.making import Maker, _cost
@@ -14,9 +18,11 @@ from assets.model import _training_metadata
 from assets.report import report_data
 from assets.resources import Launcher, Silent
 from evals.report import build
+from storage import objects
 from storage.lineage import Lineage
 from storage.places import places
 from storage.records import Record, read_record, write_record
+from training import attempts
 from training.energy import EnergyMeter
 from training.metrics import RunLog, ledger
 
@@ -49,6 +55,35 @@ def test_a_restart_that_lost_no_step_counts(tmp_path):
     train(tmp_path, RunLog(str(tmp_path), 0), range(3))
     train(tmp_path, RunLog(str(tmp_path), 3), range(3, 5))
     assert (ledger(tmp_path)["restarts"], ledger(tmp_path)["goodput"]) == (1, 1.0)
+
+
+def test_the_wall_clock_of_every_launch_is_paid_for(tmp_path):
+    """Steps are the least of it here. A launch that is killed counts as long as it was seen at work."""
+    train(tmp_path, RunLog(str(tmp_path), 0), range(2))
+    program = "from pathlib import Path; import sys, time; from training import attempts; attempts.NOTE_SECONDS = 0.05"
+    program += "\nwith attempts.noted(Path(sys.argv[1])): time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) as killed:
+        wait_for("a second note", lambda: any(a["seconds"] > 0.1 for a in attempts.read(tmp_path)), 60)
+        killed.kill()
+    (before,) = attempts.read(tmp_path)
+    objects.publish_json(str(tmp_path / attempts.FILE), [before | {"seconds": 5.0}])
+    assert ledger(tmp_path)["seconds"] == 5.0
+    with attempts.noted(tmp_path):
+        wait_for("the first note", lambda: len(attempts.read(tmp_path)) == 2, 60)
+        objects.publish_json(str(tmp_path / attempts.FILE), [before | {"seconds": 50.0}])  # as the mirror brings it
+    first, second = attempts.read(tmp_path)
+    assert first["seconds"] == 50.0 and 0 < second["seconds"] < 5
+    told = ledger(tmp_path)
+    assert (told["seconds"], told["goodput"]) == (first["seconds"] + second["seconds"], 1.0)
+
+
+@pytest.mark.slow
+def test_the_launcher_notes_what_it_took(tmp_path):
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config(steps=2))
+    assert tiny_run.train(run, tiny_run.tokens(tmp_path / "tokens")).returncode == 0
+    (attempt,) = attempts.read(Path(run))
+    steps = [json.loads(line)["seconds"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    assert attempt["seconds"] > sum(steps) + 0.5  # torch alone takes longer to load
 
 
 def test_energy_that_is_not_known_throughout_is_absent(tmp_path):

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
 from storage import objects
-from training import plan
+from training import attempts, plan
 from training.config import RunConfig, from_dict
 
 STATUS_VARIABLE = "GPT2_STATUS_FILE"
@@ -193,15 +194,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    return Launch(command(options.module, options.arguments, ranks, *where), options.restarts, grace).run()
+    launch = Launch(command(options.module, options.arguments, ranks, *where), options.restarts, grace)
+    run = run_folder(options.module, options.arguments)
+    with attempts.noted(run) if run and options.node_rank == 0 else nullcontext():
+        return launch.run()
+
+
+def run_folder(module: str, arguments: Sequence[str]) -> Path | None:
+    """Of the run that is to be trained; None where the ranks do something else."""
+    run = Path(arguments[0]) if module == "training.train" and arguments else None
+    return run if run and (run / "config.json").exists() else None
 
 
 def grace_seconds(module: str, arguments: Sequence[str], ranks: int) -> float:
     """How long the ranks may take to end: of a training, until its step and its checkpoint are done."""
-    config = Path(arguments[0], "config.json") if arguments else None
-    if module != "training.train" or config is None or not config.exists():
+    folder = run_folder(module, arguments)
+    if folder is None:
         return GRACE_SECONDS
-    run = from_dict(RunConfig, objects.read_json(str(config)))
+    run = from_dict(RunConfig, objects.read_json(str(folder / "config.json")))
     return max(GRACE_SECONDS, plan.shutdown_seconds(run, ranks))
 
 

@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from training import attempts
+
 MAIN_LOG, METRICS, LOST = "main.log", "metrics.jsonl", "lost.jsonl"
-LOGS = (MAIN_LOG, METRICS, LOST, "train.log", "samples.txt")  # a run's, copied to its mirror beside checkpoints
+# a run's, copied to its mirror beside checkpoints
+LOGS = (MAIN_LOG, METRICS, LOST, attempts.FILE, "train.log", "samples.txt")
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -59,15 +62,20 @@ class RunLog:
 
 
 def ledger(folder: Path) -> dict[str, float | int | None]:
-    """What a run's steps took, those that were lost included: seconds, joules, and how much of it was of use.
+    """What a run took, all that was lost included: seconds, the joules of its steps, and how much of these was of use.
 
-    Goodput is useful steps over all steps that were paid for. What could not be read is None.
+    Seconds are the wall clock of every launch: starting, waiting for shards, validation, samples and saving count like
+    steps. Goodput is useful steps over all steps that were made. What could not be read is None.
     """
     kept = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     lost = [json.loads(line) for line in (folder / LOST).read_text().splitlines()] if (folder / LOST).exists() else []
     paid = len(kept) + sum(line["steps"] for line in lost)
+    launched = sum(attempt["seconds"] for attempt in attempts.read(folder))
+    in_steps = sum(line["seconds"] for line in [*kept, *lost])
     return {
-        "seconds": sum(line["seconds"] for line in [*kept, *lost]),
+        "seconds": max(
+            launched, in_steps
+        ),  # the latter where torchrun was started by hand, or before launches were noted
         "joules": _joules([*kept, *lost]),
         "goodput": len(kept) / paid if paid else None,
         "restarts": sum(line["why"] == "restart" for line in lost),
