@@ -93,7 +93,7 @@ def begun(tmp_path, s3_store):
     maker = Maker(Places(s3_store, tmp_path / "home"), Launcher(), Silent())
     out, failed, cancelled = f"{s3_store}/{OUTPUT.key}", Queue(), threading.Event()
     add_shards(out, 0, 1)
-    objects.publish_json(f"{out}/{tokenization.PLAN}", {})
+    objects.publish_json(f"{out}/{shards.PLAN}", {})
     assert stage_as_they_come(out, maker.folder(OUTPUT.key), cancelled, failed.put)
     yield maker, out, failed
     cancelled.set()
@@ -110,7 +110,7 @@ def test_copying_goes_on_after_an_error_of_the_store_and_nothing_is_copied_again
 
     monkeypatch.setattr(objects, "fetch", fetch_or_fail)
     add_shards(out, 2, 3)
-    objects.publish_json(f"{out}/{tokenization.COMPLETE}", [])
+    objects.publish_json(f"{out}/{shards.COMPLETE}", [])
     arrivals = Arrivals(local)
     wait_for(lambda: arrivals.look() and arrivals.complete)
     assert len(arrivals.paths) == 3 and failed.empty()
