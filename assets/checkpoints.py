@@ -19,13 +19,14 @@ from assets.resources import POOL, RUNS, Event
 from assets.scores import DTYPES
 from assets.tokens import validation_shard
 from assets.trainer import trained_output
-from storage import objects
-from storage.records import Record, read_record
+from storage import objects, records
+from storage.records import Record
 from training import launch
 from training.config import RunConfig
 
 VERSION = "1"
-DONE = "DONE"
+FOLDER, DONE = "checkpoints", "DONE"
+WEIGHTS = ("model.safetensors", "state.json")  # of a checkpoint; the optimizer's state is not needed
 
 
 class CheckpointConfig(StageConfig):
@@ -60,11 +61,12 @@ def unscored(maker: Maker, name: str) -> dict[int, str]:
     """Steps of the checkpoints that a run keeps for good and that nothing has scored -> what tells such a checkpoint
     from another of its name and step; the last step has its suites."""
     train = maker.run_config(name).train
-    place = objects.join(maker.folder(f"runs/{name}"), "checkpoints")
-    done = {objects.name_of(s.path.rpartition("/")[0]): s.modified for s in objects.list_files(place, DONE)}
+    places = [records.folder_url(maker.places.store, f"runs/{name}"), maker.folder(f"runs/{name}")]
+    found = [s for place in places for s in objects.list_files(objects.join(place, FOLDER), DONE)]  # own ones count
+    done = {objects.name_of(s.path.rpartition("/")[0]): f"{s.written:.6f}" for s in found}
     made = {int(name.removeprefix("step_")): when for name, when in done.items() if name.startswith("step_")}
     kept = [step for step in sorted(made) if train.keep_every and step % train.keep_every == 0 and step < train.steps]
-    return {step: made[step] for step in kept if read_record(maker.places.store, _key(name, step)) is None}
+    return {step: made[step] for step in kept if records.read_record(maker.places.store, _key(name, step)) is None}
 
 
 def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questions: Asked) -> Output:
@@ -73,6 +75,19 @@ def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questi
     definition = {"step": step, "suite": questions.suite, "dtype": run.evals.dtype}
     parents: list[Record | Output] = [trained_output(name, run, tokens), tokens, *questions.reads]
     return Output("checkpoint_scores", _key(name, step), VERSION, definition, parents)
+
+
+def run_with(maker: Maker, name: str, step: int, scratch: str) -> str:
+    """A local run folder with the weights of a checkpoint: the run's own, or a copy of what another machine's training
+    has mirrored."""
+    checkpoint = f"{FOLDER}/step_{step:06d}"
+    own, mirror = maker.folder(f"runs/{name}"), records.folder_url(maker.places.store, f"runs/{name}")
+    there = [objects.exists(objects.join(place, checkpoint, DONE)) for place in (own, mirror)]
+    if there != [False, True]:
+        return own
+    for file in (*WEIGHTS, DONE):
+        objects.copy(objects.join(mirror, checkpoint, file), objects.join(scratch, "run", checkpoint, file))
+    return objects.join(scratch, "run")
 
 
 def _key(name: str, step: int) -> str:
@@ -84,10 +99,11 @@ def _score(
 ) -> Produced:
     out = Path(maker.folder(_key(name, step)), f"{questions.suite}.json")
     dtype = DTYPES[run.evals.dtype]
-    with tempfile.TemporaryDirectory(dir=maker.places.home) as exported:
+    with tempfile.TemporaryDirectory(dir=maker.places.home) as scratch:
+        exported = f"{scratch}/export"
         maker.launcher.run(
             "training.export",
-            [maker.folder(f"runs/{name}"), "--step", str(step), "--out", exported, "--dtype", dtype]
+            [run_with(maker, name, step, scratch), "--step", str(step), "--out", exported, "--dtype", dtype]
             + ["--tokens", validation_shard(maker, name)],
             progress,
         )

@@ -5,15 +5,22 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import tiny_run
+import torch
 from dagster._core.definitions.partitions.context import partition_loading_context
 from tiny_pipeline import Finished, copied
 
+from assets.checkpoints import run_with, unscored
+from assets.making import Maker
 from assets.models import scored_here
+from assets.resources import Launcher, Silent
 from pipeline import instance, sensors
 from pipeline.definitions import build, defs
 from storage import objects, records
 from storage.lineage import Lineage
-from storage.places import places
+from storage.places import Places, places
+from training.config import to_dict
+from training.weights import load_run
 
 
 @dg.job
@@ -87,3 +94,16 @@ def tick(dagster: dg.DagsterInstance) -> list[dg.RunRequest]:
     context = dg.build_sensor_context(dagster, repository_def=defs.get_repository_def())
     with partition_loading_context(dynamic_partitions_store=dagster):
         return list(sensors.new_checkpoints.evaluate_tick(context).run_requests or [])
+
+
+def test_a_checkpoint_of_another_machine_is_found_in_the_mirror(s3_store: str, tmp_path: Path) -> None:
+    mirror, run = f"{s3_store}/runs/far", tiny_run.config(checkpoint_every=2, keep_every=2)
+    folder = tiny_run.folder(tmp_path / "far", run)
+    trainer = tiny_run.steps(folder, tiny_run.tokens(tmp_path / "tokens"), mirror=mirror)
+    objects.publish_json(f"{mirror}/config.json", to_dict(run))
+    maker = Maker(Places(s3_store, tmp_path / "home"), Launcher(), Silent())
+    assert [*unscored(maker, "far")] == [2, 4]  # the last one, 6, has its suites
+    weights = load_run(run_with(maker, "far", 4, str(tmp_path)), 4).state_dict()
+    wanted = load_run(folder, 4).state_dict()
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert trainer.progress.step == 6 and not Path(maker.folder("runs/far")).exists()
