@@ -3,6 +3,7 @@
 Beside it, source.json: the files and the commit on the hub that its corpus named when the run began.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from typing import Any, Literal
 from storage import objects, records, sources
 from storage.places import Places
 from training.config import RunConfig, from_dict, settable_keys, to_dict
+
+log = logging.getLogger(__name__)
 
 
 def config_url(places: Places, run: str) -> str:
@@ -96,11 +99,15 @@ DEFINITION = "definition.json"  # of a run whose training has begun: the fingerp
 
 def trainings(places: Places) -> dict[str, str]:
     """The runs of the store whose training has begun -> the fingerprint of what each of them trains."""
-    found = objects.list_files(objects.join(places.store, "runs"), f"/{DEFINITION}")
-    folders = [s.path.removesuffix(f"/{DEFINITION}") for s in found if s.path.count("/") == 1]
-    return {
-        run: objects.read_json(objects.join(places.store, "runs", run, DEFINITION))["fingerprint"] for run in folders
-    }
+    runs = objects.join(places.store, "runs")
+    begun: dict[str, str] = {}
+    for found in objects.list_files(runs, f"/{DEFINITION}"):
+        if found.path.count("/") == 1:
+            try:
+                begun[found.path.split("/")[0]] = objects.read_json(objects.join(runs, found.path))["fingerprint"]
+            except (ValueError, KeyError, TypeError) as error:  # no reason to keep every other run from training
+                log.warning("what %s trains is not known: %s", found.path, error)
+    return begun
 
 
 def check_no_repeat(places: Places, run: str, fingerprint: str) -> None:

@@ -187,6 +187,7 @@ def begun(tmp_path) -> str:
     definition = (documents.asset, documents.key, documents.fingerprint, documents.code_version, documents.config)
     records.write_record(store, Record(*definition, [], [], "", "", metrics=metrics))
     tokens = tokens_output(config, documents, metrics["text_bytes"])
+    objects.publish_bytes(f"{store}/runs/broken/definition.json", b"{")
     maker(store, tmp_path, "store").claim_run("a", trained_output("a", config, tokens).fingerprint)
     return store
 
