@@ -73,9 +73,8 @@ def ledger(folder: Path) -> dict[str, float | int | None]:
     launched = sum(attempt["seconds"] for attempt in attempts.read(folder))
     in_steps = sum(line["seconds"] for line in [*kept, *lost])
     return {
-        "seconds": max(
-            launched, in_steps
-        ),  # the latter where torchrun was started by hand, or before launches were noted
+        # of the steps where torchrun was started by hand, or before launches were noted
+        "seconds": max(launched, in_steps),
         "joules": _joules([*kept, *lost]),
         "goodput": len(kept) / paid if paid else None,
         "restarts": sum(line["why"] == "restart" for line in lost),
