@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    """Nothing may leave this machine, Dagster tells nobody what it does, and kernels are interpreted without a GPU."""
+    """Nothing may leave this machine, Dagster tells nobody what it does, and kernels are interpreted without a GPU.
+
+    Signals end this process and those that it starts, also where a shell in the background has had it ignore them.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DAGSTER_DISABLE_TELEMETRY": "1"}
     if gpu_count() == 0:  # before anything imports Triton, which looks at it once: its kernels run on the CPU then
         os.environ["TRITON_INTERPRET"] = "1"
