@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    """Nothing may leave this machine, Dagster tells nobody what it does, and kernels are interpreted without a GPU.
-
-    Signals end this process and those that it starts, also where a shell in the background has had it ignore them.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Nothing may leave this machine, Dagster tells nobody what it does, and kernels are interpreted without a GPU."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DAGSTER_DISABLE_TELEMETRY": "1"}
     if gpu_count() == 0:  # before anything imports Triton, which looks at it once: its kernels run on the CPU then
         os.environ["TRITON_INTERPRET"] = "1"
@@ -53,6 +48,13 @@ def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def
         report.outcome = "failed"
         report.longrepr = f"skipped, where nothing may be: {report.longrepr}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_new_process() -> None:
+    """A trainer in this process leaves its handlers behind, and a shell has what runs in its background ignore some."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
