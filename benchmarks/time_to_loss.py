@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Job:
     seed: int
     config: RunConfig
     corpora: Corpora
+    program: tuple[str, ...] = ("training.train",)  # the module that trains, and what its arguments begin with
 
     @property
     def name(self) -> str:
@@ -94,7 +95,7 @@ async def train(job: Job, run: Path, gpu: str | None) -> dict[str, Any]:
         run.mkdir(parents=True)
         (run / "config.json").write_text(json.dumps(to_dict(job.config)))
         started = time.perf_counter()
-        status = await trained(run, job.corpora.folder, gpu)
+        status = await trained(job, run, gpu)
         (run / "wall.json").write_text(json.dumps(time.perf_counter() - started))
         if status:
             last = (run / "output.log").read_text().splitlines()[-1:]
@@ -102,9 +103,9 @@ async def train(job: Job, run: Path, gpu: str | None) -> dict[str, Any]:
     return figures(run, job.config)
 
 
-async def trained(run: Path, tokens: str, gpu: str | None) -> int:
+async def trained(job: Job, run: Path, gpu: str | None) -> int:
     """The trainer's exit status. It ends with the task that waits for it, without a checkpoint."""
-    command = [sys.executable, "-m", "training.train", str(run), "--tokens", tokens]
+    command = [sys.executable, "-m", *job.program, str(run), "--tokens", job.corpora.folder]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     with open(run / "output.log", "w") as log:
         process = await asyncio.create_subprocess_exec(
@@ -198,7 +199,10 @@ def mean(values: Sequence[float], form: str) -> str:
     return f"{statistics.mean(values):{form}}{error}"
 
 
-async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[str, Any]) -> None:
+Table = Callable[[Sequence[dict[str, Any]]], str]  # two lines of head, then one a variant
+
+
+async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[str, Any], table_of: Table) -> None:
     """Train what is missing of `found`, several at once, and write it down after each; an error ends them all."""
     gpus: Sequence[str | None] = gpu_ids() or [None]
     places: asyncio.Queue[str | None] = asyncio.Queue()
@@ -224,7 +228,7 @@ async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[
             made = {"corpora": job.corpora.named(), "commit": code_state()[0], "cards": sorted({*gpu_names()})}
             found[job.name] = described | made | result
             options.json.write_text(json.dumps(found, indent=1) + "\n")
-            print(table([found[job.name]], options.target).splitlines()[2], flush=True)
+            print(table_of([found[job.name]]).splitlines()[2], flush=True)
     finally:
         for task in tasks:
             task.cancel()
@@ -233,13 +237,22 @@ async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[
 
 def main() -> int:
     options = arguments()
+    variants = options.variant or [options.recipe.replace(":", "-")]
+    return measure(
+        options,
+        lambda corpora: [job for text in variants for job in variant_jobs(text, options, corpora)],
+        lambda results: table(results, options.target),
+    )
+
+
+def measure(options: argparse.Namespace, jobs_on: Callable[[Corpora], list[Job]], table_of: Table) -> int:
+    """Train the jobs that the corpora are for, and print their table -> exit status."""
     try:
         if options.json.is_dir():
             raise ValueError(f"--json {options.json} is a folder: name a file")
         options.json.parent.mkdir(parents=True, exist_ok=True)
         corpora = prepare(options.corpus, options.val, options.split, options.runs)
-        variants = options.variant or [options.recipe.replace(":", "-")]
-        jobs = [job for text in variants for job in variant_jobs(text, options, corpora)]
+        jobs = jobs_on(corpora)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -247,17 +260,25 @@ def main() -> int:
     print(f"validation {corpora.val[:12]} ({corpora.val_tokens:,})", flush=True)
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     try:
-        asyncio.run(run_all(jobs, options, found))
+        asyncio.run(run_all(jobs, options, found, table_of))
     except KeyboardInterrupt:
         sys.stderr.write(f"ended by Ctrl-C: {options.json} has the runs that were whole by then\n")
         return 130
     results = [found[job.name] for job in jobs]
-    print(table(results, options.target))
+    print(table_of(results))
     return int(any("failed" in result for result in results))
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.time_to_loss", description=__doc__.split("\n")[0])
+    parser = parser_of("time_to_loss", __doc__)
+    parser.add_argument("--variant", action="append", help="NAME:key=value,… (recipe=NAME too); one line of the table")
+    parser.add_argument("--target", type=float, default=TARGET, help="validation loss")
+    return parsed(parser)
+
+
+def parser_of(name: str, doc: str) -> argparse.ArgumentParser:
+    """What every benchmark over trainings takes."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks.{name}", description=doc.split("\n")[0])
     parser.add_argument("--corpus", required=True, help="shards or parquet to train on: a file or a folder")
     parser.add_argument("--val", default="", help="the same to validate on; default: the corpus's validation shards")
     parser.add_argument("--split", type=int, default=0, help="validate on the last so many training tokens instead")
@@ -270,12 +291,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--val-every", type=int, default=25, help="steps; finer for the final figure")
     parser.add_argument("--val-tokens", type=int, default=VALIDATED)
     parser.add_argument("--set", nargs="+", action="extend", default=[], help="key=value, for every variant")
-    parser.add_argument("--variant", action="append", help="NAME:key=value,… (recipe=NAME too); one line of the table")
-    parser.add_argument("--target", type=float, default=TARGET, help="validation loss")
     parser.add_argument("--at-once", type=int, default=0, help="runs; default: one a GPU")
-    parser.add_argument("--runs", type=Path, default=Path("time_to_loss"), help="folder for the runs")
+    parser.add_argument("--runs", type=Path, default=Path(name), help="folder for the runs")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints: gigabytes a run")
-    parser.add_argument("--json", type=Path, default=Path("time_to_loss.json"), help="results, also of earlier calls")
+    parser.add_argument("--json", type=Path, default=Path(f"{name}.json"), help="results, also of earlier calls")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds} must be at least 1")
