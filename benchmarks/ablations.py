@@ -50,7 +50,13 @@ JORDAN = (3.4445, -4.7750, 2.0315)
 
 def plain(put: Put) -> None:
     """the recipe without the fused kernels: blocks compiled one by one, logits in parts"""
-    put(assemble, "accelerate", lambda *_: False)
+
+    def accelerate(model: Modern, device: torch.device, recompute: int, fp8: bool, *_: Any) -> bool:
+        if fp8:
+            raise ValueError("fp8 is the fused kernels': leave it out, or take --only training")
+        return False
+
+    put(assemble, "accelerate", accelerate)
     put(Modern, "forward", loss_in_parts)
 
 

@@ -16,6 +16,7 @@ from benchmarks.ablations import VARIANTS
 from benchmarks.time_to_loss import validation_losses
 from benchmarks.token_corpora import Corpora
 from training import modern, muon
+from training.assemble import assemble
 from training.modern import Modern
 from training.train import Trainer
 
@@ -65,6 +66,12 @@ def test_the_plain_base_has_the_models_own_loss_and_gradients(monkeypatch: pytes
     for loss in (model(tokens, tokens + 1), ablations.loss_in_parts(model, tokens, tokens + 1)):
         found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
     torch.testing.assert_close(*found)
+
+
+def test_the_plain_base_refuses_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    ablations.apply("base-plain", monkeypatch.setattr)
+    with pytest.raises(ValueError, match="fp8 is the fused kernels'"):
+        assemble(tiny_run.speedrun(fp8=True), tiny_run.alone(), None)
 
 
 def test_a_logit_is_capped_no_more_and_positions_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
