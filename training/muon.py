@@ -32,16 +32,22 @@ AT_ONCE = 2**27  # elements that are orthogonalized together: beyond that only m
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) -> each with its singular values brought near one, in the same type. Zero stays zero."""
-    x = matrices
-    tall = x.shape[1] > x.shape[2]
-    if tall:  # the products are of the shorter side
-        x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * MARGIN + 1e-6)
+    """(…, rows, columns) -> each with its singular values brought near one. Zero stays zero.
+
+    Of bf16 matrices the products run, and the result comes, in fp16: all numbers in them are near or below one, where
+    it is as fast and has three bits more.
+    """
+    rows, columns = matrices.shape[-2:]
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    dtype = torch.float16 if matrices.dtype == torch.bfloat16 else matrices.dtype
+    x = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
+    x = torch.mul(matrices, 1.0 / (norms * MARGIN + 1e-6), out=x).flatten(0, -3)
     for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if rows > columns else x @ x.mT  # the products are of the shorter side
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        x = x @ factor if rows > columns else factor @ x
+    return x.view(matrices.shape)
 
 
 def orthogonalize_blocks(flat: Tensor, channels: int, neurons: Tensor, beta2: float) -> None:
@@ -55,15 +61,14 @@ def orthogonalize_blocks(flat: Tensor, channels: int, neurons: Tensor, beta2: fl
     squares = flat[:, : 4 * C * C].view(n, 4, C, C)
     rising = flat[:, 4 * C * C : 8 * C * C].view(n, 4 * C, C)
     falling = flat[:, 8 * C * C :].view(n, C, 4 * C)
-    equal = orthogonalize(squares.flatten(0, 1)).view(squares.shape)
-    wide = orthogonalize(torch.cat([rising.mT, falling]))
+    equal, up, down = map(orthogonalize, (squares, rising, falling))
     if beta2:
         even_out(equal, neurons[:, : 4 * C].view(n, 4, C), beta2, dim=-1)
-        even_out(wide[:n], neurons[:, 4 * C : 8 * C], beta2, dim=-2)
-        even_out(wide[n:], neurons[:, 8 * C :], beta2, dim=-2)
+        even_out(up, neurons[:, 4 * C : 8 * C], beta2, dim=-1)
+        even_out(down, neurons[:, 8 * C :], beta2, dim=-2)
     squares.copy_(equal)
-    torch.mul(wide[:n].mT, 4**0.5, out=rising)
-    falling.copy_(wide[n:])
+    torch.mul(up, 4**0.5, out=rising)
+    falling.copy_(down)
 
 
 def even_out(directions: Tensor, neurons: Tensor, beta2: float, dim: int) -> None:
@@ -72,7 +77,7 @@ def even_out(directions: Tensor, neurons: Tensor, beta2: float, dim: int) -> Non
     After NorMuon (Li et al., 2025). `dim` is the one within a neuron: the shorter, along which an orthogonal matrix
     leaves the sums of squares open. directions: (…, rows, columns); neurons: (…, rows or columns) fp32.
     """
-    squares = directions.float().square().mean(dim)
+    squares = torch.linalg.vector_norm(directions, dim=dim, dtype=torch.float32).square() / directions.shape[dim]
     neurons.lerp_(squares, 1.0 - beta2)
     factors = neurons.clamp(min=1e-12).rsqrt()
     lost = (squares.sum(-1, keepdim=True) / (squares * factors.square()).sum(-1, keepdim=True).clamp(min=1e-12)).sqrt()
