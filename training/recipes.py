@@ -186,6 +186,7 @@ def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 
         final_lr_fraction=0.0,
         warmup_steps=0,
         weight_decay=0.0,
+        neuron_beta2=0.95,
         beta1=0.8,
         clip=0.0,
     )
