@@ -1,7 +1,7 @@
 """What does each ingredient of the speed recipe bring? The recipe with one taken out, or one more put in.
 
     python -m benchmarks.ablations --corpus TOKENS_OR_PARQUET --val TOKENS_OR_PARQUET [--only NAME …] [--at-once 4]
-        [--recipe modern:d6c384] [--seeds 1] [--steps 600] [--set key=value …] [--json FILE]
+        [--recipe modern:d6c384] [--seeds 1] [--steps 300] [--set key=value …] [--json FILE]
 
 A variant is a setting, or a patch of the training code that is applied in the process that trains. Those of the
 architecture run on the model as autograd runs it, because the fused kernels know one architecture alone, and stand
@@ -185,9 +185,11 @@ def qkv_as_one(put: Put) -> None:
     apart = muon.orthogonalize_blocks
 
     def together(flat: Tensor, channels: int, neurons: Tensor, beta2: float) -> None:
-        qkv = flat[:, : 3 * channels**2]
-        stacked = muon.orthogonalize(qkv.reshape(len(flat), 3 * channels, channels))
+        qkv, squares = flat[:, : 3 * channels**2], neurons[:, : 3 * channels]
+        stacked, before = muon.orthogonalize(qkv.reshape(len(flat), 3 * channels, channels)), squares.clone()
         apart(flat, channels, neurons, beta2)
+        if beta2:
+            muon.even_out(stacked, squares.copy_(before), beta2, dim=-1)
         qkv.copy_(stacked.flatten(1) * 3**0.5)
 
     put(muon, "orthogonalize_blocks", together)
@@ -347,7 +349,7 @@ TRAINING: dict[str, str | Callable[[Put], None]] = {
     "qkv-as-one": qkv_as_one,
     "no-scaling": no_scaling,
     "no-nesterov": no_nesterov,
-    "normuon": "neuron_beta2=0.95",
+    "no-normuon": "neuron_beta2=0",
     "cautious-decay": f"weight_decay={DECAY}",
     "plain-decay": plain_decay,
     "momentum-warmup": "momentum_warmup_steps={sixth_of_steps}",
@@ -416,7 +418,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = parser_of("ablations", __doc__)
-    parser.set_defaults(recipe="modern:d6c384", micro_batch=32, val_every=0)
+    parser.set_defaults(recipe="modern:d6c384", steps=300, micro_batch=32, val_every=0)
     names = [*GROUPS, *VARIANTS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=[*GROUPS], help=", ".join(names))
     options = parsed(parser)

@@ -77,12 +77,13 @@ def test_the_plain_base_refuses_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_logit_is_capped_no_more_and_positions_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Modern(tiny_run.MODERN_MODEL)
     model.init_weights(1)
-    torch.nn.init.normal_(model.head.weight, std=9.0)
-    torch.nn.init.normal_(model.get_parameter("blocks.0.attn.c_proj.weight"))
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(model.head.weight, std=9.0, generator=generator)
+    torch.nn.init.normal_(model.get_parameter("blocks.0.attn.c_proj.weight"), generator=generator)
     tokens, turned = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]])[:, None]
-    assert not torch.allclose(model.logits(tokens)[:, -1], model.logits(turned)[:, -1])
+    assert not torch.allclose(model.logits(tokens)[:, -1], model.logits(turned)[:, -1], atol=0.01)
     ablations.apply("no-rotary", monkeypatch.setattr)
-    torch.testing.assert_close(model.logits(tokens)[:, -1], model.logits(turned)[:, -1])
+    torch.testing.assert_close(model.logits(tokens)[:, -1], model.logits(turned)[:, -1], atol=1e-3, rtol=0)
     assert model.logits(tokens).max() <= modern.CAP
     ablations.apply("no-cap", monkeypatch.setattr)
     assert model.logits(tokens).max() > modern.CAP
