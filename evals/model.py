@@ -58,7 +58,7 @@ class LoadedModel:
 def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel:
     """Load a model folder, or a hub name where there is a network.
 
-    Raises ValueError for an unknown dtype or device.
+    Raises ValueError for an unknown dtype or device, and where weights are missing.
     """
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -66,7 +66,11 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     transformers_logging.disable_progress_bar()
-    module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
+    module, found = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+    missing = sorted(found["missing_keys"])  # transformers fills them with random numbers; tied ones are not among them
+    if missing:
+        named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+        raise ValueError(f"{name} lacks {len(missing)} of its model's weights: {named}; give a folder that holds all")
     place = pick_device(device)
     if place.type == "cuda":  # a CPU gains nothing by it, and rounds as lm-eval's model there without it
         fuse_gelu(module)

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import tiny_gpt2
 import torch
+from safetensors.torch import load_file, save_file
 
 from evals import hellaswag, results, run
 from evals.model import load
@@ -26,6 +27,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def nothing(**given: Any) -> run.Inputs:
     return run.Inputs(**{"items": "", "shard": "", "tasks": (), "task_path": "", "bundle": "", "limit": 0, **given})
+
+
+def test_a_model_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    """transformers fills in random ones; the head, whose weights are the embedding's, is stored in no GPT-2."""
+    file = Path(tiny_gpt2.save(tmp_path)) / "model.safetensors"
+    whole = load_file(file)
+    assert "lm_head.weight" not in whole and load(str(tmp_path), "cpu").context == 128
+    save_file({k: v for k, v in whole.items() if ".h.1." not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 12 of its model's weights: transformer\.h\.1\.attn\.c_attn\.bias, .* …"
+    ):
+        load(str(tmp_path), "cpu")
 
 
 def test_an_infinite_log_probability_names_its_item(folder: str, tmp_path: Path) -> None:
