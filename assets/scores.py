@@ -109,17 +109,18 @@ def score(
     price: float = 0.0,
 ) -> tuple[Made, list[dg.AssetCheckResult]]:
     """Ask a model; the answers are kept under `place`/scores. `folder` gives the model's local folder."""
-    suite, kind = questions.suite, DTYPES[dtype]
+    kind = DTYPES[dtype]
     output = score_output(questions, place, model, dtype)
+    file = f"{objects.name_of(output.key)}.json"
 
     def produce(progress: Callable[[Event], None]) -> Produced:
-        out = objects.join(maker.folder(output.key), f"{suite}.json")
+        out = objects.join(maker.folder(output.key), file)
         maker.launcher.run("evals.run", [folder(), "--out", out, "--dtype", kind, *questions.arguments()], progress)
         page = objects.read_json(out)
         wanted = questions.items or page["items"]
         metrics = {"scores": page["scores"], "items_wanted": wanted, "protocol": page["protocol"]}
         return Produced(
-            paths=[f"{suite}.json", page["per_item"]],
+            paths=[file, page["per_item"]],
             rows=page["items"],
             metrics=metrics | {"truncated": page["truncated"]},
             gpus=min(launch.gpu_count(), 1),
@@ -130,7 +131,10 @@ def score(
 
 
 def score_output(questions: Asked, place: str, model: Record, dtype: str) -> Output:
+    """A run is asked what its settings say; any other model this and that, so digits of the questions name the key."""
     defining = {"suite": questions.suite, "dtype": DTYPES[dtype]}
     defining |= ({"items": questions.items} if questions.items else {}) | dict(questions.definition)
-    parents = [model, *questions.reads]
-    return Output(questions.suite, f"{place}/scores/{questions.suite}", VERSION, defining, parents)
+    name = questions.suite
+    if not place.startswith("runs/"):
+        name += "-" + Output(name, "", "", defining, questions.reads).fingerprint[:8]
+    return Output(questions.suite, f"{place}/scores/{name}", VERSION, defining, [model, *questions.reads])

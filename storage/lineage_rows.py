@@ -78,7 +78,7 @@ def stands_on(path: str) -> dict[str, str]:
 def _of_record(store: str, record: Record) -> Rows:
     key, run = record.key, _run_of(record.key)
     numbers, scores = _flatten(record.metrics)
-    suite = objects.name_of(key)
+    suite = record.asset if "/scores/" in key else objects.name_of(key)
     return {
         "artifacts": [_artifact(store, record)],
         "files": [(store, key, f.path, f.bytes, f.modified, f.sha256) for f in record.files],

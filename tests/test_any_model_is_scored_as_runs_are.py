@@ -11,9 +11,17 @@ from local_model_hub import ModelHub, serve
 from test_core_centres_its_tasks import write_bundle
 from tiny_pipeline import Finished, gpt2
 
+from assets.asked import Asked
+from assets.making import Produced, StageConfig
+from assets.models import scored_here
+from assets.scores import score_output
 from evals import core, reference
 from pipeline.commands import evals
-from storage import models, records
+from pipeline.runs import silent_maker
+from storage import models, objects, records
+from storage.contents import FOLDERS
+from storage.integrity import verify
+from storage.lineage import Lineage
 from storage.places import places
 from training import recipes
 
@@ -50,6 +58,34 @@ def test_a_folder_is_scored_kept_and_reused(finished: Finished, tmp_path: Path) 
     assert rows["loss"]["difference"] == pytest.approx(
         ours.metrics["scores"]["loss"]["value"] - score.metrics["scores"]["loss"]["value"]
     )
+
+
+def test_a_model_keeps_its_answers_to_each_set_of_questions(tmp_path: Path) -> None:
+    maker = silent_maker(places(str(tmp_path / "store")))
+    store = maker.places.store
+    model, *shards = (given(store, key) for key in ("models/mini-0123abcd", "tokens/a", "tokens/b"))
+    asked = [Asked("validation_loss", list, [tokens], definition={"window": 64}) for tokens in shards]
+    asked += [Asked("eleuther", list, definition={"tasks": tasks}) for tasks in ("piqa", "arc_easy")]
+    outputs = [score_output(questions, model.key, model, "fp32") for questions in asked]
+    for number, output in enumerate(outputs):
+        file = f"{objects.name_of(output.key)}.json"
+        objects.publish_json(f"{maker.folder(output.key)}/{file}", {"number": number})
+        found = Produced([file], metrics={"scores": {"acc": {"value": float(number), "n": 1}}})
+        maker.make(StageConfig(), output, lambda _, found=found: found)
+    assert all(output.reusable(store)[0] for output in outputs)
+    assert [objects.read_json(records.output_url(store, o.key))["number"] for o in outputs] == [0, 1, 2, 3]
+    assert len(scored_here(store)["mini-0123abcd"]) == 4
+    rows = Lineage(maker.places.lineage).sql("SELECT suite, value, model FROM scores ORDER BY value")[1]
+    assert rows == [(o.asset, float(n), "mini") for n, o in enumerate(outputs)]
+    assert not verify(store, FOLDERS).problems
+
+
+def given(store: str, key: str) -> records.Record:
+    """The record of an output without files."""
+    mark = records.fingerprint("given", "1", {"key": key}, [])
+    record = records.Record("given", key, mark, "1", {"key": key}, [], [], "2026-11-24T10:00:00", "2026-11-24T10:00:01")
+    records.write_record(store, record)
+    return record
 
 
 def test_a_model_on_the_hub_is_one_at_a_commit(hub: ModelHub, tmp_path: Path) -> None:
