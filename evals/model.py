@@ -66,7 +66,8 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     transformers_logging.disable_progress_bar()
-    module, found = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+    module, found = both
     missing = sorted(found["missing_keys"])  # transformers fills them with random numbers; tied ones are not among them
     if missing:
         named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
