@@ -5,7 +5,6 @@ lm-eval is imported here and in harness_model.py only; a machine without it can 
 
 import contextlib
 import json
-import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,6 @@ from evals.hellaswag import Item
 from evals.model import LoadedModel
 from evals.results import EvalResult, Score
 from evals.scoring import Scorer
-
-log = logging.getLogger(__name__)
 
 BOOTSTRAPS = 1000  # resamples for the error of a metric that is no mean, such as word perplexity
 
@@ -167,13 +164,12 @@ def _run(
 @contextlib.contextmanager
 def _naming(task: str) -> Iterator[None]:
     """Says which task an error came from; lm-eval's own errors often name a data set or a split only."""
-    done = False
     try:
         yield
-        done = True
-    finally:
-        if not done:
-            log.error("lm-eval's task %s failed", task)
+    except ValueError as error:
+        raise ValueError(f"lm-eval's task {task} failed: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"lm-eval's task {task} failed: {type(error).__name__}: {error}") from error
 
 
 def _scores(out: dict[str, Any]) -> dict[str, Score]:
