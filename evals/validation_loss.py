@@ -59,6 +59,11 @@ def _of_text(
         owners += [len(rows)] * (len(asked) - len(owners))
         read = text.encode()
         rows.append(_row(len(rows), len(tokens), len(read), read, 0.0))
+    if not asked:
+        raise ValueError(
+            f"{shard} holds no whole document, and {model.name}, whose vocabulary is not GPT-2's, reads documents as "
+            "text: use a larger shard"
+        )
     for owner, score in zip(owners, scorer.score(asked, progress), strict=True):
         rows[owner]["logprob"] += score.logprob
     return _result(model, shard, "documents", rows, model.context)

@@ -1,6 +1,7 @@
 """Loss and bits per byte on a token shard, against the loss that transformers itself computes."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,18 @@ def test_loss_equals_that_of_transformers(model: LoadedModel, shard: str) -> Non
     assert result.scores["bits_per_byte"].value == pytest.approx(sum(bits) / sum(sizes), rel=1e-6)
 
 
-def test_another_vocabulary_reads_the_documents_as_text(shard: str, tmp_path: Path) -> None:
-    """Each whole document from its start, in windows of which every token is predicted once."""
+def save_of_another_vocabulary(folder: Path) -> ByteLevelBPETokenizer:
     own = ByteLevelBPETokenizer()
     own.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>"])
-    PreTrainedTokenizerFast(tokenizer_object=own._tokenizer, bos_token="<s>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=own._tokenizer, bos_token="<s>").save_pretrained(folder)
     config = GPT2Config(vocab_size=300, n_layer=1, n_embd=16, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return own
+
+
+def test_another_vocabulary_reads_the_documents_as_text(shard: str, tmp_path: Path) -> None:
+    """Each whole document from its start, in windows of which every token is predicted once."""
+    own = save_of_another_vocabulary(tmp_path)
     model = load(str(tmp_path), "cpu")
     result = validation_loss.evaluate(model, Scorer(model), shard)
     reference = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
@@ -76,6 +82,16 @@ def test_another_vocabulary_reads_the_documents_as_text(shard: str, tmp_path: Pa
         total / math.log(2) / len((TEXT * 3).encode()), rel=1e-6
     )
     assert result.scores["loss"].value == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [range(40), [tokenizer.EOT, 5, 6, 7], [tokenizer.EOT, tokenizer.EOT, 5]])
+def test_another_vocabulary_needs_a_whole_document(tokens: Sequence[int], tmp_path: Path) -> None:
+    """The two ends of the shard cut through the only document, or it holds no text."""
+    save_of_another_vocabulary(tmp_path)
+    model, cut = load(str(tmp_path), "cpu"), str(tmp_path / "x_val_000000.bin")
+    shards.write_shard(cut, np.array(tokens, dtype=np.uint16))
+    with pytest.raises(ValueError, match="x_val_000000.bin holds no whole document"):
+        validation_loss.evaluate(model, Scorer(model), cut)
 
 
 def test_bytes_of_all_tokens_are_the_bytes_of_the_text(shard: str) -> None:
