@@ -46,9 +46,9 @@ def main(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated, for eleuther without --items.")] = "",
     task_path: Annotated[str, typer.Option(help="A folder of lm-eval task files of your own, over local data.")] = "",
     bundle: Annotated[str, typer.Option(help="For core: the folder of its data, fetched there if absent.")] = "",
-    limit: Annotated[int, typer.Option(help="Only the first items (validation_loss: tokens); 0: all.")] = 0,
-    window: Annotated[int, typer.Option(help="For validation_loss: tokens a window; 0: the model's context.")] = 0,
-    batch: Annotated[int, typer.Option(help="Tokens in a batch; 0: by device. Never changes a score.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first items (validation_loss: tokens); 0: all.")] = 0,
+    window: Annotated[int, typer.Option(min=0, help="validation_loss: tokens a window; 0: the model's context.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="Tokens in a batch; 0: by device. Never changes a score.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:

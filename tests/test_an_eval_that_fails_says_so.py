@@ -134,3 +134,11 @@ def test_the_command_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
         done.stderr.strip() == f"{tmp_path} holds no config.json: give a Hugging Face model folder (a run's `export`)"
     )
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--limit", "--window", "--batch"])
+def test_the_command_refuses_a_negative_number(option: str, folder: str, tmp_path: Path) -> None:
+    items = tiny_gpt2.write_items(tmp_path / "items.jsonl")
+    done = command(folder, "--suite", "hellaswag", "--items", items, "--out", str(tmp_path / "x.json"), option, "-1")
+    assert done.returncode == 2 and f"Invalid value for '{option}'" in done.stderr, done.stderr
+    assert not (tmp_path / "x.json").exists()
