@@ -11,7 +11,7 @@ from assets.making import Maker
 from assets.tokens import validation_shard
 from evals import core_bundle
 from evals.run import HARNESS_SUITES
-from storage import objects
+from storage import objects, records
 from storage.items import FILES
 from storage.records import Record
 from training.config import EvalConfig
@@ -70,16 +70,18 @@ def _hellaswag(maker: Maker, settings: EvalConfig, run: str) -> Asked | Missing:
 
 
 def _eleuther(maker: Maker, settings: EvalConfig, run: str) -> Asked | Missing:
-    tasks = settings.harness
+    """Prompts and metrics are the installed lm-eval's, so its version defines the score."""
+    tasks, version = settings.harness, {"lm_eval": records.library_versions().get("lm_eval")}
     if tasks in HARNESS_SUITES:
-        return Asked("eleuther", lambda: ["--suite", tasks], definition={"tasks": tasks})
+        return Asked("eleuther", lambda: ["--suite", tasks], definition={"tasks": tasks} | version)
     if tasks:
-        return Asked("eleuther", lambda: ["--suite", "eleuther", "--tasks", tasks], definition={"tasks": tasks})
+        arguments = ["--suite", "eleuther", "--tasks", tasks]
+        return Asked("eleuther", lambda: arguments, definition={"tasks": tasks} | version)
     if not run:
         return Missing("eleuther", "no tasks are named: set harness=leaderboard-v1, or lm-eval's tasks by name")
     items = _completion_items(maker, settings, run)
     limit = min(settings.harness_items, items.rows or 0)
-    return Asked("eleuther", partial(_on_items, maker, items, "eleuther", limit), [items], limit)
+    return Asked("eleuther", partial(_on_items, maker, items, "eleuther", limit), [items], limit, version)
 
 
 def _core(maker: Maker, settings: EvalConfig, run: str) -> Asked | Missing:

@@ -11,7 +11,7 @@ from local_model_hub import ModelHub, serve
 from test_core_centres_its_tasks import write_bundle
 from tiny_pipeline import Finished, gpt2
 
-from assets.asked import Asked
+from assets.asked import Asked, asked
 from assets.making import Produced, StageConfig
 from assets.models import scored_here
 from assets.scores import score_output
@@ -24,6 +24,7 @@ from storage.integrity import verify
 from storage.lineage import Lineage
 from storage.places import places
 from training import recipes
+from training.config import EvalConfig
 
 
 @pytest.fixture
@@ -64,9 +65,9 @@ def test_a_model_keeps_its_answers_to_each_set_of_questions(tmp_path: Path) -> N
     maker = silent_maker(places(str(tmp_path / "store")))
     store = maker.places.store
     model, *shards = (given(store, key) for key in ("models/mini-0123abcd", "tokens/a", "tokens/b"))
-    asked = [Asked("validation_loss", list, [tokens], definition={"window": 64}) for tokens in shards]
-    asked += [Asked("eleuther", list, definition={"tasks": tasks}) for tasks in ("piqa", "arc_easy")]
-    outputs = [score_output(questions, model.key, model, "fp32") for questions in asked]
+    several = [Asked("validation_loss", list, [tokens], definition={"window": 64}) for tokens in shards]
+    several += [Asked("eleuther", list, definition={"tasks": tasks}) for tasks in ("piqa", "arc_easy")]
+    outputs = [score_output(questions, model.key, model, "fp32") for questions in several]
     for number, output in enumerate(outputs):
         file = f"{objects.name_of(output.key)}.json"
         objects.publish_json(f"{maker.folder(output.key)}/{file}", {"number": number})
@@ -78,6 +79,22 @@ def test_a_model_keeps_its_answers_to_each_set_of_questions(tmp_path: Path) -> N
     rows = Lineage(maker.places.lineage).sql("SELECT suite, value, model FROM scores ORDER BY value")[1]
     assert rows == [(o.asset, float(n), "mini") for n, o in enumerate(outputs)]
     assert not verify(store, FOLDERS).problems
+
+
+def test_tasks_of_another_lm_eval_are_other_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = silent_maker(places(str(tmp_path)))
+    model = given(str(tmp_path), "models/mini-0123abcd")
+
+    def wanted(tasks: str) -> str:
+        questions = asked(maker, "eleuther", EvalConfig(harness=tasks))
+        assert isinstance(questions, Asked)
+        return score_output(questions, model.key, model, "fp32").fingerprint
+
+    before = [wanted(tasks) for tasks in ("leaderboard-v1", "piqa")]
+    assert before == [wanted(tasks) for tasks in ("leaderboard-v1", "piqa")]
+    newer = records.library_versions() | {"lm_eval": "99.0"}
+    monkeypatch.setattr(records, "library_versions", lambda: newer)
+    assert not {*before} & {wanted(tasks) for tasks in ("leaderboard-v1", "piqa")}
 
 
 def given(store: str, key: str) -> records.Record:
