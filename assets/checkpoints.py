@@ -38,8 +38,7 @@ def score_checkpoint(context: dg.OpExecutionContext, config: CheckpointConfig, m
     """HellaSwag of a checkpoint; where its items are not at hand, the completion items from held-out documents."""
     name = context.partition_key
     run = maker.run_config(name)
-    questions = asked(maker, "hellaswag" if run.evals.hellaswag else "completion_demo", run.evals, name)
-    assert isinstance(questions, Asked)
+    questions = questions_of(maker, name, run)
     output = checkpoint_output(maker, name, run, config.step, questions)
     made, _ = maker.make(config, output, lambda progress: _score(maker, name, run, config.step, questions, progress))
     facts: dict[str, Any] = {
@@ -67,6 +66,14 @@ def unscored(maker: Maker, name: str) -> dict[int, str]:
     made = {int(name.removeprefix("step_")): when for name, when in done.items() if name.startswith("step_")}
     kept = [step for step in sorted(made) if train.keep_every and step % train.keep_every == 0 and step < train.steps]
     return {step: made[step] for step in kept if records.read_record(maker.places.store, _key(name, step)) is None}
+
+
+def questions_of(maker: Maker, name: str, run: RunConfig) -> Asked:
+    """HellaSwag's, or where its items are not at hand the completion items'."""
+    for suite in ("hellaswag", "completion_demo"):
+        if isinstance(questions := asked(maker, suite, run.evals, name), Asked):
+            return questions
+    raise ValueError(f"no checkpoint of {name} can be scored: {questions.reason}")
 
 
 def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questions: Asked) -> Output:

@@ -1,6 +1,7 @@
 """A checkpoint that a run keeps is found by the sensor, scored once, and its score leads down to the documents."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -10,12 +11,15 @@ import torch
 from dagster._core.definitions.partitions.context import partition_loading_context
 from tiny_pipeline import Finished, copied
 
-from assets.checkpoints import run_with, unscored
-from assets.making import Maker
+from assets.checkpoints import questions_of, run_with, unscored
+from assets.corpus import completion_output
+from assets.items import hellaswag_output
+from assets.making import Maker, Output, Produced, StageConfig
 from assets.models import scored_here
 from assets.resources import Launcher, Silent
 from pipeline import instance, sensors
 from pipeline.definitions import build, defs
+from pipeline.runs import silent_maker
 from storage import objects, records
 from storage.lineage import Lineage
 from storage.places import Places, places
@@ -70,6 +74,20 @@ def test_the_sensor_asks_for_each_kept_checkpoint_once(
     below = {node.job: node.replaced for node in lineage.ancestry(record.key).inputs}
     assert below == {"trained_model": False, "token_shards": False, "eval_items": False}
     assert record.key in [node.key for node in lineage.impact("runs/tiny")]
+
+
+def test_without_hellaswags_items_at_hand_checkpoints_are_asked_the_completion_items(tmp_path: Path) -> None:
+    run, maker = tiny_run.config(), silent_maker(places(str(tmp_path)))
+    run = replace(run, evals=replace(run.evals, hellaswag="published"))
+    maker.define("far", run)
+    with pytest.raises(ValueError, match="token_shards of run 'far' is not made yet: materialize it first"):
+        questions_of(maker, "far", run)
+    maker.make(StageConfig(), tokens := Output("token_shards", "tokens/c", "1", {}), lambda _: Produced())
+    maker.remember_input("far", tokens=tokens.key)
+    maker.make(StageConfig(), completion_output(maker, "far", run.evals), lambda _: Produced(rows=12))
+    assert questions_of(maker, "far", run).suite == "completion_demo"
+    maker.make(StageConfig(), hellaswag_output(run.evals), lambda _: Produced(rows=10_042))
+    assert questions_of(maker, "far", run).suite == "hellaswag"
 
 
 def priced(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
