@@ -20,7 +20,7 @@ from training.config import SUITES, RunConfig
 
 log = logging.getLogger(__name__)
 
-WITHOUT_EFFECT = ("items", "window")  # of a score's configuration: they follow from what it reads
+WINDOWS = ("items", "window")  # of a loss's configuration: their number follows from their length and the shard
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,17 @@ def _finetuned(maker: Maker, run: str) -> RunConfig | None:
 
 
 def _same_questions(theirs: Record, ours: Record, window: int, context: int) -> bool:
-    """A loss is one of windows as long as the run's context; items are the same for any."""
+    """Put by the same code. A loss is one of windows as long as the run's context; items are the same for any."""
+    if theirs.code_version != ours.code_version:
+        return False
     if theirs.asset == "validation_loss" and theirs.config.get("window", window) != context:
         return False
     return _questions(theirs) == _questions(ours) and _reads(theirs) == _reads(ours)
 
 
 def _questions(score: Record) -> dict[str, Any]:
-    return {key: value for key, value in score.config.items() if key not in WITHOUT_EFFECT}
+    ignored = WINDOWS if score.asset == "validation_loss" else ()
+    return {key: value for key, value in score.config.items() if key not in ignored}
 
 
 def _reads(score: Record) -> set[str]:

@@ -3,15 +3,18 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_gpt2
+import tiny_run
 from local_model_hub import ModelHub, serve
 from test_core_centres_its_tasks import write_bundle
 from tiny_pipeline import Finished, gpt2
 
 from assets.asked import Asked, asked
+from assets.baselines import asked_the_same
 from assets.making import Produced, StageConfig
 from assets.models import scored_here
 from assets.scores import score_output
@@ -81,6 +84,26 @@ def test_a_model_keeps_its_answers_to_each_set_of_questions(tmp_path: Path) -> N
     assert not verify(store, FOLDERS).problems
 
 
+def test_fewer_items_are_other_questions_and_windows_of_one_length_are_the_same(tmp_path: Path) -> None:
+    maker, run = silent_maker(places(str(tmp_path))), tiny_run.config()
+    maker.define("tiny", run)
+    model, items = given(str(tmp_path), "models/mini-0123abcd"), given(str(tmp_path), "eval_items/c")
+
+    def scored(place: str, suite: str, count: int | None, **definition: int) -> records.Record:
+        questions = Asked(suite, list, [items], count, definition)
+        output = score_output(questions, place, model, "fp32")
+        return maker.make(StageConfig(), output, lambda _: Produced())[0].record
+
+    ours = [scored("runs/tiny", suite, 8) for suite in ("validation_loss", "completion_demo", "eleuther")]
+    scored(model.key, "validation_loss", None, window=run.model.context)
+    scored(model.key, "completion_demo", 8)
+    scored(model.key, "eleuther", 4)
+    (other,) = asked_the_same(maker, "tiny", ours)
+    assert {score.asset for score in other.scores} == {"validation_loss", "completion_demo"}
+    older = [replace(score, code_version="0") for score in ours]
+    assert asked_the_same(maker, "tiny", older) == []
+
+
 def test_tasks_of_another_lm_eval_are_other_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = silent_maker(places(str(tmp_path)))
     model = given(str(tmp_path), "models/mini-0123abcd")
@@ -99,8 +122,8 @@ def test_tasks_of_another_lm_eval_are_other_questions(tmp_path: Path, monkeypatc
 
 def given(store: str, key: str) -> records.Record:
     """The record of an output without files."""
-    mark = records.fingerprint("given", "1", {"key": key}, [])
-    record = records.Record("given", key, mark, "1", {"key": key}, [], [], "2026-11-24T10:00:00", "2026-11-24T10:00:01")
+    mark, when = records.fingerprint("given", "1", {"key": key}, []), "2026-11-24T10:00:00"
+    record = records.Record("given", key, mark, "1", {"key": key}, [], [], when, when, metrics={"name": "mini"})
     records.write_record(store, record)
     return record
 

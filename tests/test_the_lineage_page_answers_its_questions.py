@@ -78,6 +78,7 @@ def test_two_runs_are_told_apart_by_data_code_configuration_and_environment(fini
     for path in (store / "runs/other").rglob("*record.json"):
         record = json.loads(path.read_text().replace("runs/tiny", "runs/other"))
         record |= {"commit": "f" * 40, "versions": record["versions"] | {"torch": "1.0"}}
+        record |= {"code_version": "0"} if path.name == "eleuther.record.json" else {}
         path.write_text(json.dumps(record))
     config = json.loads((store / "runs/other/config.json").read_text())
     config["train"]["lr"] /= 2
@@ -90,4 +91,10 @@ def test_two_runs_are_told_apart_by_data_code_configuration_and_environment(fini
     assert found["environment", "torch"][1] == "1.0"
     assert found["code", "commit"][1].startswith("ffffffffffff")
     assert not any(area == "data" for area, _ in found)
-    assert {s["verdict"] for s in told["scores"]} == {"equal"}
+    assert {(s["suite"], s["verdict"]) for s in told["scores"]} == {
+        ("validation_loss", "equal"),
+        ("completion_demo", "equal"),
+    }
+    assert told["outdated"] == {"tiny": [], "other": ["eleuther"]}
+    shown = gpt2("compare", "tiny", "other", "--store", str(store), cwd=tmp_path).stdout
+    assert "`gpt2 evals other --suite eleuther` scores anew" in " ".join(shown.split())

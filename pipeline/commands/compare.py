@@ -14,6 +14,7 @@ from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console
 from storage.places import Places, places
+from training.config import SUITES
 
 if TYPE_CHECKING:
     from evals.report import Baseline, ReportData
@@ -41,10 +42,15 @@ def compare(
     models = _models(place, run)
     scores: list[reference.Comparison] = []
     different: dict[str, list[dict[str, Any]]] = {}
+    outdated: dict[str, list[str]] = {}
     for other in against:
         if runs.stored(place, other) is not None:
             theirs = _read(place, other)
-            scores += reference.against_run(ours.scores, theirs.scores, other, ours.items, theirs.items)
+            unlike = _scored_otherwise(ours, theirs)
+            alike = {suite: page for suite, page in theirs.scores.items() if suite not in unlike}
+            scores += reference.against_run(ours.scores, alike, other, ours.items, theirs.items)
+            for name, suites in ((run, _outdated(ours, unlike)), (other, _outdated(theirs, unlike))):
+                outdated[name] = sorted({*outdated.get(name, []), *suites})
             different[other] = [asdict(d) for d in differences(ours, theirs)]
             continue
         if other not in reference.SIZES and other not in models:
@@ -53,12 +59,35 @@ def compare(
         for model in models.get(other, []):
             scores += reference.against_run(ours.scores, model.scores, model.name, ours.items, model.items)
     if as_json:
-        print(json.dumps({"scores": [asdict(c) for c in scores], "differences": different}, indent=2))
+        answer = {"scores": [asdict(c) for c in scores], "differences": different, "outdated": outdated}
+        print(json.dumps(answer, indent=2))
         return
     terminal = console()
     terminal.print(score_table(run, scores) if scores else "there is no score that both have")
+    for name, old in outdated.items():
+        if old:
+            command = " ".join(["gpt2 evals", name, *(f"--suite {suite}" for suite in old)])
+            terminal.print(f"older code has scored {', '.join(old)} of {name}, not compared: `{command}` scores anew")
     for other, found in different.items():
         terminal.print(_difference_table(run, other, found))
+
+
+def _versions(run: "ReportData") -> dict[str, str]:
+    """Which version of the code has scored each suite."""
+    return {record["asset"]: record["code_version"] for record in run.records if record["asset"] in SUITES}
+
+
+def _scored_otherwise(ours: "ReportData", theirs: "ReportData") -> set[str]:
+    """Suites that two versions of the code have scored: what came of them does not compare."""
+    one, other = _versions(ours), _versions(theirs)
+    return {suite for suite in one.keys() & other.keys() if one[suite] != other[suite]}
+
+
+def _outdated(run: "ReportData", suites: Iterable[str]) -> list[str]:
+    """Those of the suites that another version of the code has scored than is here."""
+    from assets.scores import VERSION
+
+    return [suite for suite in suites if _versions(run)[suite] != VERSION]
 
 
 def score_table(run: str, comparisons: list[reference.Comparison]) -> Table:
