@@ -51,7 +51,8 @@ def main() -> None:
     for model in (GPT2(ModelConfig(**SIZES)), Modern(ModelConfig(**SIZES, family="nanochat"))):
         made = moved(model, 0.02).bfloat16()
         gpt2 = [FusedModel(made, ops, recompute=level) for level in (0, 3)] + [Fp8Model(made, ops)]
-        for made.runner in gpt2 if isinstance(made, GPT2) else [FusedModern(made, ops), Fp8Modern(made, ops)]:
+        for runner in gpt2 if isinstance(made, GPT2) else [FusedModern(made, ops), Fp8Modern(made, ops)]:
+            made.runner = runner
             gradients(made, *batch(2, LENGTH, VOCAB, seed=1))
     logits, row = torch.zeros(2, VOCAB, dtype=torch.bfloat16), torch.zeros(2)
     for capped in (False, True):  # as for logits on a GPU
