@@ -86,12 +86,15 @@ def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
     if there is None or definition(there) == definition(config):
         return
     old, new = settable_keys(there), settable_keys(config)
-    differences = [
-        f"{key}={old[key]} (now {new[key]})" for key in old if old[key] != new[key] and not key.startswith("machine.")
-    ]
+    changed = [key for key in old if old[key] != new[key] and not key.startswith("machine.")]
+    differences, way = [f"{key}={old[key]} (now {new[key]})" for key in changed], ""
     if there.recipe != config.recipe:
         differences.insert(0, f"recipe={there.recipe} (now {config.recipe})")
-    raise ValueError(f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name")
+    else:
+        way = f", or go on with it: --name {run} --set " + " ".join(f"{key}={old[key]}" for key in changed)
+    raise ValueError(
+        f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name{way}"
+    )
 
 
 DEFINITION = "definition.json"  # of a run whose training has begun: the fingerprint of its model

@@ -98,6 +98,7 @@ def test_a_run_of_another_definition_keeps_its_name(finished: Finished, tmp_path
     done = gpt2("run", "--name", "tiny", *TINY_SETTINGS, "--set", "lr=0.1", "--store", finished.store, cwd=tmp_path)
     assert done.returncode == 2
     assert "run 'tiny' exists with train.lr=0.005 (now 0.1): give the new one another name" in done.stderr
+    assert "or go on with it: --name tiny --set train.lr=0.005" in done.stderr
 
 
 def test_evals_of_a_run_that_is_not_there(finished: Finished, tmp_path: Path) -> None:

@@ -99,7 +99,10 @@ def definition(config: RunConfig, device: str, shard_tokens: Sequence[int]) -> d
 def check_definition(state: dict[str, Any], now: dict[str, str], anyway: bool) -> None:
     """Raises ValueError, naming each difference, for a checkpoint of another definition, unless `anyway`."""
     then = state["definition"]
-    found = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+    found = [
+        f"{key} was {then.get(key, 'at its default')}, now {now.get(key, 'at its default')}"
+        for key in {**then, **now} if then.get(key) != now.get(key)
+    ]  # fmt: skip
     if found and not anyway:
         raise ValueError(
             f"the checkpoint of step {state['step']} is another run's: {'; '.join(found)}. "
@@ -143,7 +146,8 @@ def _read_range(files: list[Path], name: str, start: int, stop: int) -> Tensor:
             at += size
     if at < stop:
         raise ValueError(
-            f"{files[0].parent} holds {at:,} elements of {name}, where {stop:,} are wanted: another optimizer's"
+            f"{files[0].parent} holds {at:,} elements of {name}, where {stop:,} are wanted: it is another optimizer's, "
+            "or one's with other settings, and nothing can go on from it but these"
         )
     return torch.cat(parts)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from training.model_config import ModelConfig, model_from_descriptor
 
-TRAINER_VERSION = "2"  # raise it when the same configuration gives other weights than before
+TRAINER_VERSION = "3"  # raise it when the same configuration gives other weights than before
 
 
 @dataclass(frozen=True)
