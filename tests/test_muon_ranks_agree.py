@@ -38,7 +38,7 @@ def largest_gap(a: list[float], b: list[float]) -> float:
 
 def test_a_step_is_the_momentum_s_orthogonal_part() -> None:
     """Against the definition, in fp64, with each matrix taken apart."""
-    config = tiny_run.speedrun(steps=10, weight_decay=0.1, momentum=0.9)
+    config = tiny_run.speedrun(steps=10, weight_decay=0.1, momentum=0.9, neuron_beta2=0.0)
     model = build_model(config.model)
     model.init_weights(seed=1)
     optimizer = ShardedMuon(model, config.train, tiny_run.alone())
@@ -113,7 +113,7 @@ def test_ranks_give_the_same_losses_also_in_groups_and_with_a_block_left_over(sh
     one = losses(tmp_path, shards, 1)
     assert one[-1] < one[0] - 0.3
     for ranks, shard_ranks in ((2, 0), (4, 2)):
-        assert largest_gap(one, losses(tmp_path, shards, ranks, shard_ranks)) < 1e-4
+        assert largest_gap(one, losses(tmp_path, shards, ranks, shard_ranks)) < 1e-5
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_in_bf16_without_masters_they_agree_to_its_precision(shards: str, tmp_pa
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_resumed_run_ends_in_the_same_bits(shards: str, tmp_path: Path, dtype: str) -> None:
-    config = tiny_run.speedrun(steps=8, dtype=dtype, momentum_warmup_steps=6, neuron_beta2=0.9, weight_decay=0.1)
+    config = tiny_run.speedrun(steps=8, dtype=dtype, momentum_warmup_steps=6, weight_decay=0.1)
     whole, parts = (tiny_run.folder(tmp_path / name, config) for name in ("whole", "parts"))
     tiny_run.steps(whole, shards)
     tiny_run.steps(parts, shards, until=3)
@@ -148,7 +148,7 @@ def test_outliers_are_skipped_and_leave_no_trace(shards: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_by_four(shards: str, tmp_path: Path) -> None:
-    config = tiny_run.speedrun(steps=8, checkpoint_every=4, keep_checkpoints=9, neuron_beta2=0.9)
+    config = tiny_run.speedrun(steps=8, checkpoint_every=4, keep_checkpoints=9)
     two = tiny_run.folder(tmp_path / "two", config)
     assert tiny_run.train(two, shards, 2).returncode == 0
     for ranks in (1, 4):
@@ -157,4 +157,4 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_by_four(shards: str, tm
         shutil.rmtree(run / "checkpoints/step_000008")
         assert tiny_run.train(str(run), shards, ranks).returncode == 0
         assert "written by 2 ranks" in (run / "train.log").read_text()
-        assert largest_gap(tiny_run.losses(two), tiny_run.losses(str(run))) < 1e-4
+        assert largest_gap(tiny_run.losses(two), tiny_run.losses(str(run))) < 1e-5

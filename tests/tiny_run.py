@@ -33,7 +33,7 @@ MODERN_MODEL = ModelConfig(layers=3, channels=32, heads=2, context=16, vocab=256
 def speedrun(**train: Any) -> RunConfig:
     """A tiny run of the speed recipe's kind; its three blocks do not divide into 2 or 4."""
     muon = {"optimizer": "muon", "lr": 0.02, "warmup_steps": 0, "schedule": "trapezoid", "clip": 0.0, "beta1": 0.8}
-    return config(MODERN_MODEL, **{**muon, **train})
+    return config(MODERN_MODEL, **{**muon, "neuron_beta2": 0.95, **train})
 
 
 def config(model: ModelConfig = GPT2_MODEL, **train: Any) -> RunConfig:

@@ -102,6 +102,7 @@ def cross_entropy(
 
     In bf16 on a GPU, tanh is exact only without a scale: what a validation reports does not depend on the card's own.
     """
+    assert cap < 40, cap  # exp(2 cap) times the columns must stay a number
     rows, columns = logits.shape
     fast = scale is not None and logits.dtype == torch.bfloat16 and logits.is_cuda
     losses, factors = torch.empty(2, rows, dtype=torch.float32, device=logits.device)

@@ -34,12 +34,13 @@ AT_ONCE = 2**27  # elements that are orthogonalized together: beyond that only m
 def orthogonalize(matrices: Tensor) -> Tensor:
     """(…, rows, columns) -> each with its singular values brought near one. Zero stays zero.
 
-    Of bf16 matrices the products run, and the result comes, in fp16: all numbers in them are near or below one, where
-    it is as fast and has three bits more.
+    On a GPU, products of bf16 matrices run, and their result comes, in fp16: all numbers in them are near or below one,
+    where it is as fast and has three bits more.
     """
     rows, columns = matrices.shape[-2:]
-    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    dtype = torch.float16 if matrices.dtype == torch.bfloat16 else matrices.dtype
+    precise = torch.promote_types(matrices.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=precise)
+    dtype = torch.float16 if matrices.is_cuda and matrices.dtype == torch.bfloat16 else matrices.dtype
     x = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
     x = torch.mul(matrices, 1.0 / (norms * MARGIN + 1e-6), out=x).flatten(0, -3)
     for a, b, c in COEFFICIENTS:
