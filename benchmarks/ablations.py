@@ -391,7 +391,10 @@ def described(name: str, channels: int, steps: int) -> str:
 
 
 def jobs(options: argparse.Namespace, corpora: Corpora) -> list[Job]:
-    """The chosen variants, each group's base first, over the seeds."""
+    """The chosen variants, each group's base first, over the seeds. Raises ValueError for another kind of recipe."""
+    base = configure(options.recipe, options.set, 1, options)
+    if (base.model.family, base.train.optimizer) != ("nanochat", "muon"):
+        raise ValueError(f"--recipe {options.recipe} is not the speed recipe with Muon, whose ingredients these are")
     names = [name for name in VARIANTS if name in options.only or name in map(base_of, options.only)]
     return [
         Job(name, seed, configure(options.recipe, [*options.set, *settings(name, options)], seed, options), corpora,

@@ -61,17 +61,19 @@ class Job:
 
 
 def configure(name: str, settings: Sequence[str], seed: int, options: argparse.Namespace) -> RunConfig:
-    """The recipe, cut to the benchmark's steps and batch; `settings` come last."""
+    """The recipe, cut to the benchmark's steps and batch; `settings` come last. A warm-up that none of them sets takes
+    a tenth of the steps at most."""
     ours = {
         "steps": options.steps, "batch_tokens": options.batch_tokens, "init_seed": seed, "order_seed": seed,
-        "warmup_steps": min(recipe(name).train.warmup_steps, options.steps // 10),
         "val_every": options.val_every, "val_batches": 1, "train.hellaswag": "false",
         "sample_every": 0, "sample_tokens": 16, "checkpoint_every": options.steps,
         "gpus": 1, "micro_batch": options.micro_batch,
     }  # fmt: skip
     config = recipe(name, [*(f"{key}={value}" for key, value in ours.items()), *settings])
-    sequences = max(1, options.val_tokens // config.model.context)
-    return replace(config, train=replace(config.train, val_sequences=sequences))
+    train = replace(config.train, val_sequences=max(1, options.val_tokens // config.model.context))
+    if train.warmup_steps == recipe(name).train.warmup_steps:
+        train = replace(train, warmup_steps=min(train.warmup_steps, train.steps // 10))
+    return replace(config, train=train)
 
 
 def variant_jobs(text: str, options: argparse.Namespace, corpora: Corpora) -> list[Job]:
@@ -204,6 +206,7 @@ Table = Callable[[Sequence[dict[str, Any]]], str]  # two lines of head, then one
 
 async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[str, Any], table_of: Table) -> None:
     """Train what is missing of `found`, several at once, and write it down after each; an error ends them all."""
+    commit, dirty = code_state()
     gpus: Sequence[str | None] = gpu_ids() or [None]
     places: asyncio.Queue[str | None] = asyncio.Queue()
     for place in range(options.at_once or len(gpus)):
@@ -225,7 +228,6 @@ async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[
         for done in asyncio.as_completed(tasks):
             job, result = await done
             described = {"variant": job.variant, "seed": job.seed, "config": to_dict(job.config)}
-            commit, dirty = code_state()
             made = {"corpora": job.corpora.named(), "commit": commit, "dirty": dirty, "cards": sorted({*gpu_names()})}
             found[job.name] = described | made | result
             options.json.write_text(json.dumps(found, indent=1) + "\n")

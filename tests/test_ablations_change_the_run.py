@@ -68,6 +68,13 @@ def test_the_plain_base_has_the_models_own_loss_and_gradients(monkeypatch: pytes
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("words", [["--recipe", "demo"], ["--set", "optimizer=adamw"]])
+def test_a_recipe_without_these_ingredients_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ablations", "--corpus", "tokens", *words])
+    with pytest.raises(ValueError, match="is not the speed recipe with Muon"):
+        ablations.jobs(ablations.arguments(), Corpora("tokens", "a", "b", 1, 1))
+
+
 def test_the_plain_base_refuses_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     ablations.apply("base-plain", monkeypatch.setattr)
     with pytest.raises(ValueError, match="fp8 is the fused kernels'"):

@@ -60,6 +60,8 @@ def test_the_speed_recipes_rates_follow_from_the_batch_and_a_setting_comes_last(
     assert (short.model.context, short.train.batch_tokens) == (64, 512)
     gpt2 = time_to_loss.configure("gpt2-124m", [], 1, options)
     assert (gpt2.train.lr, gpt2.train.warmup_steps) == (6e-4, 10)
+    assert time_to_loss.configure("gpt2-124m", ["steps=600"], 1, options).train.warmup_steps == 60
+    assert time_to_loss.configure("gpt2-124m", ["warmup_steps=30"], 1, options).train.warmup_steps == 30
 
 
 def parsed(*words: str) -> Any:
