@@ -70,6 +70,7 @@ def _together(suite: str, parts: Sequence[Part], results: Sequence[EvalResult]) 
         {
             "lm_eval": lm_eval.__version__,
             "average_of": wanted,
+            "lower_is_better": [name for result in results for name in result.details["lower_is_better"]],
             "tasks": {name: facts for result in results for name, facts in result.details["tasks"].items()},
         },
     )
@@ -144,6 +145,7 @@ def _run(
     scores = _scores(out)
     if not scores or not all(counts.values()):
         raise ValueError(f"{suite}: lm-eval's task {name} gave no score (items: {counts})")
+    lower = [name for name in scores if _lower_is_better(*_task_and_metric(name), out)]
     facts = {
         task: {"version": out["versions"].get(task), "shots": out["n-shot"].get(task), "items": counts[task],
                "truncated": harness.truncated[task]}
@@ -157,7 +159,7 @@ def _run(
         sum(counts.values()),
         harness.truncated.total(),
         _per_item(out["samples"]),
-        {"lm_eval": lm_eval.__version__, "tasks": facts},
+        {"lm_eval": lm_eval.__version__, "lower_is_better": lower, "tasks": facts},
     )
 
 
@@ -185,6 +187,18 @@ def _scores(out: dict[str, Any]) -> dict[str, Score]:
             name = f"{task}/{metric}" if kind == "none" else f"{task}/{metric},{kind}"
             scores[name] = Score(float(value), stderr, _items_of(task, out))
     return scores
+
+
+def _task_and_metric(score: str) -> tuple[str, str]:
+    task, _, metric = score.partition(",")[0].rpartition("/")
+    return task, metric
+
+
+def _lower_is_better(task: str, metric: str, out: dict[str, Any]) -> bool:
+    """In lm-eval's own words; of a group, what it says of the group's tasks, as it says nothing of groups of groups."""
+    if task in out["n-samples"]:
+        return out["higher_is_better"][task].get(metric) is False
+    return any(_lower_is_better(part, metric, out) for part in out["group_subtasks"][task])
 
 
 def _items_of(task: str, out: dict[str, Any]) -> int:

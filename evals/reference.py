@@ -13,7 +13,8 @@ Verdict = Literal["better", "worse", "equal", "error unknown"] | Unlike
 HELLASWAG_ITEMS = 10_042
 REPRODUCED_WITHIN = 1.0  # standard errors: the same model on the same items differs by rounding and versions only
 EQUAL_WITHIN = 2.0  # standard errors of the difference: 95% of equal models lie inside
-LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity")
+# our own metrics, and those of lm-eval that older pages, which don't tell, may have
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity", "brier_score", "ter")
 
 LLMC_HELLASWAG = "llm.c, dev/data/hellaswag.py"
 LLMC_PLOTS = "llm.c, dev/vislog.ipynb"
@@ -120,6 +121,7 @@ def compare(
     source: str,
     pair: Paired | None = None,
     unlike: Unlike | None = None,
+    lower_is_better: bool = False,
 ) -> Comparison:
     """Scores are {value, stderr}. Equal means within two standard errors of the difference.
 
@@ -127,6 +129,7 @@ def compare(
     drawn apart, which calls two models equal more often. Scores that are `unlike`, by two protocols as nats per tokens
     of two vocabularies are, or over two sets of items, stand side by side without errors and without a verdict.
     """
+    lower = lower_is_better or score.split("/")[-1].split(",")[0] in LOWER_IS_BETTER
     difference = ours["value"] - theirs["value"]
     known = [s["stderr"] for s in (ours, theirs) if s.get("stderr") is not None]
     error = pair.stderr if pair else math.sqrt(math.fsum(e * e for e in known))
@@ -134,16 +137,15 @@ def compare(
     errors = None if unlike else errors
     return Comparison(
         suite, score, ours["value"], ours.get("stderr"), against, theirs["value"], theirs.get("stderr"),
-        source, difference, errors, pair is not None, unlike or _verdict(score, errors),
+        source, difference, errors, pair is not None, unlike or _verdict(errors, lower),
     )  # fmt: skip
 
 
-def _verdict(score: str, errors: float | None) -> Verdict:
+def _verdict(errors: float | None, lower: bool) -> Verdict:
     if errors is None:
         return "error unknown"
     if abs(errors) <= EQUAL_WITHIN:
         return "equal"
-    lower = score.split("/")[-1].split(",")[0] in LOWER_IS_BETTER
     return "better" if (errors < 0) == lower else "worse"
 
 
@@ -192,14 +194,33 @@ def against_run(
     rows = []
     for suite, page in scores.items():
         other = others.get(suite, {"scores": {}})
-        same = page.get("protocol") == other.get("protocol")
-        there = same and suite in items and suite in other_items
+        there = page.get("protocol") == other.get("protocol") and suite in items and suite in other_items
         pairs = paired(page, other, items[suite], other_items[suite]) if there else {}
         for score, ours in page["scores"].items():
             theirs = other["scores"].get(score)
             if theirs:
-                pair = pairs.get(score)
+                same = _same_protocol(score, page, other)
+                pair = pairs.get(score) if same else None
                 differs: Unlike | None = "other items" if score in pairs and pair is None else None
                 unlike: Unlike | None = differs if same else "other protocol"
-                rows.append(compare(suite, score, ours, theirs, against, "measured here", pair, unlike))
+                lower = any(score in one.get("details", {}).get("lower_is_better", ()) for one in (page, other))
+                rows.append(compare(suite, score, ours, theirs, against, "measured here", pair, unlike, lower))
     return rows
+
+
+def _same_protocol(score: str, page: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Of lm-eval's tasks also one version, with as many shots; of a group or an average, of all tasks in both pages."""
+    ours, theirs = (one.get("details", {}) for one in (page, other))
+    if page.get("protocol") != other.get("protocol") or ours.get("lm_eval") != theirs.get("lm_eval"):
+        return False
+    if "lm_eval" not in ours:
+        return True
+    if score == "average" and ours.get("average_of") != theirs.get("average_of"):
+        return False
+    shared = ours["tasks"].keys() & theirs["tasks"].keys()
+    task = score.rpartition("/")[0]
+    return all(
+        ours["tasks"][name][fact] == theirs["tasks"][name][fact]
+        for name in ({task} if task in shared else shared)
+        for fact in ("shots", "version")
+    )

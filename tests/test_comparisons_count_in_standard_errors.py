@@ -31,6 +31,21 @@ def test_verdicts(score: str, ours: float, theirs: float, verdict: str) -> None:
     assert row.errors == pytest.approx((ours - theirs) / (error * 2**0.5))
 
 
+def test_which_way_a_score_is_better_is_told_by_its_page() -> None:
+    pages = [
+        {
+            "eleuther": {
+                "scores": {"b/new": {"value": value, "stderr": 0.01}, "b/brier_score": {"value": value, "stderr": 0.01}}
+            }
+        }
+        for value in (0.3, 0.4)
+    ]
+    told, other = reference.against_run(
+        {"eleuther": pages[0]["eleuther"] | {"details": {"lower_is_better": ["b/new"]}}}, pages[1], "b"
+    )
+    assert (told.verdict, other.verdict) == ("better", "better")  # pages of before tell nothing: what is known by name
+
+
 def test_the_same_items_are_compared_one_by_one() -> None:
     """scipy's paired t statistic is the difference in standard errors."""
     draw = np.random.default_rng(0)
@@ -199,6 +214,41 @@ def test_between_two_protocols_there_is_no_verdict(score: str) -> None:
     assert (row.value, row.reference) == (3.0, 4.0)
     (same,) = reference.against_run(pages[0], pages[0], "itself")
     assert same.verdict == "equal"
+
+
+def harness_page(rows: list[dict[str, Any]], shots: int = 0, version: float = 1.0, **details: Any) -> dict[str, Any]:
+    tasks = {
+        task: {"shots": shots if task == "arc" else 5, "version": version, "truncated": 0} for task in ("arc", "b")
+    }
+    made = page(rows, "eleuther", average=0.5) | {"details": {"lm_eval": "0.4.13", "tasks": tasks} | details}
+    made["scores"]["arcs/acc"] = {"value": 0.5, "stderr": 0.1}  # of a group, whose tasks the page does not tell
+    return made
+
+
+@pytest.mark.parametrize(
+    "other, unlike",
+    [
+        ({}, []),
+        ({"shots": 10}, ["arc/acc", "arcs/acc", "average"]),
+        ({"version": 2.0}, ["arc/acc", "arcs/acc", "average", "b/acc"]),
+        ({"lm_eval": "0.4.9"}, ["arc/acc", "arcs/acc", "average", "b/acc"]),
+        ({"average_of": ["arc/acc"]}, ["average"]),
+    ],
+)
+def test_a_task_asked_otherwise_has_no_verdict(other: dict[str, Any], unlike: list[str]) -> None:
+    """Of lm-eval's tasks the items are the same, but not what is read before each, nor what it is made into."""
+    rows = [
+        {"task": task, "item": n, "filter": "none", "target": "A", "metrics": json.dumps({"acc": float(n % 2)})}
+        for task in ("arc", "b")
+        for n in range(9)
+    ]
+    pages = [{"eleuther": harness_page(rows, **given)} for given in ({}, other)]
+    found = reference.against_run(*pages, "b", {"eleuther": rows}, {"eleuther": rows})
+    assert len(found) == 4
+    assert sorted(row.score for row in found if row.verdict == "other protocol") == unlike
+    assert {row.score for row in found if row.same_items} == {"arc/acc", "b/acc"} - set(unlike)
+    older = {"eleuther": {key: value for key, value in harness_page(rows).items() if key != "details"}}
+    assert {row.verdict for row in reference.against_run(older, pages[0], "b")} == {"other protocol"}
 
 
 def test_published_hellaswag_errors_follow_from_its_items() -> None:

@@ -214,6 +214,26 @@ def test_a_groups_items_are_those_of_its_own_tasks(model: LoadedModel, tmp_path:
     }  # fmt: skip
 
 
+def test_which_scores_are_better_when_lower_is_lm_evals_word(model: LoadedModel, tmp_path: Path) -> None:
+    """Its own of a known metric, or the task's, with a filter or without, and of a group of groups."""
+    folder = write_tasks(tmp_path)
+    named = "[{metric: acc, aggregation: mean, higher_is_better: true}, {metric: brier_score}]"
+    own = (tmp_path / "mmlu_sums.yaml").read_text()
+    (tmp_path / "mmlu_sums.yaml").write_text(f"{own}metric_list: {named}\n")
+    group = "{metric: acc, weight_by_size: true}, {metric: brier_score, weight_by_size: true}"
+    for name, part in (("mmlu", "stem"), ("stem", "mmlu_sums")):
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: [{part}]\naggregate_metric_list: [{group}]\n")
+    counted = "[{metric: exact_match, aggregation: mean, higher_is_better: false}]"
+    page = tmp_path / "gsm8k.yaml"
+    page.write_text(f"{page.read_text()}metric_list: {counted}\n")
+    parts = [Part("mmlu", 0), Part("gsm8k", 0), Part("piqa", 0)]
+    result = harness.evaluate(model, Scorer(model), parts, folder, limit=2)
+    lower = [f"{task}/brier_score" for task in ("mmlu", "stem", "mmlu_sums")]
+    lower += [f"gsm8k/exact_match,{kind}" for kind in ("strict-match", "flexible-extract")]
+    assert sorted(result.details["lower_is_better"]) == sorted(lower)
+    assert set(lower) < set(result.scores)
+
+
 def test_out_of_memory_while_texts_are_generated_halves_their_rows(
     llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
