@@ -6,6 +6,8 @@ shows as an observation of the trained model.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,16 @@ import dagster as dg
 from pydantic import Field
 
 from assets import shown
-from assets.asked import Asked, asked
+from assets.asked import Asked, Missing, asked
 from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import POOL, RUNS, Event
-from assets.scores import DTYPES
+from assets.scores import ALL_SCORED, DTYPES, VERSION, produced
 from assets.tokens import validation_shard
 from assets.trainer import trained_output
 from storage import objects, records
 from storage.records import Record
-from training import launch
 from training.config import RunConfig
 
-VERSION = "1"
 FOLDER, DONE = "checkpoints", "DONE"
 WEIGHTS = ("model.safetensors", "state.json")  # of a checkpoint; the optimizer's state is not needed
 
@@ -40,7 +40,10 @@ def score_checkpoint(context: dg.OpExecutionContext, config: CheckpointConfig, m
     run = maker.run_config(name)
     questions = questions_of(maker, name, run)
     output = checkpoint_output(maker, name, run, config.step, questions)
-    made, _ = maker.make(config, output, lambda progress: _score(maker, name, run, config.step, questions, progress))
+    produce = partial(_score, maker, name, run, config.step, questions)
+    made, (check,) = maker.make(config, output, produce, [ALL_SCORED])
+    if not check.passed:
+        raise ValueError(f"{questions.suite} of {name}'s step {config.step} is not whole: {made.record.metrics}")
     facts: dict[str, Any] = {
         "step": config.step,
         "suite": questions.suite,
@@ -70,10 +73,12 @@ def unscored(maker: Maker, name: str) -> dict[int, str]:
 
 def questions_of(maker: Maker, name: str, run: RunConfig) -> Asked:
     """HellaSwag's, or where its items are not at hand the completion items'."""
-    for suite in ("hellaswag", "completion_demo"):
-        if isinstance(questions := asked(maker, suite, run.evals, name), Asked):
-            return questions
-    raise ValueError(f"no checkpoint of {name} can be scored: {questions.reason}")
+    questions = asked(maker, "hellaswag", run.evals, name)
+    if isinstance(questions, Missing):
+        questions = asked(maker, "completion_demo", run.evals, name)
+    if isinstance(questions, Missing):
+        raise ValueError(f"no checkpoint of {name} can be scored: {questions.reason}")
+    return questions
 
 
 def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questions: Asked) -> Output:
@@ -116,12 +121,5 @@ def _score(
         )
         asking = ["--out", str(out), "--dtype", dtype, *questions.arguments()]
         maker.launcher.run("evals.run", [exported, *asking], progress)
-    page = objects.read_json(str(out))
-    metrics = {"scores": page["scores"], "protocol": page["protocol"], "step": step}
-    return Produced(
-        paths=[out.name, page["per_item"]],
-        rows=page["items"],
-        metrics=metrics,
-        gpus=min(launch.gpu_count(), 1),
-        price=run.machine.price_per_gpu_hour,
-    )
+    found = produced(str(out), questions, run.machine.price_per_gpu_hour)
+    return replace(found, metrics=found.metrics | {"step": step})

@@ -14,7 +14,7 @@ from storage import objects
 from storage.records import Record
 from training import launch
 
-VERSION = "2"
+VERSION = "3"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -111,23 +111,27 @@ def score(
     """Ask a model; the answers are kept under `place`/scores. `folder` gives the model's local folder."""
     kind = DTYPES[dtype]
     output = score_output(questions, place, model, dtype)
-    file = f"{objects.name_of(output.key)}.json"
 
     def produce(progress: Callable[[Event], None]) -> Produced:
-        out = objects.join(maker.folder(output.key), file)
+        out = objects.join(maker.folder(output.key), f"{objects.name_of(output.key)}.json")
         maker.launcher.run("evals.run", [folder(), "--out", out, "--dtype", kind, *questions.arguments()], progress)
-        page = objects.read_json(out)
-        wanted = questions.items or page["items"]
-        metrics = {"scores": page["scores"], "items_wanted": wanted, "protocol": page["protocol"]}
-        return Produced(
-            paths=[file, page["per_item"]],
-            rows=page["items"],
-            metrics=metrics | {"truncated": page["truncated"]},
-            gpus=min(launch.gpu_count(), 1),
-            price=price,
-        )
+        return produced(out, questions, price)
 
     return maker.make(config, output, produce, [ALL_SCORED])
+
+
+def produced(out: str, questions: Asked, price: float) -> Produced:
+    """What evals.run has written to `out`."""
+    page = objects.read_json(out)
+    wanted = questions.items or page["items_wanted"]
+    metrics = {"scores": page["scores"], "items_wanted": wanted, "protocol": page["protocol"]}
+    return Produced(
+        paths=[objects.name_of(out), page["per_item"]],
+        rows=page["items"],
+        metrics=metrics | {"truncated": page["truncated"]},
+        gpus=min(launch.gpu_count(), 1),
+        price=price,
+    )
 
 
 def score_output(questions: Asked, place: str, model: Record, dtype: str) -> Output:

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import logging
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import yaml
 
 from evals.core_bundle import BUNDLE, digest
 from evals.model import LoadedModel
-from evals.results import EvalResult, Score, mean_score
+from evals.results import EvalResult, Score, average, mean_score
 from evals.scoring import Request, Scored, Scorer
 from storage import objects
 
@@ -78,8 +77,9 @@ def evaluate(
         "complete": complete,
         "bundle_sha256": digest(bundle),
     }
+    wanted = sum(min(limit or len(task.items), len(task.items)) for task in tasks)
     return EvalResult(
-        "core", "nanochat's CORE", model.describe(), together | scores, len(per_item), cut, per_item, details
+        "core", "nanochat's CORE", model.describe(), together | scores, len(per_item), cut, per_item, details, wanted
     )
 
 
@@ -88,13 +88,6 @@ def centred(accuracy: Score, chance: float) -> Score:
     scale = 1 - chance
     stderr = None if accuracy.stderr is None else accuracy.stderr / scale
     return Score((accuracy.value - chance) / scale, stderr, accuracy.n)
-
-
-def average(scores: Sequence[Score]) -> Score:
-    """Mean over tasks; its error follows from theirs, the tasks being independent."""
-    errors = [s.stderr for s in scores if s.stderr is not None]
-    stderr = math.sqrt(math.fsum(e * e for e in errors)) / len(scores) if len(errors) == len(scores) else None
-    return Score(math.fsum(s.value for s in scores) / len(scores), stderr, sum(s.n for s in scores))
 
 
 def read_bundle(folder: str) -> list[Task]:

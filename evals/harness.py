@@ -19,7 +19,7 @@ from evals.harness_model import HarnessModel, Progress
 from evals.harness_tasks import Part
 from evals.hellaswag import Item
 from evals.model import LoadedModel
-from evals.results import EvalResult, Score
+from evals.results import EvalResult, Score, average
 from evals.scoring import Scorer
 
 BOOTSTRAPS = 1000  # resamples for the error of a metric that is no mean, such as word perplexity
@@ -58,7 +58,7 @@ def _together(suite: str, parts: Sequence[Part], results: Sequence[EvalResult]) 
     scores = {name: score for result in results for name, score in result.scores.items()}
     wanted = [f"{part.task}/{part.metric}" for part in parts if part.metric]
     if len(wanted) > 1:
-        scores = {"average": _average([scores[name] for name in wanted])} | scores
+        scores = {"average": average([scores[name] for name in wanted])} | scores
     return EvalResult(
         suite,
         "harness",
@@ -73,13 +73,8 @@ def _together(suite: str, parts: Sequence[Part], results: Sequence[EvalResult]) 
             "lower_is_better": [name for result in results for name in result.details["lower_is_better"]],
             "tasks": {name: facts for result in results for name, facts in result.details["tasks"].items()},
         },
+        sum(result.wanted or 0 for result in results),
     )
-
-
-def _average(scores: Sequence[Score]) -> Score:
-    errors = [score.stderr for score in scores if score.stderr is not None]
-    stderr = math.sqrt(math.fsum(e * e for e in errors)) / len(scores) if len(errors) == len(scores) else None
-    return Score(math.fsum(s.value for s in scores) / len(scores), stderr, sum(s.n for s in scores))
 
 
 def evaluate_items(
@@ -160,6 +155,7 @@ def _run(
         harness.truncated.total(),
         _per_item(out["samples"]),
         {"lm_eval": lm_eval.__version__, "lower_is_better": lower, "tasks": facts},
+        sum(min(limit or n["original"], n["original"]) for n in out["n-samples"].values()),
     )
 
 

@@ -31,6 +31,7 @@ class EvalResult:
     truncated: int  # requests that lost context tokens on the left
     per_item: list[dict[str, Any]] = field(repr=False)
     details: dict[str, Any] = field(default_factory=dict)  # what defines the task beyond its name
+    wanted: int | None = None  # items that there were to score, counted where they come from; None: who asks knows
 
 
 def mean_score(values: Sequence[float]) -> Score:
@@ -43,6 +44,13 @@ def mean_score(values: Sequence[float]) -> Score:
         return Score(mean, None, n)
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
     return Score(mean, math.sqrt(variance / n), n)
+
+
+def average(scores: Sequence[Score]) -> Score:
+    """Mean over tasks; its error follows from theirs, the tasks being independent."""
+    errors = [s.stderr for s in scores if s.stderr is not None]
+    stderr = math.sqrt(math.fsum(e * e for e in errors)) / len(scores) if len(errors) == len(scores) else None
+    return Score(math.fsum(s.value for s in scores) / len(scores), stderr, sum(s.n for s in scores))
 
 
 def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
@@ -60,6 +68,7 @@ def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
         "model": result.model,
         "scores": {name: asdict(score) for name, score in result.scores.items()},
         "items": result.items,
+        "items_wanted": result.wanted,
         "truncated": result.truncated,
         "details": result.details,
         "versions": versions(),

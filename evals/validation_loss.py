@@ -41,7 +41,9 @@ def evaluate(
         size = int(sizes[list(request.continuation)].sum())
         read = np.array((*request.context, *request.continuation), dtype=np.uint16).tobytes()
         rows.append(_row(number, score.tokens, size, read, score.logprob))
-    return _result(model, shard, "token windows", rows, width)
+    tokens = len(shards.open_shard(shard)) - 1
+    wanted = max(min(limit or tokens, tokens) // width, 1)
+    return _result(model, shard, "token windows", rows, width, wanted)
 
 
 def _of_text(
@@ -66,7 +68,7 @@ def _of_text(
         )
     for owner, score in zip(owners, scorer.score(asked, progress), strict=True):
         rows[owner]["logprob"] += score.logprob
-    return _result(model, shard, "documents", rows, model.context)
+    return _result(model, shard, "documents", rows, model.context, len({*owners}))
 
 
 def _row(window: int, tokens: int, size: int, read: bytes, logprob: float) -> Row:
@@ -74,10 +76,10 @@ def _row(window: int, tokens: int, size: int, read: bytes, logprob: float) -> Ro
     return {"window": window, "tokens": tokens, "bytes": size, "sha256": digest, "logprob": logprob}
 
 
-def _result(model: LoadedModel, shard: str, protocol: str, rows: list[Row], width: int) -> EvalResult:
+def _result(model: LoadedModel, shard: str, protocol: str, rows: list[Row], width: int, wanted: int) -> EvalResult:
     scores = {"loss": loss(rows), "bits_per_byte": bits_per_byte(rows), "perplexity": perplexity(rows)}
     details = {"shard": shard, "window": width, "tokens": sum(row["tokens"] for row in rows)}
-    return EvalResult("validation_loss", protocol, model.describe(), scores, len(rows), 0, rows, details)
+    return EvalResult("validation_loss", protocol, model.describe(), scores, len(rows), 0, rows, details, wanted)
 
 
 def windows(shard: str, context: int, limit: int = 0) -> list[Request]:

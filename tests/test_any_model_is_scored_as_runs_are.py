@@ -17,8 +17,9 @@ from assets.asked import Asked, asked
 from assets.baselines import asked_the_same
 from assets.making import Produced, StageConfig
 from assets.models import scored_here
-from assets.scores import score_output
-from evals import core, reference
+from assets.scores import ALL_SCORED, produced, score_output
+from evals import core, reference, results
+from evals.results import EvalResult, Score
 from pipeline.commands import evals
 from pipeline.runs import silent_maker
 from storage import models, objects, records
@@ -118,6 +119,21 @@ def test_tasks_of_another_lm_eval_are_other_questions(tmp_path: Path, monkeypatc
     newer = records.library_versions() | {"lm_eval": "99.0"}
     monkeypatch.setattr(records, "library_versions", lambda: newer)
     assert not {*before} & {wanted(tasks) for tasks in ("leaderboard-v1", "piqa")}
+
+
+@pytest.mark.parametrize("wanted, whole", [(3, True), (4, False), (None, False)])
+def test_a_score_of_fewer_items_than_there_were_is_kept_by_nobody(
+    wanted: int | None, whole: bool, tmp_path: Path
+) -> None:
+    """Where only the suite knows how many there are, as of named tasks and of CORE."""
+    maker = silent_maker(places(str(tmp_path)))
+    model, questions = given(str(tmp_path), "models/mini-0123abcd"), Asked("core", list)
+    output = score_output(questions, model.key, model, "fp32")
+    out = records.output_url(str(tmp_path), output.key)
+    scored = EvalResult("core", "a protocol", {}, {"core": Score(0.2, None, 3)}, 3, 0, [{"item": 1}], {}, wanted)
+    results.publish(scored, out, 1.0)
+    _, (check,) = maker.make(StageConfig(), output, lambda _: produced(out, questions, 0.0), [ALL_SCORED])
+    assert check.passed == whole == bool(records.read_record(str(tmp_path), output.key))
 
 
 def given(store: str, key: str) -> records.Record:

@@ -113,7 +113,7 @@ def test_core_equals_its_definition_over_the_logits_of_transformers(model: Loade
     assert result.scores["sums/centred"].value == pytest.approx((sums - 0.33) / 0.67)
     assert result.scores["partial_core"].value == pytest.approx(((sums - 0.33) / 0.67 + (cups - 0.5) / 0.5 + 0.0) / 3)
     assert result.details["complete"] is False  # 3 tasks are no CORE
-    assert result.items == 6 + 5 + 4 == len(result.per_item)
+    assert result.items == 6 + 5 + 4 == len(result.per_item) == result.wanted
 
 
 def test_a_continuation_that_the_model_would_write_is_right(model: LoadedModel, tmp_path: Path) -> None:
