@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assets.making import Maker
-from evals import reference, report
+from evals import harness_tasks, reference, report
 from storage import objects, records
 from storage.records import Record
 from training.config import SUITES, RunConfig, to_dict
 
 FILE = "README.md"
-MOST_SCORES = 30  # MMLU alone has 57 subjects; the report has all
+MOST_SCORES = 30  # of a suite; MMLU alone has 57 subjects; the report has all
+# what stands first: the means, then what they are of
+HEADLINES = (
+    "core", "partial_core", "average",
+    *(f"{part.task}/{part.metric}" for parts in harness_tasks.SUITES.values() for part in parts),
+)  # fmt: skip
 RECIPE = ("steps", "batch_tokens", "lr", "final_lr_fraction", "warmup_steps", "schedule", "weight_decay", "dtype")
 MUON = ("optimizer", "embedding_lr", "head_lr", "momentum")  # what only a run by Muon has
 
@@ -131,12 +136,17 @@ def _recipe(config: RunConfig, start: Record | None) -> str:
 
 
 def _scores(scores: Sequence[Record]) -> str:
-    rows = [
-        (record.asset, name, f"{s['value']:.4f}{_error(s['stderr'])}", f"{s['n']:,}", record.metrics["protocol"])
-        for record in scores
-        for name, s in record.metrics["scores"].items()
-    ]
-    return _table(("suite", "score", "value ± standard error", "items", "protocol"), rows[:MOST_SCORES])
+    rows = [row for record in scores for row in _rows(record.asset, record.metrics)]
+    return _table(("suite", "score", "value ± standard error", "items", "protocol"), rows)
+
+
+def _rows(suite: str, metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    scores = metrics["scores"]
+    names = sorted(scores, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
+    shown = [(name, scores[name]) for name in names[:MOST_SCORES]]
+    rows = [(suite, n, f"{s['value']:.4f}{_error(s['stderr'])}", f"{s['n']:,}", metrics["protocol"]) for n, s in shown]
+    more = len(names) - MOST_SCORES
+    return [*rows, (suite, f"… and {more} more in the report", "", "", "")] if more > 0 else rows
 
 
 def _published(scores: Sequence[Record], parameters: int) -> str:

@@ -22,6 +22,7 @@ from pipeline.runs import silent_maker
 from pipeline.terminal import Terminal
 from storage import models, records
 from storage.places import places
+from training.config import SUITES
 from training.weights import read_llmc
 
 
@@ -39,6 +40,24 @@ def test_the_card_tells_data_recipe_scores_cost_and_commit(finished: Finished) -
     assert "| steps | 6 |" in text and "| recipe | demo |" in text and "corpora/embedded" in text
     assert f"`{trained.fingerprint}`" in text and f"`{trained.commit}`" in text
     assert text.startswith("---\nlibrary_name: transformers\n") and "## Cost" in text
+
+
+def test_a_suite_of_many_scores_hides_no_headline(finished: Finished) -> None:
+    """MMLU's 57 subjects neither the tasks that come after it, nor CORE's mean, which stands behind its tasks."""
+    maker = silent_maker(places(finished.store))
+    made = [r for r in with_ancestors(maker, outputs_of(maker, "tiny")) if r.asset not in SUITES]
+    score = records.read_record(finished.store, "runs/tiny/scores/eleuther")
+    assert score is not None
+    harness = ["average", "arc_challenge/acc", "mmlu/acc", *(f"mmlu_{n}/acc" for n in range(57)), "winogrande/acc"]
+    core = [f"task_{n}/{kind}" for n in range(22) for kind in ("acc", "centred")] + ["core"]
+    for suite, names in (("eleuther", harness), ("core", core), ("hellaswag", ["completion_acc"])):
+        scores = {name: {"value": 0.25, "stderr": 0.01, "n": 4} for name in names}
+        made.append(replace(score, asset=suite, metrics={"scores": scores, "protocol": "p"}))
+    text = card_of("tiny", maker.run_config("tiny"), made).split("## Scores")[1].split("##")[0]
+    rows = [tuple(line.split(" | ")[:2]) for line in text.strip().splitlines()[2:]]
+    assert rows[0] == ("| eleuther", "average") and ("| eleuther", "winogrande/acc") in rows[:4]
+    assert rows[30:32] == [("| eleuther", "… and 31 more in the report"), ("| core", "core")]
+    assert rows[61:] == [("| core", "… and 15 more in the report"), ("| hellaswag", "completion_acc")]
 
 
 def test_the_card_of_a_fine_tuned_run_tells_what_it_started_from(finished: Finished) -> None:
