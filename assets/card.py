@@ -143,10 +143,13 @@ def _scores(scores: Sequence[Record]) -> str:
 def _rows(suite: str, metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     scores = metrics["scores"]
     names = sorted(scores, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
-    shown = [(name, scores[name]) for name in names[:MOST_SCORES]]
-    rows = [(suite, n, f"{s['value']:.4f}{_error(s['stderr'])}", f"{s['n']:,}", metrics["protocol"]) for n, s in shown]
-    more = len(names) - MOST_SCORES
-    return [*rows, (suite, f"… and {more} more in the report", "", "", "")] if more > 0 else rows
+    rows: list[tuple[str, ...]] = []
+    for name in names[:MOST_SCORES]:
+        s = scores[name]
+        rows.append((suite, name, f"{s['value']:.4f}{_error(s['stderr'])}", f"{s['n']:,}", metrics["protocol"]))
+    if len(names) > MOST_SCORES:
+        rows.append((suite, f"… and {len(names) - MOST_SCORES} more in the report", "", "", ""))
+    return rows
 
 
 def _published(scores: Sequence[Record], parameters: int) -> str:
