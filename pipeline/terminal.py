@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # Dagster takes a second to load, which commands that only as
     from assets.resources import Event
 
 PLAIN_WIDTH = 140  # columns, where the output is no terminal
+LINE_SECONDS = 300.0  # between two lines on the progress of a stage there, at most
 
 
 def console() -> Console:
@@ -54,7 +56,7 @@ def quiet_output() -> Iterator[Console]:
 
 @dataclass
 class Terminal:
-    """A listener that draws. Where there is no terminal it prints a line now and then instead of a bar."""
+    """A listener that draws. Where there is no terminal, a line at each quarter and every few minutes is its bar."""
 
     console: Console
     made: "dict[str, Made]" = field(default_factory=dict)
@@ -62,6 +64,8 @@ class Terminal:
     bar: Progress | None = None
     tasks: dict[str, TaskID] = field(default_factory=dict)  # bars of the stages that go on: two while training waits
     quarters: dict[str, int] = field(default_factory=dict)  # of each stage, last printed where there are no bars
+    printed: dict[str, float] = field(default_factory=dict)  # when each stage's last line was
+    line_seconds: float = LINE_SECONDS
 
     def started(self, asset: str) -> None:
         if not self.console.is_terminal or asset in self.tasks:
@@ -92,9 +96,15 @@ class Terminal:
         done, total, text = shown
         if self.bar and asset in self.tasks:
             self.bar.update(self.tasks[asset], completed=done, total=total, text=text)
-        elif total and 4 * done // total > self.quarters.get(asset, -1):
-            self.quarters[asset] = 4 * done // total
+        elif total and self._due(asset, 4 * done // total):
+            self.quarters[asset], self.printed[asset] = 4 * done // total, time.monotonic()
             self.console.print(f"    {asset}: {100 * done // total}%  {text}")
+
+    def _due(self, asset: str, quarter: int) -> bool:
+        """Whether a line on its progress is to be printed, where there is no bar."""
+        if quarter > self.quarters.get(asset, -1):
+            return True
+        return time.monotonic() - self.printed[asset] >= self.line_seconds
 
     def finished(self, asset: str, made: "Made") -> None:
         self.quarters.pop(asset, None)

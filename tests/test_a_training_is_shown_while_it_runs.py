@@ -1,16 +1,19 @@
-"""A training is observed in Dagster while it runs, and goes on where that fails."""
+"""A training is observed in Dagster while it runs, and goes on where that fails; without a terminal it prints lines."""
 
+import io
 import json
 from pathlib import Path
 
 import dagster as dg
 import pytest
 import tiny_run
+from rich.console import Console
 
 from assets import model, observer
 from assets.observer import Observer
 from assets.resources import RUNS, Event
 from pipeline.runs import silent_maker
+from pipeline.terminal import Terminal
 from storage.places import places
 from training.config import RunConfig
 
@@ -56,3 +59,13 @@ def test_the_last_steps_loss_may_be_that_of_a_skipped_update(tmp_path: Path) -> 
     first, last = (json.loads(line) for line in path.read_text().splitlines())
     path.write_text("".join(json.dumps(line) + "\n" for line in (first, last | {"loss": float("nan")})))
     assert model._trained(folder, run, 1).metrics["loss"] == first["loss"]
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, 10), (300.0, 4)])
+def test_without_a_terminal_a_long_stage_prints_a_line_every_few_minutes(seconds: float, lines: int) -> None:
+    """And at each quarter."""
+    said = io.StringIO()
+    terminal = Terminal(Console(file=said, width=100), line_seconds=seconds)
+    for number in range(1, 11):
+        terminal.progressed("trained_model", step(number) | {"steps": 12, "tokens_per_second": 1e3})
+    assert said.getvalue().count("trained_model: ") == lines
