@@ -1,14 +1,18 @@
 """What gives way where memory is short, in its order; time and money; and batches that do not divide."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
 import torch
+from tiny_pipeline import gpt2
 
 from pipeline import runs
+from pipeline.commands import model
 from training import launch, plan
 from training.assemble import fitted
 from training.config import RunConfig
@@ -73,6 +77,29 @@ def test_memory_is_what_the_allocator_measured_on_an_h200(name: str, micro_batch
     config = recipe(name)
     lines = plan.memory(replace(config, train=replace(config.train, fp8=fp8)), 1, micro_batch, 0)
     assert (sum(lines.values()) - lines["CUDA"]) / plan.GIB == pytest.approx(gib, rel=0.05)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """What `gpt2 plan --json` answers."""
+    model.plan(*arguments, as_json=True, **options)
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_a_batch_that_a_run_refuses_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="does not divide into 8 ranks .* the nearest that do are 2048"):
+        model.plan("demo")
+    with pytest.raises(ValueError, match="does not divide into 3 ranks"):
+        model.plan("gpt2-124m", gpus=3)
+    with pytest.raises(ValueError, match="does not divide into 6 ranks"):
+        model.plan("gpt2-124m", gpus=3, settings=["nnodes=2"])
+    two_machines = planned(capsys, "gpt2-124m", gpus=8, settings=["nnodes=2"])
+    assert two_machines["micro_batch"] * two_machines["micro_steps"] * 16 == 512
+
+
+def test_a_price_below_nothing_is_refused(tmp_path: Path) -> None:
+    done = gpt2("plan", "gpt2-124m", "--price", "-5", cwd=tmp_path, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and "'--price'" in done.stderr
 
 
 def test_a_gpu_that_is_in_no_table_must_be_this_machine_s() -> None:

@@ -94,8 +94,8 @@ def plan(
         str,
         typer.Option(help="Which: " + ", ".join(planning.GPUS) + ", or here: this machine's, measured in seconds."),
     ] = "h100",
-    gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
-    price: Annotated[float | None, typer.Option(help="Dollars an hour, for all of them.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many, on each of nnodes machines.")] = 8,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour, for all of them.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
     ] = None,
@@ -103,18 +103,21 @@ def plan(
 ) -> None:
     """What a recipe takes on given GPUs: micro-batch, memory by line, seconds a step, hours, dollars."""
     config = recipes.recipe(name, settings or [])
+    config = replace(config, machine=replace(config.machine, gpus=gpus))
+    runs.check_batch(config)
+    ranks = gpus * config.machine.nnodes
     device = planning.gpu(gpu, launch.gpu_names(), launch.gpu_memory_gib())
-    fitted = planning.fit(config, gpus, planning.SHARE_OF_MEMORY * device.memory)
+    fitted = planning.fit(config, ranks, planning.SHARE_OF_MEMORY * device.memory)
     known = device in planning.GPUS.values()
     if known:
-        cost = planning.cost(config, fitted, device, gpus, price)
+        cost = planning.cost(config, fitted, device, ranks, price)
     else:
-        cost = planning.probed_cost(config, fitted, device, gpus, _probe(config, fitted), price)
+        cost = planning.probed_cost(config, fitted, device, ranks, _probe(config, fitted), price)
     if as_json:
         shown = {"gpu": device.name, "measured": not known, "total": fitted.total}
         print(json.dumps({**asdict(fitted), **shown, **asdict(cost)}, indent=2))
         return
-    table = Table(show_header=False, title=f"{name} on {gpus} × {device.name}")
+    table = Table(show_header=False, title=f"{name} on {ranks} × {device.name}")
     table.add_row("micro-batch", f"{fitted.micro_batch} sequences × {fitted.micro_steps} micro-steps")
     table.add_row("recompute", str(fitted.recompute))
     table.add_row(
