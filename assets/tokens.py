@@ -59,10 +59,10 @@ def token_shards(
     else:
         produce = partial(_fetch, maker, context.partition_key, output)
     begun = context.partition_key in maker.trainings  # on shards that this job has made while it fetched documents
-    if config.recompute and not begun:  # the shards that are there say that they are complete
-        objects.remove_tree(records.folder_url(maker.places.store, output.key))
 
     def produce_while_training(progress: Callable[[Event], None]) -> Produced:
+        if config.recompute and not begun:  # the shards that are there say that they are complete
+            objects.remove_tree(records.folder_url(maker.places.store, output.key))
         with trainer.begun_early(context, maker, run, output) as begin:
 
             def begin_and_tell(event: Event) -> None:

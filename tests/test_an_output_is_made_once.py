@@ -8,10 +8,14 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tiny_run
 from tiny_pipeline import ROOT, gpt2
 from tiny_run import wait_for
 
@@ -21,13 +25,14 @@ from assets.making import Maker, Output, Produced, StageConfig
 from assets.repeats import check_new
 from assets.resources import Launcher, Silent
 from assets.run_config import trainings
-from assets.tokens import tokens_output
+from assets.tokens import token_shards, tokens_output
 from assets.trainer import Hold, trained_output
 from pipeline import definitions
 from storage import objects, records, sources
 from storage.places import Places, places
 from storage.records import Record
 from training import claims, recipes
+from training.config import TokenizeConfig
 
 OUTPUT = Output("documents", "corpora/c/documents", "1", {"kind": "test"})
 
@@ -69,6 +74,39 @@ def test_who_comes_second_reuses(store, tmp_path, monkeypatch):
     assert made == ["one"]
     assert (first[0].reused, second[0].reused) == (False, True)
     assert objects.list_files(objects.join(store, turns.CLAIMS)) == []
+
+
+@pytest.mark.slow
+def test_shards_stay_until_it_is_our_turn_to_make_them_anew(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(turns, "POLL", 0.05)
+    store = str(tmp_path / "store")
+    ours, file = maker(store, tmp_path, "one"), "000.parquet"
+    ours.define("tiny", replace(tiny_run.config(), tokenize=TokenizeConfig(shard_tokens=60)))
+    documents = Output("documents", "corpora/c/documents", "1", {})
+    Path(ours.folder(documents.key)).mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["red green blue"] * 40}), f"{ours.folder(documents.key)}/{file}")
+    ours.make(StageConfig(), documents, lambda _: Produced([file], rows=40, metrics={"text_bytes": 560}))
+    ours.remember_input("tiny", documents=documents.key)
+    instance = dg.DagsterInstance.ephemeral()
+    instance.add_dynamic_partitions("run", ["tiny"])
+
+    def materialize(recompute: bool) -> bool:
+        config = {"ops": {"token_shards": {"config": {"recompute": recompute}}}}
+        done = dg.materialize([token_shards], config, instance, {"maker": ours}, partition_key="tiny")
+        return done.success
+
+    assert materialize(recompute=False)
+    key = ours.inputs("tiny")["tokens"]
+    before = {s.path: s.modified for s in objects.list_files(ours.folder(key), ".bin")}
+    anew = threading.Thread(target=materialize, args=(True,), daemon=True)
+    with turns.turn(store, key):
+        anew.start()
+        wait_for(lambda: "is making tokens/" in caplog.text)
+        assert {s.path: s.modified for s in objects.list_files(ours.folder(key), ".bin")} == before
+    anew.join(60)
+    after = {s.path: s.modified for s in objects.list_files(ours.folder(key), ".bin")}
+    assert after.keys() == before.keys() and not {*after.values()} & {*before.values()}
+    assert records.read_record(store, key) is not None
 
 
 def test_a_run_that_is_trained_on_another_machine_is_refused(store, tmp_path):
