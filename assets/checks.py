@@ -5,7 +5,7 @@ tokens: runs on one corpus and the same items share it.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -99,8 +99,8 @@ def inspected(
     name = context.partition_key
     run = maker.run_config(name)
     documents, tokens = _corpus(maker, name)
-    asked, core = _items(maker, name, run), _core(run)
-    output = inspection_output(maker, name, run)
+    asked, core = _items(maker, name, run), core_items(run)
+    output = inspection_output(maker, name, run, core)
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         texts = [text for suite, record in asked.items() for text in _texts(maker, record, suite)] + core
@@ -125,10 +125,10 @@ def inspected(
     return materialize(made, checks, _examples(maker, made.record) | dict(made.record.metrics))
 
 
-def inspection_output(maker: Maker, name: str, run: RunConfig) -> Output:
-    """Beside the tokens, in a folder for each set of items."""
+def inspection_output(maker: Maker, name: str, run: RunConfig, core: Sequence[tuple[str, str]]) -> Output:
+    """Beside the tokens, in a folder for each set of items; `core` are CORE's."""
     documents, tokens = _corpus(maker, name)
-    items, core = list(_items(maker, name, run).values()), _core(run)
+    items = list(_items(maker, name, run).values())
     asked = hashlib.sha256(repr(([item.fingerprint for item in items], core)).encode()).hexdigest()
     definition = {"core_sha256": hashlib.sha256(repr(core).encode()).hexdigest()} if core else {}
     key = f"{tokens.key}/inspection-{asked[:8]}"
@@ -146,12 +146,10 @@ def _items(maker: Maker, name: str, run: RunConfig) -> dict[str, Record]:
     return found | ({"hellaswag": hellaswag} if hellaswag else {})
 
 
-def _core(run: RunConfig) -> list[tuple[str, str]]:
-    """The items of CORE's bundle, if it is where the run has it, or in there."""
+def core_items(run: RunConfig) -> list[tuple[str, str]]:
+    """The items of CORE's bundle, where that needs no network."""
     folder = run.evals.core
-    places = [folder, objects.join(folder, core_bundle.NAME)] if folder else []
-    found = [place for place in places if objects.exists(objects.join(place, "core.yaml"))]
-    return items.core_texts(found[0]) if found else []
+    return items.core_texts(core_bundle.bundle(folder)) if folder and core_bundle.is_there(folder) else []
 
 
 def _texts(maker: Maker, record: Record, suite: str) -> list[tuple[str, str]]:

@@ -20,6 +20,15 @@ from training.config import EvalConfig, RunConfig, from_dict
 
 DOCUMENTS_VERSION = "1"
 ITEMS_SEED = 42
+LEAST_ITEMS = 4
+
+
+def _items_are_whole(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
+    try:
+        found = items.read_items(records.file_url(store, record.key, items.FILES[0]))
+    except ValueError as error:
+        return False, {"problem": str(error)}
+    return len(found) >= LEAST_ITEMS, {"rows": len(found)}
 
 
 def _has_rows(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
@@ -27,7 +36,9 @@ def _has_rows(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
 
 
 HAS_DOCUMENTS = Check("has_documents", "There is at least one document (or shard that is fetched).", _has_rows)
-HAS_ITEMS = Check("has_items", "At least four items, each with a context, its endings and a label.", _has_rows)
+HAS_ITEMS = Check(
+    "has_items", f"At least {LEAST_ITEMS} items, each with a context, its endings and a label.", _items_are_whole
+)
 
 
 @dg.asset(

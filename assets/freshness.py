@@ -115,7 +115,7 @@ def _score(run: _Run, suite: str, config: RunConfig) -> Output:
 
 def _inspection(run: _Run, config: RunConfig) -> Output:
     run.last("eval_items")
-    return checks.inspection_output(run.maker, run.name, config)
+    return checks.inspection_output(run.maker, run.name, config, checks.core_items(config))
 
 
 def _report(run: _Run) -> Output:

@@ -7,8 +7,8 @@ from assets.corpus import completion_output
 from assets.items import hellaswag_output
 from assets.making import Maker
 from assets.run_config import source_of
-from evals.run import SUITES
 from storage import objects
+from training.config import SUITES
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +16,7 @@ log = logging.getLogger(__name__)
 def needs(maker: Maker, run: str) -> Iterator[str]:
     """The keys of a run's documents, shards and items; nothing here is made, and no run has to be finished."""
     config = maker.run_config(run)
-    url = objects.join(maker.places.store, "runs", run, "inputs.json")
-    inputs: dict[str, str] = objects.read_json(url) if objects.exists(url) else {}
+    inputs = maker.inputs(run)
     yield from inputs.values()
     documents = {inputs["documents"]} if "documents" in inputs else _documents(maker, run, config.corpus)
     yield from documents

@@ -2,12 +2,16 @@
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny_run
+from test_core_centres_its_tasks import write_bundle
 
+from assets.checks import core_items
 from storage import inspection, items, tokenizer
 from storage.shingles import shingles, words_in_parts, words_of
 from training import tokenization
@@ -238,3 +242,12 @@ def test_no_real_item_is_in_the_real_corpus_and_a_planted_one_is_found(shared_da
     words = pq.read_table(files[3], columns=["text"])["text"][500].as_py().split()[40:60]
     found = inspection.contamination(files, [*questions, ("planted", " ".join(words).upper())])
     assert (found.items, found.documents, found.contaminated) == (10_043, 21_372, ["planted"])
+
+
+def test_cores_items_are_those_of_the_bundle_where_it_is_at_hand(tmp_path):
+    run = tiny_run.config()
+    at = lambda folder: replace(run, evals=replace(run.evals, core=str(folder)))  # noqa: E731
+    write_bundle(tmp_path / "there/eval_bundle")
+    found = core_items(at(tmp_path / "there"))
+    assert found == core_items(at(tmp_path / "there/eval_bundle")) == items.core_texts(f"{tmp_path}/there/eval_bundle")
+    assert found and core_items(run) == core_items(at(tmp_path / "absent")) == []

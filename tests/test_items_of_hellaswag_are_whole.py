@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from local_hub import LocalHub
 
+from assets.corpus import HAS_ITEMS
 from assets.items import hellaswag_items
-from assets.making import Maker, StageConfig
+from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import Launcher, Silent
-from storage import hub, items, shards, tokenizer
+from storage import hub, items, objects, shards, tokenizer
 from storage.places import Places
 from training.config import EvalConfig
 
@@ -63,6 +64,19 @@ def test_an_item_that_is_not_whole_is_named(tmp_path, line, message):
     (tmp_path / "items.jsonl").write_text(line)
     with pytest.raises(ValueError, match=message):
         items.read_items(str(tmp_path / "items.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "made, passed", [([RAW] * 4, True), ([RAW] * 3, False), ([*[RAW] * 4, RAW | {"endings": ["a", "b", "c"]}], False)]
+)
+def test_the_check_of_items_reads_them(tmp_path, made, passed):
+    store, output = str(tmp_path / "store"), Output("eval_items", "eval_items/c", "1", {})
+    maker = Maker(Places(store, tmp_path / "home"), Launcher(), Silent())
+    lines = "".join(json.dumps(item) + "\n" for item in made)
+    objects.publish_bytes(f"{maker.folder(output.key)}/items.jsonl", lines.encode())
+    found = Produced(["items.jsonl"], rows=len(made))
+    _, (check,) = maker.make(StageConfig(), output, lambda _: found, [HAS_ITEMS])
+    assert check.passed == passed
 
 
 def test_another_number_of_items_is_not_hellaswag(tmp_path):
