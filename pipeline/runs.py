@@ -48,7 +48,7 @@ def settled(config: RunConfig) -> RunConfig:
     if gib == 0.0:
         return config
     check_batch(config)
-    limit = config.machine.memory_gib or plan.SHARE_OF_MEMORY * gib
+    limit = plan.limit(config, gib)
     ranks = launch.ranks_here(config.machine.gpus) * config.machine.nnodes
     fitted = plan.settle(config, ranks, limit)
     if fitted != config:

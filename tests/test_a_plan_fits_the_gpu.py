@@ -102,6 +102,24 @@ def test_a_price_below_nothing_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == "" and "'--price'" in done.stderr
 
 
+def test_a_limit_on_memory_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = planned(capsys, "gpt2-124m")
+    limited = planned(capsys, "gpt2-124m", settings=["memory_gib=10"])
+    assert limited["total"] <= 10 * plan.GIB < whole["total"]
+    assert limited["micro_batch"] < whole["micro_batch"]
+    model.plan("gpt2-124m", settings=["memory_gib=10"])
+    assert "of 10.0 GiB (memory_gib)" in capsys.readouterr().out
+    assert plan.limit(with_machine(BIG, memory_gib=100), 79.2) == 79.2  # more than is there can't be taken
+
+
+def test_fp8_is_planned_for_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for card in ("a100", "b200", "l40s"):
+        with pytest.raises(ValueError, match=r"fp8=true is for Hopper GPUs \(h100, h200\)"):
+            model.plan("gpt2-124m", card, settings=["fp8=true"])
+    fast, usual = (planned(capsys, "gpt2-124m", "h200", settings=[f"fp8={on}"]) for on in ("true", "false"))
+    assert fast["hours"] < usual["hours"]
+
+
 def test_a_gpu_that_is_in_no_table_must_be_this_machine_s() -> None:
     for name in ("tpu", "here"):
         with pytest.raises(ValueError, match="this machine has none that could be measured: choose from h100"):

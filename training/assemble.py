@@ -37,7 +37,7 @@ def fitted(config: RunConfig, world: World) -> RunConfig:
     total = torch.cuda.mem_get_info(world.device)[1] / plan.GIB
     if machine.memory_gib:
         torch.cuda.set_per_process_memory_fraction(min(1.0, machine.memory_gib / total))
-    chosen = plan.fit(config, world.size, machine.memory_gib or plan.SHARE_OF_MEMORY * total)
+    chosen = plan.fit(config, world.size, plan.limit(config, total))
     if chosen.master_weights != config.train.master_weights:
         raise ValueError(
             f"{config.recipe} fits {machine.memory_gib or total:.1f} GiB only without fp32 master weights, which "

@@ -39,7 +39,7 @@ class TrainConfig:
     neuron_beta2: float = 0.0  # Muon's updates are evened out over neurons, by mean squares of that decay; 0: not
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights, activations and gradients in training
     master_weights: bool = True  # -w: fp32 masters behind bf16 weights; false: stochastic rounding
-    fp8: bool = False  # fp8 operands in the blocks' products, but those of weight gradients: H100 or newer
+    fp8: bool = False  # fp8 operands in the blocks' products, but those of weight gradients: Hopper (H100, H200)
     init_seed: int = 42  # of the initial weights, and of the samples while training
     init_from: str = ""  # -e with a checkpoint: a Hugging Face folder or hub name, or an llm.c .bin
     shuffle: bool = True  # a seeded permutation of the sequences within each shard

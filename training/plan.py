@@ -36,11 +36,12 @@ class Gpu:
     name: str
     memory: float  # GiB that programs can have
     peak: float  # dense bf16 FLOP/s
+    hopper: bool = False  # has the fp8 products that the kernels take
 
 
 GPUS = {
-    "h100": Gpu("H100 80GB", 79.2, PEAK_FLOPS["H100"]),
-    "h200": Gpu("H200", 139.8, PEAK_FLOPS["H200"]),
+    "h100": Gpu("H100 80GB", 79.2, PEAK_FLOPS["H100"], hopper=True),
+    "h200": Gpu("H200", 139.8, PEAK_FLOPS["H200"], hopper=True),
     "a100": Gpu("A100 80GB", 79.2, PEAK_FLOPS["A100"]),
     "a100-40": Gpu("A100 40GB", 39.4, PEAK_FLOPS["A100"]),
     "b200": Gpu("B200", 178.0, PEAK_FLOPS["B200"]),
@@ -89,6 +90,15 @@ def gpu(name: str, names_here: Sequence[str] = (), gib_here: float = 0.0) -> Gpu
     if name.lower() != HERE and _letters(name) not in _letters(here):
         raise ValueError(f"unknown GPU {name!r}: choose from {', '.join(GPUS)}, or `here` for this machine's {here}")
     return Gpu(here, gib_here, peak_flops(here) or 0.0)
+
+
+def check_fp8(config: RunConfig, device: Gpu) -> None:
+    """Refuse fp8 products on a GPU of the table that has none; any other is found out by measuring it."""
+    if config.train.fp8 and device in GPUS.values() and not device.hopper:
+        have = ", ".join(name for name, known in GPUS.items() if known.hopper)
+        raise ValueError(
+            f"fp8=true is for Hopper GPUs ({have}), which the {device.name} is not: choose one, or leave fp8 out"
+        )
 
 
 def _letters(name: str) -> str:
@@ -172,6 +182,11 @@ def fit(config: RunConfig, ranks: int, gib: float) -> Plan:
         f"{config.recipe} needs {least.total / GIB:.1f} GiB a GPU at the least (micro-batch {least.micro_batch}, "
         f"recompute {least.recompute}), {gib:.1f} are there: take more GPUs, which share the optimizer's state"
     )
+
+
+def limit(config: RunConfig, gib: float) -> float:
+    """GiB that training may take of a GPU that has `gib`: what `memory_gib` says, or all but what fragments."""
+    return min(config.machine.memory_gib or SHARE_OF_MEMORY * gib, gib)
 
 
 def settle(config: RunConfig, ranks: int, gib: float) -> RunConfig:

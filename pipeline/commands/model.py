@@ -107,7 +107,9 @@ def plan(
     runs.check_batch(config)
     ranks = gpus * config.machine.nnodes
     device = planning.gpu(gpu, launch.gpu_names(), launch.gpu_memory_gib())
-    fitted = planning.fit(config, ranks, planning.SHARE_OF_MEMORY * device.memory)
+    planning.check_fp8(config, device)
+    room = planning.limit(config, device.memory)
+    fitted = planning.fit(config, ranks, room)
     known = device in planning.GPUS.values()
     if known:
         cost = planning.cost(config, fitted, device, ranks, price)
@@ -125,7 +127,8 @@ def plan(
     )
     for line, size in fitted.memory.items():
         table.add_row(f"memory: {line}", f"{size / 2**30:.1f} GiB")
-    table.add_row("memory a GPU", f"{fitted.total / 2**30:.1f} of {device.memory:.1f} GiB")
+    there = f"{room:.1f} GiB (memory_gib)" if config.machine.memory_gib else f"{device.memory:.1f} GiB"
+    table.add_row("memory a GPU", f"{fitted.total / 2**30:.1f} of {there}")
     how = "" if known else ", measured on its first layers"
     mfu = "" if cost.mfu is None else f" at an MFU of {cost.mfu:.1%}"
     table.add_row("a step", f"{cost.seconds_per_step:.2f} s{mfu}{how}")
