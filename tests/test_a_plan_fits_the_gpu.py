@@ -11,6 +11,7 @@ import tiny_run
 import torch
 from tiny_pipeline import gpt2
 
+from benchmarks import cost_model
 from pipeline import runs
 from pipeline.commands import model
 from training import launch, plan
@@ -20,6 +21,7 @@ from training.probe import micro_step_seconds
 from training.recipes import recipe
 
 BIG = recipe("gpt2-1558m")
+SCALING = json.loads(Path(__file__).parent.parent.joinpath("benchmarks/results/scaling_2_gpus.json").read_text())
 
 
 def with_machine(config: RunConfig, **settings: int) -> RunConfig:
@@ -65,6 +67,45 @@ def test_nothing_that_fits_is_an_error_with_the_least() -> None:
 def test_the_reproduced_run_takes_less_than_llm_c_did() -> None:
     cost = plan.cost(BIG, plan.fit(BIG, 8, 79), plan.gpu("h100"), 8, 28.0)
     assert 0.8 * 24.4 < cost.hours < 24.4 and cost.dollars == pytest.approx(cost.hours * 28)
+
+
+@pytest.mark.parametrize(("card", "fp8"), [("h100", False), ("h100", True), ("h200", False), ("h200", True)])
+def test_rates_are_those_measured_on_the_card(card: str, fp8: bool) -> None:
+    """Those of benchmarks/; fp8 on an H100 by the H200's gain, as docs/cost.md has it."""
+    config = replace(BIG, train=replace(BIG.train, fp8=fp8))
+    device = plan.gpu(card)
+    cost = plan.cost(config, plan.fit(config, 8, 79), device, 8, None)
+    assert cost.mfu == pytest.approx(cost_model.measured(fp8)[card.upper()], abs=1e-3)
+    assert cost.hours == pytest.approx(cost_model.reproduction(card.upper(), fp8), rel=0.005)
+    small = [r["mfu"] for r in SCALING["speed"] if r["model"] == "d12" and r["ranks"] == 1]
+    assert plan.MEASURED_MFU["H100 80GB"][0] == (768, pytest.approx(sum(small) / 2, abs=1e-3))
+
+
+def test_gpus_that_talk_more_lose_more_as_docs_scaling_has_it() -> None:
+    def efficiency(card: str, ranks: int, batch_tokens: int, shard_ranks: int = 0) -> float:
+        config = with_machine(BIG, shard_ranks=shard_ranks)
+        config = replace(config, train=replace(config.train, batch_tokens=batch_tokens))
+        device = plan.gpu(card)
+        return plan.cost(config, plan.fit(config, ranks, 60), device, ranks, None).efficiency or 0.0
+
+    assert efficiency("h200", 1, 2**20) == 1
+    assert efficiency("h200", 8, 2**20) == pytest.approx(0.997, abs=5e-4)
+    assert efficiency("h200", 8, 2**17) == pytest.approx(0.975, abs=5e-4)
+    assert efficiency("h200", 64, 2**20, shard_ranks=8) == pytest.approx(0.928, abs=1e-3)
+    assert efficiency("h200", 64, 2**20) == pytest.approx(0.811, abs=1e-3)
+    assert efficiency("rtx4090", 8, 2**17) < 0.95  # PCI Express in the place of NVLink
+
+
+def test_a_plan_says_where_its_rate_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(card: str, *settings: str) -> str:
+        model.plan("gpt2-124m", card, settings=[*settings])
+        return capsys.readouterr().out
+
+    assert "47.0%, measured on one H100 80GB" in said("h100")
+    assert "50.2%, fp8's gain as on an H200" in said("h100", "fp8=true")
+    assert "53.6%, measured on one H200" in said("h200", "fp8=true")
+    assert "50.2%, as on an H200, not measured on this card" in said("a100")
+    assert "99.4% of 8 times one, on paper" in said("h200")
 
 
 @pytest.mark.parametrize(

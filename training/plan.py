@@ -1,7 +1,7 @@
 """What does a run take on given GPUs? Memory by line, the micro-batch that fits, seconds a step, hours, dollars.
 
-Seconds come from the MFU measured on one H200 and the GPU's peak; a GPU that is in no table is measured by
-`probe.py`.
+Seconds come from the MFU measured on one H100 or H200, the GPU's peak and, between GPUs, the model of
+docs/scaling.md; a GPU that is in no table is measured by `probe.py`.
 
 Where a run does not fit, three things give way, in this order: the micro-batch, then recompute rises, then the
 fp32 master weights go (stochastic rounding in their place). The last changes the numbers, so it is never done
@@ -23,12 +23,16 @@ DISK_RATE = 300e6  # bytes/s of a disk that checkpoints are written to: a slow o
 ENDING = 30.0  # seconds for the ranks to agree, and to leave
 HEAD_BYTES = 400 * 2**20  # logits of one chunk, as the fused head holds them
 CUDA_BYTES = 1.3 * GIB  # context and libraries: outside of PyTorch's allocator, 1.0 to 1.25 GiB measured
-# MFU of whole steps on one H200 (benchmarks/gpt2_training.json: d12 and d48), by channels.
-MEASURED_MFU = ((768, 0.502), (1600, 0.555))
+# MFU of whole steps on one GPU, d12 and d48, by channels: benchmarks/gpt2_training.json, and for the H100 the mean of
+# two cards in benchmarks/results/scaling_2_gpus.json. fp8 was measured on an H200 alone.
+MEASURED_MFU = {"H200": ((768, 0.502), (1600, 0.555)), "H100 80GB": ((768, 0.470), (1600, 0.529))}
 MEASURED_MFU_FP8 = ((768, 0.536), (1600, 0.664))
 # llm.c's: on one H200 for d12, and on 8 H100 for d48, where a step of 1,048,576 tokens took 2.75 s.
 LLM_C_MFU = ((768, 0.461), (1600, 0.473))
 LLM_C_PRICE = 28.0  # dollars an hour for 8 H100
+LINK_SHARE = 0.8  # of a link's rate by its data sheet: what NCCL reaches, 360 of 450 GB/s
+NETWORK = 45e9  # bytes/s between machines: of one 400 Gbit/s adapter a GPU
+MACHINE = 8  # GPUs
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,18 @@ class Gpu:
     name: str
     memory: float  # GiB that programs can have
     peak: float  # dense bf16 FLOP/s
+    link: float = 0.0  # bytes/s one way to the others of a machine, by the data sheet: NVLink or PCI Express
     hopper: bool = False  # has the fp8 products that the kernels take
 
 
 GPUS = {
-    "h100": Gpu("H100 80GB", 79.2, PEAK_FLOPS["H100"], hopper=True),
-    "h200": Gpu("H200", 139.8, PEAK_FLOPS["H200"], hopper=True),
-    "a100": Gpu("A100 80GB", 79.2, PEAK_FLOPS["A100"]),
-    "a100-40": Gpu("A100 40GB", 39.4, PEAK_FLOPS["A100"]),
-    "b200": Gpu("B200", 178.0, PEAK_FLOPS["B200"]),
-    "l40s": Gpu("L40S", 44.4, PEAK_FLOPS["L40S"]),
-    "rtx4090": Gpu("RTX 4090", 23.5, PEAK_FLOPS["RTX 4090"]),
+    "h100": Gpu("H100 80GB", 79.2, PEAK_FLOPS["H100"], 450e9, hopper=True),
+    "h200": Gpu("H200", 139.8, PEAK_FLOPS["H200"], 450e9, hopper=True),
+    "a100": Gpu("A100 80GB", 79.2, PEAK_FLOPS["A100"], 300e9),
+    "a100-40": Gpu("A100 40GB", 39.4, PEAK_FLOPS["A100"], 300e9),
+    "b200": Gpu("B200", 178.0, PEAK_FLOPS["B200"], 900e9),
+    "l40s": Gpu("L40S", 44.4, PEAK_FLOPS["L40S"], 32e9),
+    "rtx4090": Gpu("RTX 4090", 23.5, PEAK_FLOPS["RTX 4090"], 32e9),
 }
 
 
@@ -65,7 +70,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    mfu: float | None  # None where the GPU's peak is not known
+    mfu: float | None  # of one GPU; None where its peak is not known
+    efficiency: float | None  # of all GPUs against as many times one; None where it is not known
     seconds_per_step: float
     hours: float
     dollars: float | None
@@ -210,11 +216,51 @@ def _plans(config: RunConfig, ranks: int) -> Iterator[Plan]:
 
 
 def cost(config: RunConfig, plan: Plan, device: Gpu, ranks: int, dollars_an_hour: float | None) -> Cost:
-    """Time and money at the MFU measured on one H200; recompute adds its share of the forward pass."""
-    mfu = expected_mfu(config.model, MEASURED_MFU_FP8 if config.train.fp8 else MEASURED_MFU)
+    """Time and money at the card's MFU; recompute adds its share of the forward pass, communication what is exposed."""
+    mfu = card_mfu(config, device)
     again = {0: 1.0, 1: 1.01, 2: 1.01, 3: 4 / 3}[plan.recompute]
     flops = config.train.batch_tokens * config.model.flops_per_token * again
-    return _cost(config, mfu, flops / (ranks * device.peak * mfu), dollars_an_hour)
+    compute = flops / (ranks * device.peak * mfu)
+    machine = min(config.machine.gpus or MACHINE, MACHINE)
+    shard = config.machine.shard_ranks or ranks
+    _, exposed = communication(
+        config.model, ranks, shard, compute / plan.micro_steps, LINK_SHARE * device.link, machine
+    )
+    return _cost(config, mfu, compute / (compute + exposed), compute + exposed, dollars_an_hour)
+
+
+def card_mfu(config: RunConfig, device: Gpu) -> float:
+    """Of one GPU of the table: as measured, or as an H200's; fp8's gain is the H200's."""
+    model, on_h200 = config.model, MEASURED_MFU["H200"]
+    mfu = expected_mfu(model, MEASURED_MFU.get(device.name, on_h200))
+    return mfu * expected_mfu(model, MEASURED_MFU_FP8) / expected_mfu(model, on_h200) if config.train.fp8 else mfu
+
+
+def mfu_origin(config: RunConfig, device: Gpu) -> str:
+    """What `card_mfu` rests on, in words."""
+    if device.name not in MEASURED_MFU:
+        return "as on an H200, not measured on this card"
+    if config.train.fp8 and device.name != "H200":
+        return "fp8's gain as on an H200, not measured on this card"
+    return f"measured on one {device.name}"
+
+
+def communication(
+    model: ModelConfig, ranks: int, shard: int, micro_step: float, within: float, machine: int = MACHINE
+) -> tuple[float, float]:
+    """Seconds a step, hidden and exposed, where a GPU sends `within` bytes/s in its machine of so many GPUs.
+
+    Gradients are summed and weights gathered once a step, whatever the accumulation. With P parameters in bf16 and
+    shard groups of S ranks, each GPU sends 2P (S-1)/S bytes to sum and as many to gather; R replica groups then sum
+    the parts, 2 (2P/S) (R-1)/R. The sum travels under the last micro-step's backward pass, two thirds of its time;
+    the rest is taken as exposed.
+    """
+    size, groups = 2 * model.padded_parameters, ranks // shard
+    between = min(within, NETWORK)
+    one_way = size * (shard - 1) / shard / (within if shard <= machine else between)
+    summed = 2 * size / shard * (groups - 1) / groups / between
+    hidden = min(one_way, micro_step * 2 / 3)
+    return hidden, one_way - hidden + one_way + summed
 
 
 def probed_cost(
@@ -224,19 +270,21 @@ def probed_cost(
     seconds = plan.micro_steps * micro_step
     flops = config.train.batch_tokens * config.model.flops_per_token
     mfu = flops / seconds / (ranks * device.peak) if device.peak else None
-    return _cost(config, mfu, seconds, dollars_an_hour)
+    return _cost(config, mfu, None if ranks > 1 else 1.0, seconds, dollars_an_hour)
 
 
 def llm_c_cost(config: RunConfig) -> Cost:
     """What a recipe takes, or would take, with llm.c on 8 H100."""
     mfu = expected_mfu(config.model, LLM_C_MFU)
     seconds = config.train.batch_tokens * config.model.flops_per_token / (8 * GPUS["h100"].peak * mfu)
-    return _cost(config, mfu, seconds, LLM_C_PRICE)
+    return _cost(config, mfu, None, seconds, LLM_C_PRICE)
 
 
-def _cost(config: RunConfig, mfu: float | None, seconds: float, dollars_an_hour: float | None) -> Cost:
+def _cost(
+    config: RunConfig, mfu: float | None, efficiency: float | None, seconds: float, dollars_an_hour: float | None
+) -> Cost:
     hours = seconds * config.train.steps / 3600
-    return Cost(mfu, seconds, hours, None if dollars_an_hour is None else hours * dollars_an_hour)
+    return Cost(mfu, efficiency, seconds, hours, None if dollars_an_hour is None else hours * dollars_an_hour)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -248,7 +296,7 @@ def shutdown_seconds(config: RunConfig, ranks: int) -> float:
     """What a training that is told to end may need: the step that it is in on the slowest GPU of the table, a
     checkpoint that is being written, and the last one."""
     flops = config.train.batch_tokens * config.model.flops_per_token
-    slowest = min(device.peak for device in GPUS.values()) * MEASURED_MFU[0][1]
+    slowest = min(device.peak for device in GPUS.values()) * MEASURED_MFU["H200"][0][1]
     return ENDING + flops / (ranks * slowest) + 2 * checkpoint_bytes(config) / DISK_RATE
 
 

@@ -113,10 +113,12 @@ def plan(
     known = device in planning.GPUS.values()
     if known:
         cost = planning.cost(config, fitted, device, ranks, price)
+        origin = planning.mfu_origin(config, device)
     else:
         cost = planning.probed_cost(config, fitted, device, ranks, _probe(config, fitted), price)
+        origin = "measured here, on the first layers"
     if as_json:
-        shown = {"gpu": device.name, "measured": not known, "total": fitted.total}
+        shown = {"gpu": device.name, "measured": not known, "total": fitted.total, "rate_origin": origin}
         print(json.dumps({**asdict(fitted), **shown, **asdict(cost)}, indent=2))
         return
     table = Table(show_header=False, title=f"{name} on {ranks} × {device.name}")
@@ -129,9 +131,13 @@ def plan(
         table.add_row(f"memory: {line}", f"{size / 2**30:.1f} GiB")
     there = f"{room:.1f} GiB (memory_gib)" if config.machine.memory_gib else f"{device.memory:.1f} GiB"
     table.add_row("memory a GPU", f"{fitted.total / 2**30:.1f} of {there}")
-    how = "" if known else ", measured on its first layers"
-    mfu = "" if cost.mfu is None else f" at an MFU of {cost.mfu:.1%}"
-    table.add_row("a step", f"{cost.seconds_per_step:.2f} s{mfu}{how}")
+    table.add_row("rate of a GPU", origin if cost.mfu is None else f"MFU {cost.mfu:.1%}, {origin}")
+    if ranks > 1:
+        lost = "communication is not counted"
+        table.add_row(
+            "rate of all", lost if cost.efficiency is None else f"{cost.efficiency:.1%} of {ranks} times one, on paper"
+        )
+    table.add_row("a step", f"{cost.seconds_per_step:.2f} s")
     table.add_row(f"{config.train.steps:,} steps", f"{cost.hours:,.1f} hours")
     if cost.dollars is not None:
         table.add_row("cost", f"${cost.dollars:,.0f}")
