@@ -1,6 +1,7 @@
 """How can a launched process end other than well? Errors that the command line tells apart; no Dagster here."""
 
-STOPPED = "stopped; what is complete is kept, the same command goes on from there"  # what a signal comes to
+KEPT = "what is complete is kept, the same command goes on from there"
+STOPPED = f"stopped; {KEPT}"  # what a signal comes to
 
 
 class ProcessFailed(RuntimeError):
@@ -16,4 +17,4 @@ class Refused(ValueError):
 
 
 class Interrupted(RuntimeError):
-    """Training saved a checkpoint and stopped, because it was told to."""
+    """It stopped, because it was told to: training with a checkpoint saved, where it had the time."""

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 import dagster as dg
 
-from assets.failures import Interrupted, ProcessFailed, Refused
+from assets.failures import KEPT, Interrupted, ProcessFailed, Refused
 from storage import events
 from training import launch
 
 RUNS = dg.DynamicPartitionsDefinition(name="run")
 
 POOL = "gpu"  # Dagster's pool of this machine's cards: what uses them takes its one slot in turn
-STOP_SECONDS = 120.0  # that a process gets to end before it is killed, at the least
+STOP_SECONDS = 120.0  # that a process gets to end before it is killed
 # waiting threads sleep: spinning ones made sampling thirty times slower on two cores that others used, too
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 TAIL_LINES = 40  # of a failed process's output that its error quotes
@@ -112,13 +112,16 @@ class Launcher:
 
 
 def stop(process: subprocess.Popen[str], grace: float = STOP_SECONDS) -> None:
-    """Ask the process to save and end; kill its whole session when it has not within the grace time."""
+    """Ask the process to save and end; kill its whole session when it has not within the grace time, or at the next
+    Ctrl-C. Raises Interrupted where the time was too short."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(timeout=max(grace, STOP_SECONDS))
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+        process.wait(timeout=grace)
+    except subprocess.TimeoutExpired:
+        raise Interrupted(f"the process did not end within {grace:.0f} s and was killed; {KEPT}") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _check_status(status: int, module: str, tail: collections.deque[str]) -> None:

@@ -24,7 +24,7 @@ from assets.run_config import resuming
 from storage import objects, records, starting_weights
 from storage.items import FILES
 from storage.records import Record
-from training import launch, plan
+from training import launch
 from training.arrival import stage_as_they_come
 from training.config import RunConfig, defining, to_dict
 
@@ -32,6 +32,7 @@ VERSION = "1"
 WEIGHTS_VERSION = "1"
 RESUME = {"exact": [], "anyway": ["--resume-anyway"], "no": ["--begin-anew"]}
 WAIT = 0.2  # seconds between two looks at a process
+KILL_SECONDS = 30.0  # in which torchrun, after the ranks' time to end, kills those that have not
 
 OnEvent = Callable[[Event], None]
 
@@ -111,7 +112,7 @@ class Hold:
 
 
 def _grace(run: RunConfig) -> float:
-    return plan.shutdown_seconds(run, launch.ranks_here(run.machine.gpus) * run.machine.nnodes)
+    return launch.ranks_grace(run, launch.ranks_here(run.machine.gpus) * run.machine.nnodes) + KILL_SECONDS
 
 
 def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:

@@ -13,9 +13,23 @@ import dagster as dg
 import pytest
 from tiny_pipeline import ROOT, TINY_SETTINGS, gpt2
 
+from assets import trainer
+from assets.failures import Interrupted
+from assets.resources import Launcher
+from storage.objects import publish_json
 from storage.places import places
+from training.config import to_dict
+from training.launch import grace_seconds
+from training.recipes import recipe
 
 LONG = ["run", "--name", "long", *TINY_SETTINGS, "--set", "steps=60", "--set", "checkpoint_every=5"]
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('{"event": "ready"}', flush=True)
+time.sleep(30)
+"""
 
 
 def processes_of(store: Path) -> list[int]:
@@ -100,3 +114,25 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(
     state = json.loads((newest / "state.json").read_text())
     last = (store / "runs/long/main.log").read_text().splitlines()[-1]
     assert state["step"] == int(last.split()[0][2:]) + 1  # no step was lost
+
+
+@pytest.mark.parametrize("name", ["demo", "gpt2-1558m"])
+def test_torchrun_has_killed_ranks_that_do_not_end_before_the_command_kills_torchrun(name: str, tmp_path: Path) -> None:
+    run = recipe(name)
+    publish_json(str(tmp_path / "config.json"), to_dict(run))
+    assert trainer._grace(run) >= grace_seconds("training.train", [str(tmp_path)], 1) + 30
+
+
+def test_a_process_that_does_not_end_when_told_to_is_killed_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    started: list[subprocess.Popen[str]] = []
+
+    def interrupt(event: dict[str, object]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="did not end within 0 s and was killed.* goes on from there"):
+        Launcher().run("stubborn", [], interrupt, started.append, grace=0.3)
+    assert started[0].wait(timeout=10) == -signal.SIGKILL

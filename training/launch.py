@@ -212,6 +212,10 @@ def grace_seconds(module: str, arguments: Sequence[str], ranks: int) -> float:
     if folder is None:
         return GRACE_SECONDS
     run = from_dict(RunConfig, objects.read_json(str(folder / "config.json")))
+    return ranks_grace(run, ranks)
+
+
+def ranks_grace(run: RunConfig, ranks: int) -> float:
     return max(GRACE_SECONDS, plan.shutdown_seconds(run, ranks))
 
 
