@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,24 @@ def test_a_limit_on_memory_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     model.plan("gpt2-124m", settings=["memory_gib=10"])
     assert "of 10.0 GiB (memory_gib)" in capsys.readouterr().out
     assert plan.limit(with_machine(BIG, memory_gib=100), 79.2) == 79.2  # more than is there can't be taken
+
+
+def test_shard_groups_that_the_trainer_refuses_are_not_planned() -> None:
+    for shard_ranks in (16, 3):
+        with pytest.raises(ValueError, match=f"shard_ranks={shard_ranks} does not divide the 8 ranks"):
+            model.plan("gpt2-124m", settings=[f"shard_ranks={shard_ranks}"])
+
+
+def test_a_short_time_is_shown_in_units_that_tell_it(capsys: pytest.CaptureFixture[str]) -> None:
+    model.plan("demo", gpus=1, price=3.5)
+    said = capsys.readouterr().out
+    assert re.search(r"a step +│ 0\.\d+ ms", said) and re.search(r"220 steps +│ [1-9][\d.]* ms", said), said
+    model.plan("gpt2-124m", "h200", settings=["steps=200"], price=28)
+    said = capsys.readouterr().out
+    assert re.search(r"a step +│ 107 ms", said) and re.search(r"200 steps +│ 21\.\d s", said), said
+    assert "$0.17" in said
+    model.plan("gpt2-124m", settings=["steps=2000"])
+    assert re.search(r"2,000 steps +│ 3\.\d minutes", capsys.readouterr().out)
 
 
 def test_fp8_is_planned_for_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:

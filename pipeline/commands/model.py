@@ -107,7 +107,7 @@ def plan(
     runs.check_batch(config)
     ranks = gpus * config.machine.nnodes
     device = planning.gpu(gpu, launch.gpu_names(), launch.gpu_memory_gib())
-    planning.check_fp8(config, device)
+    planning.check(config, ranks, device)
     room = planning.limit(config, device.memory)
     fitted = planning.fit(config, ranks, room)
     known = device in planning.GPUS.values()
@@ -137,11 +137,18 @@ def plan(
         table.add_row(
             "rate of all", lost if cost.efficiency is None else f"{cost.efficiency:.1%} of {ranks} times one, on paper"
         )
-    table.add_row("a step", f"{cost.seconds_per_step:.2f} s")
-    table.add_row(f"{config.train.steps:,} steps", f"{cost.hours:,.1f} hours")
+    table.add_row("a step", _duration(cost.seconds_per_step))
+    table.add_row(f"{config.train.steps:,} steps", _duration(3600 * cost.hours))
     if cost.dollars is not None:
-        table.add_row("cost", f"${cost.dollars:,.0f}")
+        table.add_row("cost", f"${cost.dollars:,.0f}" if cost.dollars >= 100 else f"${cost.dollars:,.2f}")
     console().print(table)
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _probe(config: RunConfig, fitted: planning.Plan) -> float:
