@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evals import harness_tasks
-from storage import events
+from storage import events, objects
 
 if TYPE_CHECKING:
     from evals.model import LoadedModel
@@ -80,6 +80,7 @@ def _tasks(suite: str, inputs: Inputs) -> list[str]:
 
 def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: str, dtype: str) -> None:
     check(model, suite, inputs)
+    objects.check_address(out)
     # here, not above: the check of the arguments answers at once, torch and transformers take seconds
     from evals import results
     from evals.model import load

@@ -384,7 +384,7 @@ def _fits(rows: Rows, known: tuple[str, int, str] | None) -> bool:
 def _gone(connection: duckdb.DuckDBPyConnection) -> list[str]:
     """Local stores that are not there any more, such as one that was moved."""
     stores = connection.execute(f"SELECT DISTINCT namespace FROM {schema.INGESTED}").fetchall()
-    return [store for (store,) in stores if objects.is_local(store) and not objects.exists(store)]
+    return [store for (store,) in stores if store.startswith("/") and not objects.exists(store)]
 
 
 def _forget_stores(connection: duckdb.DuckDBPyConnection, stores: Sequence[str]) -> None:

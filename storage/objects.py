@@ -29,7 +29,21 @@ class Stat:
 
 
 def is_local(url: str) -> bool:
+    """Raises ValueError for an address that would become a local folder of an odd name, as s3://$UNSET would."""
+    check_address(url)
     return "://" not in url
+
+
+def check_address(url: str) -> None:
+    """Raises ValueError for what is neither a local path nor an address on S3."""
+    if url.startswith("s3:"):
+        if not re.match("s3://[^/]", url):
+            raise ValueError(
+                f"{url} is no place on S3: write s3://bucket/prefix, with two slashes and a bucket (a variable that "
+                "names it may be empty)"
+            )
+    elif "://" in url:
+        raise ValueError(f"{url}: only local paths and s3:// locations are supported")
 
 
 def join(root: str, *parts: str) -> str:
@@ -306,9 +320,6 @@ def filesystem(url: str) -> Any:
 
 def _remote(url: str) -> Any:
     """The fsspec filesystem of a URL. Listings are never cached: other processes write to the same store."""
-    protocol = url.split("://", 1)[0]
-    if protocol != "s3":
-        raise ValueError(f"{url}: only local paths and s3:// locations are supported")
     import fsspec  # a fifth of the time in which a worker of tokenization starts
 
     return fsspec.filesystem("s3", use_listings_cache=False)

@@ -46,7 +46,8 @@ class Places:
 def places(store: str | None = None, environment: Mapping[str, str] = os.environ) -> Places:
     """`store` if given, else GPT2_STORE, else `store/` here.
 
-    The home is GPT2_HOME, else the store's own folder where that is local, else `.gpt2/` here.
+    The home is GPT2_HOME, else the store's own folder where that is local, else `.gpt2/` here. Raises ValueError
+    for a store that is no address, and for a home that is not local.
     """
     url = store or environment.get(STORE_VARIABLE) or "store"
     if objects.is_local(url):
@@ -55,4 +56,7 @@ def places(store: str | None = None, environment: Mapping[str, str] = os.environ
     else:
         url = url.rstrip("/")
         default_home = Path(".gpt2")
-    return Places(url, Path(environment.get(HOME_VARIABLE) or default_home).absolute())
+    home = environment.get(HOME_VARIABLE) or str(default_home)
+    if not objects.is_local(home):
+        raise ValueError(f"{HOME_VARIABLE}={home} is not local: name a folder of this machine")
+    return Places(url, Path(home).absolute())

@@ -1,5 +1,6 @@
 """Bad input ends at once with status 2 and one line that names the value and the fix; nothing is left behind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 
 from pipeline import definitions
 from storage.places import places
+from training.config import to_dict
 from training.recipes import recipe
 
 
@@ -86,6 +88,50 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_bucket_that_is_not_there(s3_store: str, tmp_path: Path) -> None:
     said = refuse("run", cwd=tmp_path, store="s3://no-such-bucket-anywhere/store")
     assert "s3://no-such-bucket-anywhere/store can't be written" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "--store", "s3://"),  # of an empty $BUCKET
+        ("env", "--store", "s3:/bucket/store"),
+        ("run", "--corpus", "s3:/bucket/texts"),
+        ("run", "--set", "evals.hellaswag=s3:/bucket/items.jsonl"),
+        ("report", "demo", "--out", "s3:/bucket/report"),
+    ],
+)
+def test_an_address_on_s3_that_names_no_bucket(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = gpt2(*arguments, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gpt2: {arguments[-1].removeprefix('evals.hellaswag=')} is no place on S3")
+    assert len(done.stderr.splitlines()) == 1 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["training.train", "training.export", "evals.run"])
+def test_the_training_program_takes_no_address_without_a_bucket(module: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(to_dict(recipe("demo"))))
+    arguments = {
+        "training.train": ["run", "--tokens", "tokens", "--mirror", "s3:/bucket/run"],
+        "training.export": ["run", "--out", "s3:/bucket/export"],
+        "evals.run": ["run", "--suite", "hellaswag", "--items", "items.jsonl", "--out", "s3:/bucket/scores.json"],
+    }[module]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "is no place on S3" in done.stderr and os.listdir(tmp_path) == ["run"]
+
+
+def test_a_home_that_is_not_local() -> None:
+    with pytest.raises(ValueError, match="GPT2_HOME=s3://bucket/home is not local"):
+        places("store", {"GPT2_HOME": "s3://bucket/home"})
 
 
 def test_a_disk_without_space(tmp_path: Path) -> None:

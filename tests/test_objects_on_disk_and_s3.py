@@ -95,6 +95,12 @@ def test_a_bucket_that_is_not_there_is_refused_with_the_fix(s3_store: str) -> No
         objects.check_writable("s3://no-such-bucket-here/store")
 
 
+@pytest.mark.parametrize("url", ["s3://", "s3:///store", "s3:/bucket/store", "s3:"])
+def test_an_address_without_a_bucket_is_no_local_folder(url: str) -> None:
+    with pytest.raises(ValueError, match=f"{url} is no place on S3: write s3://bucket/prefix"):
+        objects.is_local(url)
+
+
 def test_other_protocols_are_refused() -> None:
     with pytest.raises(ValueError, match="only local paths and s3://"):
         objects.exists("gs://bucket/x")

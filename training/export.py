@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage import events
+from storage import events, objects
 from storage.shards import open_shard
 from storage.tokenizer import VOCABULARY
 from training.models import Model
@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
+        if not objects.is_local(o.out):
+            raise ValueError(f"--out {o.out}: the model is written to a local folder or file")
         model = load_any(o.run) if o.step is None else load_run(o.run, o.step)
         if o.out.endswith(".bin"):
             write_llmc(o.out, {n: w.to(DTYPES[o.dtype]) for n, w in model.state_dict().items()}, model.config)

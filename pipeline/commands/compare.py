@@ -13,6 +13,7 @@ from evals.comparison import differences
 from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console
+from storage import objects
 from storage.places import Places, places
 from training.config import SUITES
 
@@ -125,6 +126,8 @@ def report(
     from evals.report import build  # matplotlib takes a second to load
 
     place = places(store)
+    if not objects.is_local(out):
+        raise ValueError(f"--out {out}: the page is written to a local folder")
     made = build([_read(place, name) for name in names], out)
     print(made.files[0])
 
