@@ -60,18 +60,12 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
 
     Raises ValueError for an unknown dtype or device, and where weights are missing.
     """
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     transformers_logging.disable_progress_bar()
-    both: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
-    module, found = both
-    missing = sorted(found["missing_keys"])  # transformers fills them with random numbers; tied ones are not among them
-    if missing:
-        named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
-        raise ValueError(f"{name} lacks {len(missing)} of its model's weights: {named}; give a folder that holds all")
+    module = pretrained(name, DTYPES[dtype])
     place = pick_device(device)
     if place.type == "cuda":  # a CPU gains nothing by it, and rounds as lm-eval's model there without it
         fuse_gelu(module)
@@ -81,6 +75,22 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> LoadedModel
         name, module, codec.encode, codec.encode_prompts, codec.decode, codec.eot, _ends(module, codec),
         _context(module, codec.longest), codec.encode(["Hello world"]) == [HELLO] and codec.eot == EOT,
     )  # fmt: skip
+
+
+def pretrained(name: str, dtype: torch.dtype) -> "PreTrainedModel":
+    """What transformers makes of a folder or hub name.
+
+    Raises ValueError for missing weights, which it fills with random numbers; tied ones are not among them.
+    """
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    module, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+        raise ValueError(f"{name} lacks {len(missing)} of its model's weights: {named}; give a folder that holds all")
+    return module
 
 
 def fuse_gelu(module: torch.nn.Module) -> None:

@@ -93,6 +93,15 @@ def test_a_model_that_is_not_gpt2_is_refused(tmp_path: Path) -> None:
         load_any(str(tmp_path))
 
 
+def test_a_folder_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill in random ones."""
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=16))
+    some = {name: weight for name, weight in theirs.state_dict().items() if ".h.1." not in name}
+    theirs.save_pretrained(tmp_path, state_dict=some)
+    with pytest.raises(ValueError, match="lacks 12 of its model's weights"):
+        load_any(str(tmp_path))
+
+
 @pytest.mark.parametrize(("dtype", "version"), [(torch.float32, 3), (torch.bfloat16, 5)])
 def test_llm_c_files_round_trip_bit_for_bit(model: GPT2, dtype: torch.dtype, version: int, tmp_path: Path) -> None:
     weights = {name: w.to(dtype) for name, w in model.state_dict().items()}

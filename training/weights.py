@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.model import pretrained
 from storage.tokenizer import EOT
 from training import weights_nanochat
 from training.checkpoint import checkpoint_folder, complete, load_model, newest, read_state
@@ -191,13 +192,13 @@ def load_run(run: str, step: int | None = None) -> Model:
 
 
 def load_huggingface(source: str) -> Model:
-    """Raises ValueError for a folder without a model of our families."""
+    """Raises ValueError for a folder without a model of our families, or without all of its weights."""
     if Path(source).is_dir() and not Path(source, "config.json").exists():
         raise ValueError(f"{source} holds neither checkpoints nor config.json: give a run folder or a model folder")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = model_config(AutoConfig.from_pretrained(source))
-    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    theirs = pretrained(source, torch.float32)
     return _model(config, from_huggingface(theirs.state_dict(), config))
 
 
