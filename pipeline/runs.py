@@ -225,17 +225,43 @@ def check_starting_weights(config: RunConfig) -> None:
 
 
 def check_space(places: Places, config: RunConfig, corpus_bytes: int) -> None:
-    """Refuse a store on a disk that can't hold the tokens, the checkpoints and the export."""
-    kept = config.train.keep_checkpoints + 1
-    model = config.model.parameters * (kept * CHECKPOINT_BYTES + EXPORT_BYTES)
-    needed = model + 2 * 2 * corpus_bytes  # parquet is compressed to about half: text / 4 tokens of 2 bytes, twice
+    """Refuse a store on a disk that can't hold the documents, the tokens, the checkpoints and the export."""
+    needed = disk_bytes(config, corpus_bytes)
     for place in {places.store, str(places.home)}:
         free = objects.free_bytes(place)
         if free is not None and free < needed:
             raise ValueError(
                 f"{place} has {free / 2**30:.1f} GiB free, this run needs about {needed / 2**30:.1f} GiB "
-                f"(tokens and {kept} checkpoints): choose another disk with --store, or keep fewer checkpoints"
+                f"({on_disk(config)}): choose another disk with --store, or keep fewer checkpoints"
             )
+
+
+def disk_bytes(config: RunConfig, corpus_bytes: int) -> int:
+    """What a run's stages write, at most about, where the corpus's files have so many bytes."""
+    model = config.model.parameters * (_kept_checkpoints(config) * CHECKPOINT_BYTES + EXPORT_BYTES)
+    return model + corpus_copies(config.corpus) * corpus_bytes
+
+
+def corpus_copies(corpus: str) -> int:
+    """Documents and tokens on disk, in sizes of the corpus's files.
+
+    Text is twice its parquet at the most usual (FineWeb-Edu's 1.6 times), and half of that as tokens: 4 bytes of text
+    each, 2 as a token. These can lie there twice, in pieces and in shards. Documents of the hub are fetched.
+    """
+    place = sources.hub_place(corpus)
+    if place and place.suffix == ".bin":
+        return 1
+    return 3 if place else 2
+
+
+def on_disk(config: RunConfig) -> str:
+    return f"documents, tokens, {_kept_checkpoints(config)} checkpoints, the export"
+
+
+def _kept_checkpoints(config: RunConfig) -> int:
+    """And one that is being written."""
+    train = config.train
+    return train.keep_checkpoints + 1 + (train.steps // train.keep_every if train.keep_every else 0)
 
 
 def silent_maker(places: Places) -> "Maker":

@@ -15,6 +15,7 @@ from tiny_pipeline import gpt2
 from benchmarks import cost_model
 from pipeline import runs
 from pipeline.commands import model
+from storage.places import places
 from training import launch, plan
 from training.assemble import fitted
 from training.config import RunConfig
@@ -106,6 +107,7 @@ def test_a_plan_says_where_its_rate_was_measured(capsys: pytest.CaptureFixture[s
     assert "50.2%, fp8's gain as on an H200" in said("h100", "fp8=true")
     assert "53.6%, measured on one H200" in said("h200", "fp8=true")
     assert "50.2%, as on an H200, not measured on this card" in said("a100")
+    assert "as in bf16 with 768 channels or more: this run is slower" in said("h100", "train.dtype=fp32")
     assert "99.4% of 8 times one, on paper" in said("h200")
 
 
@@ -166,10 +168,34 @@ def test_a_short_time_is_shown_in_units_that_tell_it(capsys: pytest.CaptureFixtu
     assert re.search(r"a step +│ 0\.\d+ ms", said) and re.search(r"220 steps +│ [1-9][\d.]* ms", said), said
     model.plan("gpt2-124m", "h200", settings=["steps=200"], price=28)
     said = capsys.readouterr().out
-    assert re.search(r"a step +│ 107 ms", said) and re.search(r"200 steps +│ 21\.\d s", said), said
+    assert re.search(r"a step +│ 0\.107 s", said) and re.search(r"200 steps +│ 21\.\d s", said), said
     assert "$0.17" in said
     model.plan("gpt2-124m", settings=["steps=2000"])
     assert re.search(r"2,000 steps +│ 3\.\d minutes", capsys.readouterr().out)
+
+
+def test_a_plan_says_what_a_run_needs_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bytes that `gpt2 run` refuses a smaller disk for, the corpus included where its size is known."""
+    config = recipe("gpt2-124m")
+    needed = runs.disk_bytes(config, 28_500_000_000)
+    assert needed == 28.5e9 * 3 + config.model.parameters * (3 * 16 + 4)
+    assert planned(capsys, "gpt2-124m")["disk"] == needed
+    model.plan("gpt2-124m")
+    assert f"{needed / plan.GIB:.1f} GiB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"this run needs about {runs.disk_bytes(config, 10**16) / plan.GIB:.1f} GiB"):
+        runs.check_space(places(str(tmp_path)), config, 10**16)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.parquet").write_bytes(bytes(1000))
+    folder = planned(capsys, "gpt2-124m", settings=[f"corpus={tmp_path}/texts"])["disk"]
+    assert folder == runs.disk_bytes(config, 0) + 2 * 1000  # documents that are there are not fetched
+    model.plan("gpt2-124m", settings=["corpus=fineweb-edu:CC-MAIN-2024-10"])
+    assert "GiB, and 3 times the corpus's files" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_checkpoints_that_are_never_deleted_need_their_place() -> None:
+    config = recipe("gpt2-124m")
+    more = recipe("gpt2-124m", ["keep_every=5000"])
+    assert runs.disk_bytes(more, 0) - runs.disk_bytes(config, 0) == 3 * 16 * config.model.parameters
 
 
 def test_fp8_is_planned_for_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:

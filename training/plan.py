@@ -244,6 +244,9 @@ def card_mfu(config: RunConfig, device: Gpu) -> float:
 
 def mfu_origin(config: RunConfig, device: Gpu) -> str:
     """What `card_mfu` rests on, in words."""
+    narrowest = MEASURED_MFU["H200"][0][0]
+    if config.train.dtype != "bf16" or config.model.channels < narrowest:
+        return f"as in bf16 with {narrowest} channels or more: this run is slower"
     if device.name not in MEASURED_MFU:
         return "as on an H200, not measured on this card"
     if config.train.fp8 and device.name != "H200":

@@ -14,7 +14,7 @@ from assets.failures import ProcessFailed
 from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console
-from storage import models, objects
+from storage import models, objects, sources
 from storage.places import Places, places
 from training import launch, recipes
 from training import plan as planning
@@ -117,8 +117,10 @@ def plan(
     else:
         cost = planning.probed_cost(config, fitted, device, ranks, _probe(config, fitted), price)
         origin = "measured here, on the first layers"
+    corpus_bytes = sources.expected_bytes(config.corpus)
+    disk = runs.disk_bytes(config, corpus_bytes or 0)
     if as_json:
-        shown = {"gpu": device.name, "measured": not known, "total": fitted.total, "rate_origin": origin}
+        shown = {"gpu": device.name, "measured": not known, "total": fitted.total, "rate_origin": origin, "disk": disk}
         print(json.dumps({**asdict(fitted), **shown, **asdict(cost)}, indent=2))
         return
     table = Table(show_header=False, title=f"{name} on {ranks} × {device.name}")
@@ -131,6 +133,8 @@ def plan(
         table.add_row(f"memory: {line}", f"{size / 2**30:.1f} GiB")
     there = f"{room:.1f} GiB (memory_gib)" if config.machine.memory_gib else f"{device.memory:.1f} GiB"
     table.add_row("memory a GPU", f"{fitted.total / 2**30:.1f} of {there}")
+    more = f", and {runs.corpus_copies(config.corpus)} times the corpus's files" if corpus_bytes is None else ""
+    table.add_row("disk", f"{disk / 2**30:,.1f} GiB{more}: {runs.on_disk(config)}")
     table.add_row("rate of a GPU", origin if cost.mfu is None else f"MFU {cost.mfu:.1%}, {origin}")
     if ranks > 1:
         lost = "communication is not counted"
@@ -148,7 +152,7 @@ def _duration(seconds: float) -> str:
     for unit, name in ((3600, "hours"), (60, "minutes")):
         if seconds >= unit:
             return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _probe(config: RunConfig, fitted: planning.Plan) -> float:
