@@ -17,7 +17,7 @@ from assets.resources import NewRun
 from pipeline import runs
 from storage.places import places
 from storage.sources import HUB_FOLDERS
-from training import recipes
+from training import launch, recipes
 from training.config import RunConfig, from_dict, to_dict
 
 ELSEWHERE = "elsewhere"  # the corpus that `corpus_at` names
@@ -72,6 +72,7 @@ def _settle(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": None}
     try:
         config = runs.settled(_config(values))
+        launch.check_gpus(config.machine.gpus)
         runs.check_possible(places(), config, runs.source(places(), None, config.corpus))
     except ValueError as error:
         raise Refused(str(error)) from None  # the page shows the whole chain

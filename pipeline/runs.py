@@ -132,6 +132,14 @@ def check_possible(places: Places, config: RunConfig, source: sources.Source) ->
     objects.check_writable(places.store)  # last: it makes the store's folder
 
 
+def cpu_ranks(config: RunConfig) -> str:
+    """What a command says of a machine whose ranks train without a GPU; empty where they have one."""
+    if launch.gpu_count():
+        return ""
+    ranks = launch.ranks_here(config.machine.gpus)
+    return f"no GPU here: training takes {ranks} CPU rank{'s' if ranks > 1 else ''}"
+
+
 def check_new(places: Places, run: str, config: RunConfig, source: sources.Source) -> None:
     """Refuse a run that would train what another one of the store has trained, or has begun to."""
     if trainings(places):

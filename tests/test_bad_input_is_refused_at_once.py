@@ -10,11 +10,14 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny_run
+import torch
 from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 
-from pipeline import definitions
+from pipeline import definitions, runs
 from storage.places import places
 from training.config import to_dict
+from training.launch import check_gpus
 from training.recipes import recipe
 
 
@@ -48,6 +51,58 @@ def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
 )
 def test_a_value_that_is_not_known(arguments: list[str], said: str, tmp_path: Path) -> None:
     assert said in refuse("run", *arguments, cwd=tmp_path, store=tmp_path / "store")
+
+
+TWO_H100 = """#!/bin/sh
+case "$*" in
+-L) echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)"; echo "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)" ;;
+*) echo "NVIDIA H100 80GB HBM3, 81559"; echo "NVIDIA H100 80GB HBM3, 81559" ;;
+esac
+"""
+
+
+@pytest.fixture
+def two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that lists them, on a machine whose torch has no CUDA."""
+    if torch.cuda.is_available():
+        pytest.skip("torch can use the GPUs of this machine")
+    (tmp_path / "driver").mkdir()
+    program = tmp_path / "driver/nvidia-smi"
+    program.write_text(TWO_H100)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+UNUSABLE = f"torch {torch.__version__} can't use this machine's GPUs (2 of them): "
+
+
+@pytest.mark.usefixtures("two_h100")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], UNUSABLE),
+        (["--gpus", "2"], UNUSABLE),
+        (["--gpus", "4"], "gpus=4 is more than this machine has: choose 2 or fewer"),
+    ],
+)
+def test_gpus_that_are_not_there_or_that_torch_cannot_use(arguments: list[str], said: str, tmp_path: Path) -> None:
+    assert said in refuse("run", "demo", *arguments, cwd=tmp_path, store=tmp_path / "store")
+
+
+@pytest.mark.usefixtures("two_h100")
+def test_ranks_do_not_take_the_cpu_for_gpus_unless_these_are_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config(steps=1))
+    command = [sys.executable, "-m", "training.train", run, "--tokens", tiny_run.tokens(tmp_path / "tokens")]
+    wanted = {"cwd": tiny_run.ROOT, "capture_output": True, "text": True, "timeout": 60}
+    refused = subprocess.run(command, **wanted)  # type: ignore[call-overload]
+    assert refused.returncode == 2 and UNUSABLE in refused.stderr
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_gpus(4)
+    assert runs.cpu_ranks(recipe("demo", ["gpus=4"])) == "no GPU here: training takes 4 CPU ranks"
+    assert subprocess.run(command, **wanted).returncode == 0  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

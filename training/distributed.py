@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from training.launch import gpu_count
+
 # torch 2.13 renamed both collectives; 2.11 has only the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -200,6 +202,20 @@ def _group_of(rank: int, groups: Sequence[range], limit: timedelta) -> dist.Proc
     return next(handle for handle, ranks in zip(handles, groups, strict=True) if rank in ranks)
 
 
+def unusable_gpus() -> str:
+    """Why torch can use none of the GPUs that the driver lists; empty where it can, or where there are none."""
+    count = gpu_count()
+    if torch.cuda.is_available() or not count:
+        return ""
+    cuda = torch.version.cuda
+    built = f"for CUDA {cuda}, which may be too new for the driver" if cuda else "without CUDA"
+    return (
+        f"torch {torch.__version__} can't use this machine's GPUs ({count} of them): it is built {built}. Install a "
+        "torch for a CUDA that the driver supports (`nvidia-smi` shows which), or train on the CPU with "
+        "CUDA_VISIBLE_DEVICES= before the command"
+    )
+
+
 def _device(local_rank: int, local_size: int) -> torch.device:
     """A GPU for each rank of this machine, or the CPU, its cores shared evenly, where there is none."""
     if torch.cuda.is_available():
@@ -212,5 +228,7 @@ def _device(local_rank: int, local_size: int) -> torch.device:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
+    if reason := unusable_gpus():
+        raise ValueError(reason)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return torch.device("cpu")

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from storage import objects
+from storage import events, objects
 from training import attempts, plan
 from training.config import RunConfig, from_dict
 
@@ -109,6 +109,19 @@ def ranks_here(gpus: int) -> int:
     return gpus or gpu_count() or 1
 
 
+def check_gpus(gpus: int) -> None:
+    """Refuse more ranks than this machine has GPUs, and GPUs that torch, which is asked in a process, can't use."""
+    there = gpu_count()
+    if not there:
+        return
+    if gpus > there:
+        raise ValueError(f"gpus={gpus} is more than this machine has: choose {there} or fewer")
+    asking = "from training import distributed; print(distributed.unusable_gpus())"
+    done = subprocess.run([sys.executable, "-c", asking], stdout=subprocess.PIPE, text=True, check=True)
+    if reason := done.stdout.strip():
+        raise ValueError(reason)
+
+
 def command(
     module: str,
     arguments: Sequence[str],
@@ -190,9 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = ranks_here(options.gpus)
     where = (options.nnodes, options.node_rank, options.rendezvous)
     try:
+        check_gpus(options.gpus)
         grace = options.grace or grace_seconds(options.module, options.arguments, ranks * options.nnodes)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
+        events.refuse(str(error))
         return 2
     launch = Launch(command(options.module, options.arguments, ranks, *where), options.restarts, grace)
     run = run_folder(options.module, options.arguments)

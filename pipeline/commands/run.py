@@ -16,6 +16,7 @@ from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import near, results_table
 from storage import objects, records
 from storage.places import Places, places
+from training import launch
 from training.config import to_dict
 
 
@@ -74,15 +75,18 @@ def run(
     check_unchanged(place, run_name, config)
     names = named_stages(only or [])
     runs.check_inputs(place, run_name, config, names)
+    trains = not names or "trained_model" in names
+    if trains:
+        launch.check_gpus(config.machine.gpus)
     source = runs.source(place, run_name, config.corpus)
     runs.check_possible(place, config, source)
-    if not names or "trained_model" in names:
+    if trains:
         runs.check_new(place, run_name, config, source)
     prepare(place)
     objects.publish_json(config_url(place, run_name), to_dict(config))
     keep_source(place, run_name, config.corpus, source)
     try:
-        execute(place, "full_pipeline", run_name, names, as_json)
+        execute(place, "full_pipeline", run_name, names, as_json, runs.cpu_ranks(config) if trains else "")
     except (Interrupted, KeyboardInterrupt) as stopped:
         if config.machine.resume == "no" and config != stored(place, run_name):  # which training forgets at its start
             message = str(stopped) or STOPPED
@@ -105,7 +109,7 @@ def prepare(place: Places) -> None:
     instance.prepare(place)
 
 
-def execute(place: Places, job: str, run_name: str, names: list[str], as_json: bool) -> None:
+def execute(place: Places, job: str, run_name: str, names: list[str], as_json: bool, ranks: str = "") -> None:
     from pipeline import execution
     from pipeline.terminal import Terminal, quiet_output
 
@@ -114,6 +118,8 @@ def execute(place: Places, job: str, run_name: str, names: list[str], as_json: b
         quiet = Console(stderr=True, quiet=True) if as_json else console
         terminal = Terminal(quiet)
         quiet.print(f"[bold]gpt2[/bold] run [bold]{run_name}[/bold] in {place.store}")
+        if ranks:
+            quiet.print(f"  {ranks}")
         run_id = execution.execute(place, job, run_name, terminal, names, rescored)
         made = list(terminal.made.values())
         if as_json:
