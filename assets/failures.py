@@ -17,4 +17,4 @@ class Refused(ValueError):
 
 
 class Interrupted(RuntimeError):
-    """It stopped, because it was told to: training with a checkpoint saved, where it had the time."""
+    """It stopped, because it was told to or its store is lost: training with a checkpoint saved, if it had the time."""

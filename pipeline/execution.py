@@ -10,9 +10,10 @@ from typing import Any
 import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
 
-from assets.failures import STOPPED, CheckFailed, Interrupted
+from assets.failures import KEPT, STOPPED, CheckFailed, Interrupted
 from pipeline import definitions, instance
 from pipeline.terminal import Terminal
+from storage import objects
 from storage.lineage import Lineage
 from storage.places import Places
 
@@ -68,6 +69,10 @@ def _execute(
             raise Interrupted(STOPPED) from interrupted
         except DagsterAssetCheckFailedError as failed:
             raise CheckFailed("; ".join(f"{asset}: {why}" for asset, why in terminal.failed.items())) from failed
+        except Exception as error:
+            if refusal := objects.s3_refusal(error):  # by now that is no bad input
+                raise Interrupted(f"{refusal}; {KEPT}") from error
+            raise
         finally:
             terminal.close()
     # Once: the stages have added what they made. After a run that fails, the next command that asks does it.

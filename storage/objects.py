@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 CHUNK = 16 * 2**20  # bytes read at once when hashing or copying
+REACH_S3 = "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+OF_AN_OBJECT = {"NoSuchKey", "404", "PreconditionFailed", "412", "InvalidRange", "416"}  # missing, or another by now
 
 
 @dataclass(frozen=True)
@@ -286,11 +288,7 @@ def check_writable(url: str) -> None:
         remove(probe)
     except failures() as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        fix = (
-            "choose a folder you may write to with --store"
-            if is_local(url)
-            else "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
-        )
+        fix = "choose a folder you may write to with --store" if is_local(url) else REACH_S3
         raise ValueError(f"the store {url} can't be written ({reason}): {fix}") from error
 
 
@@ -301,6 +299,19 @@ def failures() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError
 
     return (OSError, BotoCoreError)
+
+
+def s3_refusal(error: Exception) -> str:
+    """Why S3 can't be asked, or does not let us, and the fix; empty for an error that says something else."""
+    if "botocore" not in sys.modules:
+        return ""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    answer = error.__cause__  # s3fs makes an OSError of what the server answers
+    refused = isinstance(answer, ClientError) and answer.response["Error"]["Code"] not in OF_AN_OBJECT
+    if not (refused or isinstance(error, BotoCoreError)):
+        return ""
+    return f"S3 can't be read or written ({error}): {REACH_S3}"
 
 
 def free_bytes(url: str) -> int | None:

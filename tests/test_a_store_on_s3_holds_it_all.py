@@ -1,12 +1,41 @@
 """The whole chain on S3: a real server on loopback, the same outputs as on a disk."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
+from moto.server import ThreadedMotoServer
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 
 from storage import objects, records
+
+
+@pytest.mark.slow
+def test_a_run_whose_store_is_lost_has_failed_and_is_no_bad_input(s3_store: str, tmp_path: Path) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)  # another door to the same buckets
+    server.start()
+    host, port = server.get_host_and_port()
+    command = [sys.executable, "-m", "pipeline.commands.main", "run", "--only", "data", "--store", s3_store]
+    reached = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_MAX_ATTEMPTS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | reached
+    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not objects.list_files(s3_store, "/inputs.json"):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        server.stop()
+        said = run.communicate(timeout=100)[1].strip().splitlines()
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode == 1
+    assert "S3 can't be read or written (Could not connect to the endpoint URL" in said[-1]
+    assert said[-1].endswith("the same command goes on from there")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_run
 import torch
+from moto.core import set_initial_no_auth_action_count
 from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 
 from pipeline import definitions, runs
@@ -187,6 +189,36 @@ def test_the_training_program_takes_no_address_without_a_bucket(module: str, tmp
 def test_a_home_that_is_not_local() -> None:
     with pytest.raises(ValueError, match="GPT2_HOME=s3://bucket/home is not local"):
         places("store", {"GPT2_HOME": "s3://bucket/home"})
+
+
+@pytest.mark.parametrize("command", ["run", "store status", "lineage show x", "evals x"])
+def test_a_store_on_s3_without_keys(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # a cloud's machine may have keys
+    monkeypatch.setenv("HOME", str(tmp_path))  # and its user, too
+    said = refuse(*command.split(), cwd=tmp_path, store="s3://bucket/store")
+    assert "can't be read or written (Unable to locate credentials): check " in said and "AWS_ACCESS_KEY_ID" in said
+
+
+def test_a_server_that_is_not_there(s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with socket.socket() as closed:  # bound, but nothing listens
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        said = refuse("store", "status", cwd=tmp_path, store=s3_store)
+    assert "Could not connect to the endpoint URL" in said and "AWS_ENDPOINT_URL" in said
+
+
+@pytest.mark.parametrize("command", ["run", "store status"])  # which ask for an object, and for a listing
+def test_keys_that_the_server_does_not_know(command: str, s3_store: str, tmp_path: Path) -> None:
+    said = set_initial_no_auth_action_count(0)(refuse)(*command.split(), cwd=tmp_path, store=s3_store)
+    assert "S3 can't be read or written (" in said and "AWS_SECRET_ACCESS_KEY" in said
+
+
+def test_a_question_about_a_bucket_that_is_not_there(s3_store: str, tmp_path: Path) -> None:
+    said = refuse("store", "status", cwd=tmp_path, store="s3://no-such-bucket-anywhere/store")
+    assert "S3 can't be read or written (The specified bucket does not exist): check the bucket's name" in said
 
 
 def test_a_disk_without_space(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from assets.failures import STOPPED, CheckFailed, Interrupted, ProcessFailed
 from pipeline.commands import lineage
+from storage import objects
 
 HELP = "Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all."
 
@@ -42,6 +43,10 @@ def main() -> None:
         sys.exit(_say(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(_say(STOPPED, 1))
+    except Exception as error:
+        if refusal := objects.s3_refusal(error):
+            sys.exit(_say(refusal, 2))
+        raise
 
 
 def _say(message: str, status: int) -> int:
