@@ -37,6 +37,8 @@ def fetch(cache: str) -> str:
 
     Raises ValueError without a network, and for an archive that is not the one that was fetched here before.
     """
+    if not objects.is_local(cache):
+        raise ValueError(f"{cache} holds no core.yaml: put CORE's bundle there, or name a local folder to fetch it to")
     folder, pin = Path(cache) / NAME, Path(cache) / PIN
     if not (folder / "core.yaml").exists():
         archive = Path(cache) / f"{NAME}.zip.fetched"

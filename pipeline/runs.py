@@ -122,6 +122,7 @@ def check_possible(places: Places, config: RunConfig, source: sources.Source) ->
     if config.train.init_from:
         check_starting_weights(config)
     check_items(config.evals.hellaswag)
+    objects.check_address(config.evals.core)
     if config.train.hellaswag and not config.evals.hellaswag:
         raise ValueError(
             "train.hellaswag=true needs the items: set evals.hellaswag to their file, to published or to hub"

@@ -184,6 +184,13 @@ def test_the_bundle_is_fetched_once_and_kept(archive: Path, tmp_path: Path) -> N
     assert core_bundle.bundle(str(tmp_path / "cache")) == folder == core_bundle.bundle(folder)
 
 
+def test_the_bundle_is_not_fetched_to_s3(s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"{s3_store} holds no core.yaml"):
+        core_bundle.bundle(s3_store)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_archive_than_the_first_is_refused(archive: Path, tmp_path: Path) -> None:
     folder = core_bundle.bundle(str(tmp_path / "cache"))
     shutil.rmtree(folder)
