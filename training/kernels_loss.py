@@ -30,7 +30,7 @@ def _cross_entropy(
     # The target's own logit serves as the peak, which spares the search for the highest one.
     peak, top, slope = tl.load(base + target).to(tl.float32), 0.0, 1.0
     if CAPPED:
-        share = _tanh(peak / cap, FAST)
+        share = _tanh(peak / cap, FAST)  # another name than in the loop: Triton gives each one type
         peak, slope = cap * share, 1.0 - share * share
     tl.debug_barrier()  # every warp has read it before any overwrites it
     lanes = tl.zeros((BLOCK,), tl.float32)
