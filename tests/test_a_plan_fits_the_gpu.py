@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from pipeline.commands import model
 from storage.places import places
 from training import launch, plan
 from training.assemble import fitted
+from training.bench import Bench
 from training.config import RunConfig
+from training.gpt2 import Block
 from training.probe import micro_step_seconds
 from training.recipes import recipe
 
@@ -217,17 +220,38 @@ def test_a_gpu_that_is_in_no_table_must_be_this_machine_s() -> None:
         plan.gpu("v100", ["NVIDIA RTX 6000 Ada Generation"], 47.3)
 
 
-def test_a_probe_measures_a_micro_step_of_all_layers() -> None:
-    """On the CPU: twice the layers take about twice as long, and the cost is the micro-steps' time."""
+@pytest.fixture
+def seconds_a_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A clock of which each forward pass of a transformer block takes so long, and nothing else takes any time."""
+    seconds, passed = [1.0], [0.0]
+
+    def after(module: torch.nn.Module, *_: object) -> None:
+        passed[0] += seconds[0] * isinstance(module, Block)
+
+    monkeypatch.setattr(Bench, "now", lambda self: passed[0])
+    hook = torch.nn.modules.module.register_module_forward_hook(after)
+    yield seconds
+    hook.remove()
+
+
+@pytest.mark.parametrize("layers", [2, 4, 40])
+def test_a_probe_measures_a_micro_step_of_all_layers(layers: int, seconds_a_block: list[float]) -> None:
     config = with_machine(tiny_run.config(), micro_batch=4)
-    wide = replace(config.model, channels=128, context=64, layers=4)
-    config = replace(config, model=wide, train=replace(config.train, batch_tokens=8 * 64))
-    few, many = (micro_step_seconds(replace(config, model=replace(wide, layers=n)), tiny_run.alone()) for n in (4, 40))
-    assert 3 * few < many < 30 * few
+    config = replace(config, model=replace(config.model, layers=layers))
+    seconds = micro_step_seconds(config, tiny_run.alone())
+    assert seconds == layers
     fitted = plan.Plan(4, 2, 0, True, {"weights": 1.0})
-    cost = plan.probed_cost(config, fitted, plan.Gpu("new", 24.0, 0.0), 1, many, 3.6)
-    assert cost.seconds_per_step == 2 * many and cost.mfu is None
-    assert cost.dollars == pytest.approx(3.6 * 6 * 2 * many / 3600)
+    cost = plan.probed_cost(config, fitted, plan.Gpu("new", 24.0, 0.0), 1, seconds, 3.6)
+    assert cost.seconds_per_step == 2 * layers and cost.mfu is None
+    assert cost.dollars == pytest.approx(3.6 * 6 * 2 * layers / 3600)
+
+
+def test_a_probe_on_a_busy_gpu_guesses_nothing(seconds_a_block: list[float]) -> None:
+    config = with_machine(tiny_run.config(), micro_batch=4)
+    config = replace(config, model=replace(config.model, layers=12))
+    seconds_a_block[0] = 0.0
+    with pytest.raises(ValueError, match=r"no time of a layer could be measured \(3 layers took 0 ms"):
+        micro_step_seconds(config, tiny_run.alone())
 
 
 FAKE_SMI = """#!/bin/sh

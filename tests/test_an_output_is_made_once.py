@@ -135,13 +135,14 @@ def test_a_run_of_a_machine_that_was_lost_is_trained_after_a_lease(store, tmp_pa
     assert Far(store).take("training/r")  # and never renewed
     began = time.monotonic()
     with maker(store, tmp_path, "two").training("r"):
-        assert 1.0 < time.monotonic() - began < 5.0
+        assert time.monotonic() - began > 1.0
     assert re.findall(r"process 7 of far has claimed this run: waiting until \d\d:\d\d:\d\d", caplog.text)
     assert objects.list_files(objects.join(store, turns.CLAIMS)) == []  # so that who comes next does not wait
 
 
 def test_a_run_of_another_machine_that_lives_is_refused_at_its_sign_of_life(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "LEASE", 1.0)
+    monkeypatch.setattr(claims, "LEASE", 20.0)
+    monkeypatch.setattr(claims, "RENEWALS", 40)
     monkeypatch.setattr(turns, "POLL", 0.05)
     with Far(store) as far:
         assert far.take("training/r")

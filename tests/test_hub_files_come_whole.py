@@ -122,7 +122,7 @@ def test_busy_answers_are_waited_out_as_long_as_they_ask(local, tmp_path, monkey
 def test_ctrl_c_does_not_wait_for_a_busy_hub(local, tmp_path, monkeypatch, what):
     monkeypatch.setattr(hub, "LONGEST_WAIT", 300.0)
     source = sources.resolve("fineweb-edu-10B")
-    local.busy, local.retry_after = 100, "40"
+    local.busy, local.retry_after = 100, "200"
 
     def press() -> None:
         wait_for(lambda: len(ranges(local)) == 3)
@@ -134,7 +134,7 @@ def test_ctrl_c_does_not_wait_for_a_busy_hub(local, tmp_path, monkeypatch, what)
     with pytest.raises(KeyboardInterrupt):
         source.fetch(str(tmp_path), lambda *_: None) if what == "files" else source.text_bytes(10**12)
     pressing.join()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 150
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(local):

@@ -191,11 +191,12 @@ def test_a_claim_that_is_just_being_made_is_held(tmp_path):
 
 
 def test_a_renewed_claim_outlives_many_leases_and_a_silent_one_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "LEASE", 0.2)
+    monkeypatch.setattr(claims, "LEASE", 2.0)
+    monkeypatch.setattr(claims, "RENEWALS", 20)
     silent, other = Claims(str(tmp_path)), Claims(str(tmp_path))
     with Claims(str(tmp_path)) as alive:
         assert alive.take("renewed") and silent.take("silent")
-        until = time.monotonic() + 1.0
+        until = time.monotonic() + 6.0
         taken: set[str] = set()
         while time.monotonic() < until:
             taken |= {name for name in ("renewed", "silent") if name not in taken and other.take(name)}

@@ -22,12 +22,15 @@ REPEATS = 3  # after one step to warm up; the fastest counts
 
 
 def micro_step_seconds(config: RunConfig, world: World) -> float:
-    """Of all layers."""
+    """Of all layers. Raises ValueError where the GPU is too busy with other work to tell a layer's time."""
     layers = config.model.layers
     if layers <= MORE:
         return _timed(config, world, layers)
     few, more = (_timed(config, world, n) for n in (FEW, MORE))
-    return few + (layers - FEW) * max(0.0, more - few) / (MORE - FEW)
+    if more <= few:
+        took = f"{MORE} layers took {1e3 * more:.3g} ms and {FEW} took {1e3 * few:.3g}"
+        raise ValueError(f"no time of a layer could be measured ({took}): is {world.device_name} busy? Try again")
+    return few + (layers - FEW) * (more - few) / (MORE - FEW)
 
 
 def _timed(config: RunConfig, world: World, layers: int) -> float:
