@@ -145,8 +145,8 @@ def _connected(urls: Sequence[str]) -> duckdb.DuckDBPyConnection:
 
 
 def _reach(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) -> None:
-    if remote := [url for url in urls if not objects.is_local(url)]:
-        connection.register_filesystem(objects.filesystem(remote[0]))
+    if not all(map(objects.is_local, urls)):
+        connection.register_filesystem(objects.s3())
 
 
 def quoted(values: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ fetched over HTTP into `<name>.part`, resumed there with a Range request by whic
 checked, and only then renamed. (`hf_hub_download` starts from nothing in a new process.)
 """
 
-import hashlib
 import http.client
 import json
 import logging
@@ -176,14 +175,14 @@ def fetch_file(
     `stopped` ends it while it waits for the hub.
     """
     there = os.path.exists(local) and os.path.getsize(local) == entry.bytes
-    if there and entry.sha256 in ("", _sha256(Path(local))):
+    if there and entry.sha256 in ("", objects.sha256(local)):
         progress(entry.bytes)
         return
     part = Path(f"{local}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for again in (True, False):
         _fetch_part(url, part, entry, progress, stopped or Event())
-        found = _sha256(part)
+        found = objects.sha256(str(part))
         if not entry.sha256 or found == entry.sha256:
             check(entry, str(part))
             objects.sync(str(part))
@@ -302,8 +301,3 @@ def _pause(url: str, failures: int, most: int, reason: Exception | str, asked: f
     log.warning("%s: %s; trying again in %.1f s", url, reason, wait)
     if stopped.wait(wait):
         raise _Stopped(url)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

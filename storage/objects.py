@@ -13,11 +13,11 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-CHUNK = 16 * 2**20  # bytes read at once when hashing or copying
 REACH_S3 = "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
 OF_AN_OBJECT = {"NoSuchKey", "404", "PreconditionFailed", "412", "InvalidRange", "416"}  # missing, or another by now
 
@@ -66,16 +66,12 @@ def safe_name(text: str) -> str:
 
 
 def exists(url: str) -> bool:
-    return os.path.exists(url) if is_local(url) else bool(_remote(url).exists(url))
+    return os.path.exists(url) if is_local(url) else bool(s3().exists(url))
 
 
-def open_file(url: str, mode: str = "rb") -> IO[Any]:
-    """Open for reading. To write, use the `publish` functions."""
-    if "r" not in mode:
-        raise ValueError(f"open_file reads only, got mode {mode!r}: use publish_bytes or publish_file")
-    if is_local(url):
-        return open(url, mode)
-    return _remote(url).open(url, mode)
+def open_file(url: str) -> IO[Any]:
+    """Open for reading bytes. To write, use the `publish` functions."""
+    return open(url, "rb") if is_local(url) else s3().open(url, "rb")
 
 
 def read_bytes(url: str, start: int = 0) -> bytes:
@@ -84,7 +80,7 @@ def read_bytes(url: str, start: int = 0) -> bytes:
         with open(url, "rb") as f:
             f.seek(start)
             return f.read()
-    return bytes(_remote(url).cat_file(url)[start:])  # a range that an object no longer has would be refused
+    return bytes(s3().cat_file(url)[start:])  # a range that an object no longer has would be refused
 
 
 def read_text(url: str) -> str:
@@ -104,7 +100,7 @@ def stat(url: str) -> Stat:
     if is_local(url):
         info = os.stat(url)
         return Stat(name_of(url), info.st_size, str(info.st_mtime_ns), info.st_mtime)
-    return _remote_stat(name_of(url), _remote(url).info(url))
+    return _remote_stat(name_of(url), s3().info(url))
 
 
 def list_files(url: str, suffix: str = "") -> list[Stat]:
@@ -125,7 +121,7 @@ def _list_local(root: str) -> Iterator[Stat]:
 
 
 def _list_remote(root: str) -> Iterator[Stat]:
-    fs = _remote(root)
+    fs = s3()
     prefix = fs._strip_protocol(root).rstrip("/") + "/"
     for path, info in fs.find(root, detail=True).items():
         if info["type"] == "file" and path.startswith(prefix):
@@ -143,7 +139,7 @@ def publish_bytes(url: str, data: bytes) -> None:
         with _published(url) as partial:
             partial.write_bytes(data)
     else:
-        _remote(url).pipe_file(url, data)
+        s3().pipe_file(url, data)
 
 
 def publish_json(url: str, value: Any) -> None:
@@ -156,26 +152,21 @@ def publish_file(local: str, url: str) -> None:
         with _published(url) as partial:
             shutil.copyfile(local, partial)
     else:
-        _remote(url).put_file(local, url)
+        s3().put_file(local, url)
 
 
-class _published:
+@contextmanager
+def _published(path: str) -> Iterator[Path]:
     """A file beside its final name while it is written: synced and renamed on success, removed on failure."""
-
-    def __init__(self, path: str):
-        self.final = Path(path)
-        self.partial = self.final.with_name(f".{self.final.name}.{uuid.uuid4().hex[:8]}.partial")
-
-    def __enter__(self) -> Path:
-        self.final.parent.mkdir(parents=True, exist_ok=True)
-        return self.partial
-
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if failure is None:
-            sync(str(self.partial))
-            os.replace(self.partial, self.final)
-        else:
-            self.partial.unlink(missing_ok=True)
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        sync(str(partial))
+        partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: str) -> None:
@@ -192,7 +183,7 @@ def create_exclusive(url: str, data: bytes) -> bool:
             with open(url, "xb") as f:
                 f.write(data)
         else:
-            _remote(url).pipe_file(url, data, mode="create")
+            s3().pipe_file(url, data, mode="create")
     except FileExistsError:
         return False
     return True
@@ -202,7 +193,7 @@ def remove(url: str) -> None:
     if is_local(url):
         os.unlink(url)
     else:
-        _remote(url).rm_file(url)
+        s3().rm_file(url)
 
 
 def remove_tree(url: str) -> None:
@@ -211,17 +202,17 @@ def remove_tree(url: str) -> None:
         if os.path.isdir(url):
             shutil.rmtree(url)
     elif list_files(url):
-        _remote(url).rm(url, recursive=True)
+        s3().rm(url, recursive=True)
 
 
 def unfinished_uploads(url: str) -> list[Stat]:
     """Uploads in parts to S3 below `url` that were neither completed nor given up; `modified` is the upload's id."""
     bucket, prefix = _bucket(url)
-    answer = _remote(url).call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+    answer = s3().call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
     found = []
     for upload in answer.get("Uploads", []):
         where = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-        parts = _remote(url).call_s3("list_parts", **where).get("Parts", [])
+        parts = s3().call_s3("list_parts", **where).get("Parts", [])
         path, size = upload["Key"].removeprefix(f"{prefix}/"), sum(part["Size"] for part in parts)
         found.append(Stat(path, size, upload["UploadId"], upload["Initiated"].timestamp()))
     return found
@@ -229,7 +220,7 @@ def unfinished_uploads(url: str) -> list[Stat]:
 
 def abort_upload(url: str, upload: str) -> None:
     bucket, key = _bucket(url)
-    _remote(url).call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+    s3().call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
 
 
 def _bucket(url: str) -> tuple[str, str]:
@@ -237,22 +228,10 @@ def _bucket(url: str) -> tuple[str, str]:
     return bucket, key
 
 
-def move_tree(source: str, destination: str) -> None:
-    """Move a folder within one store."""
-    if is_local(source) and is_local(destination):
-        Path(destination).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(source, destination)
-    else:
-        copy_tree(source, destination)
-        remove_tree(source)
-
-
-def copy_tree(source: str, destination: str, skip_same_size: bool = False) -> None:
-    """Copy every file below `source`; with `skip_same_size`, those are left that are there in that size."""
-    there = {s.path: s.bytes for s in list_files(destination)} if skip_same_size else {}
+def copy_tree(source: str, destination: str) -> None:
+    """Copy every file below `source`."""
     for found in list_files(source):
-        if there.get(found.path) != found.bytes:
-            copy(join(source, found.path), join(destination, found.path))
+        copy(join(source, found.path), join(destination, found.path))
 
 
 def fetch(source: str, local: str) -> None:
@@ -267,17 +246,14 @@ def copy(source: str, destination: str) -> None:
         publish_file(source, destination)
     elif is_local(destination):
         with _published(destination) as partial:
-            _remote(source).get_file(source, str(partial))
+            s3().get_file(source, str(partial))
     else:
-        _remote(source).copy(source, destination)
+        s3().copy(source, destination)
 
 
 def sha256(url: str) -> str:
-    digest = hashlib.sha256()
     with open_file(url) as f:
-        while chunk := f.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def check_writable(url: str) -> None:
@@ -324,13 +300,8 @@ def free_bytes(url: str) -> int | None:
     return shutil.disk_usage(path).free
 
 
-def filesystem(url: str) -> Any:
-    """The fsspec filesystem of a location on S3, for libraries that take one."""
-    return _remote(url)
-
-
-def _remote(url: str) -> Any:
-    """The fsspec filesystem of a URL. Listings are never cached: other processes write to the same store."""
+def s3() -> Any:
+    """fsspec's filesystem of S3. Listings are never cached: other processes write to the same store."""
     import fsspec  # a fifth of the time in which a worker of tokenization starts
 
     return fsspec.filesystem("s3", use_listings_cache=False)

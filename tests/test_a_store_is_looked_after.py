@@ -249,7 +249,7 @@ def test_what_was_left_half_done_goes(chain, tmp_path):
 
 def test_uploads_that_never_ended_are_given_up(s3_store, tmp_path):
     bucket = s3_store.split("/")[2]
-    client = objects.filesystem(s3_store)
+    client = objects.s3()
     client.call_s3("create_multipart_upload", Bucket=bucket, Key="store/runs/r/big.bin")
     found = garbage.find(s3_store, tmp_path, (), LATER, FOLDERS)
     assert [(g.what, g.name) for g in found] == [("unfinished upload", "runs/r/big.bin")]
