@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline import runs
-from storage import documents, objects, records
+from storage import documents, objects, parquet, records
 from storage.documents import Place
 from storage.lineage import Lineage, Node
 from storage.places import Places
@@ -22,14 +22,12 @@ def in_step(place: Places, run: str, step: int) -> list[dict[str, Any]]:
 
 def steps(place: Places, run: str, document: str) -> list[dict[str, Any]]:
     """A row for each step of the run that saw the document. Raises ValueError where its corpus has no such one."""
-    config, key = runs.existing(place, run), runs.tokens_of(place, run)
+    runs.existing(place, run)
+    key = runs.tokens_of(place, run)
     found = _find(place, key, document)
     if not found:
         raise ValueError(f"no shard in {key} has a document of the id or URL {document!r}")
-    one = found[0]
-    tokens = objects.join(place.store, key)
-    where = [(p.shard, p.start, p.tokens) for p in found]
-    found_at = trace.steps_of_places(tokens, config, where, _positions(place, run, config))
+    one, found_at = found[0], _steps_of(place, run, found)
     if not found_at:
         held_out = all("_val_" in p.shard for p in found)
         why = "it is held out, for validation" if held_out else "its shards come after the last step"
@@ -52,17 +50,17 @@ def readers(place: Places, index: Lineage, document: str) -> list[Node]:
         found = _find(place, key, document)
         held_out = any("_val_" in p.shard for p in found)
         for node in index.made_from(key) if found else []:
-            if _saw(place, node.key, found) if node.job == "trained_model" else held_out:
+            if _steps_of(place, objects.name_of(node.key), found) if node.job == "trained_model" else held_out:
                 read_by.append(node)
     return read_by
 
 
-def _saw(place: Places, key: str, found: list[Place]) -> bool:
-    run = objects.name_of(key)
+def _steps_of(place: Places, run: str, found: list[Place]) -> list[int]:
+    """The steps of a run that saw the document which lies in these places."""
     config = runs.existing(place, run)
     tokens = objects.join(place.store, runs.tokens_of(place, run))
     where = [(p.shard, p.start, p.tokens) for p in found]
-    return bool(trace.steps_of_places(tokens, config, where, _positions(place, run, config)))
+    return trace.steps_of_places(tokens, config, where, _positions(place, run, config))
 
 
 def add_texts(place: Places, found: list[dict[str, Any]]) -> None:
@@ -70,7 +68,7 @@ def add_texts(place: Places, found: list[dict[str, Any]]) -> None:
     rows: dict[str, list[int]] = {}
     for row in found:
         rows.setdefault(row["file"], []).append(row["row"])
-    texts = {file: documents.texts_at(records.file_url(place.store, "", file), rows[file]) for file in rows}
+    texts = {file: parquet.texts_at(records.file_url(place.store, "", file), rows[file]) for file in rows}
     for row in found:
         row["text"] = texts[row["file"]][row["row"]]
 

@@ -7,7 +7,7 @@ fingerprint, and made anew where it is missing.
 
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,24 +111,6 @@ def show_documents(connection: duckdb.DuckDBPyConnection, stores: Sequence[str])
         f"{', '.join(f'd.{name}' for name in COLUMNS)} "
         f"FROM read_parquet([{listed}], filename = true) d JOIN shard_indexes ON index_url = d.filename"
     )
-
-
-def texts_at(url: str, rows: Iterable[int]) -> dict[int, str]:
-    """The text of rows of a parquet file, by row, from one reading of each row group that holds one of them."""
-    from storage import parquet  # parquet takes as long to load as all that only looks documents up
-
-    wanted, first = sorted(set(rows)), 0
-    found: dict[int, str] = {}
-    metadata = parquet.read_metadata(url)
-    for group in range(metadata.num_row_groups):
-        count = metadata.row_group(group).num_rows
-        if inside := [row for row in wanted if first <= row < first + count]:
-            texts = [text for batch in parquet.read_groups(url, [group]) for text in parquet.texts(batch)]
-            found |= {row: texts[row - first] for row in inside}
-        first += count
-    if wanted and wanted[-1] >= first:
-        raise ValueError(f"{url} has no row {wanted[-1]}: it is not the file that the shards were made from")
-    return found
 
 
 def _indexes(store: str, tokens: Record) -> list[str]:

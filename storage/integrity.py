@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from storage import lineage_rows, objects
 from storage.contents import CLAIMS, Contents, contents, failures, key_of_record, why
-from storage.records import File, Record, file_url, fingerprint, is_as_written, record_url
+from storage.records import File, Record, file_url, fingerprint, folder_url, is_as_written, record_url
 
 HASHERS = 8  # files that are read at once; sha256 uses a core each
 
@@ -78,7 +78,7 @@ def _compared(url: str, file: File) -> tuple[str, str] | None:
 
 def _place(record: Record, file: File) -> str:
     """In the store, or in full where the bytes lie outside."""
-    return file.path if file_url("", "", file.path) == file.path else file_url("", record.key, file.path).lstrip("/")
+    return objects.within(folder_url("", record.key).lstrip("/"), file.path)
 
 
 def _records(store: str, found: Contents) -> Iterator[Problem]:

@@ -14,9 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from storage import hub, objects, shards, tokenizer
+from storage import hub, objects, parquet, shards, tokenizer
 from storage.library_source import local_digest
 from storage.records import File, describe_file
 
@@ -104,8 +102,7 @@ def read_items(url: str) -> list[dict[str, Any]]:
     if not objects.exists(url):
         raise ValueError(f"no items at {url}: name HellaSwag's validation jsonl, or `hub` to fetch it")
     if url.endswith(".parquet"):
-        with objects.open_file(url) as f:
-            rows = pq.ParquetFile(f).read(use_threads=False).to_pylist()
+        rows = parquet.read_table(url).to_pylist()
     else:
         data = objects.read_bytes(url)
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()

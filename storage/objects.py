@@ -15,8 +15,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 REACH_S3 = "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
 OF_AN_OBJECT = {"NoSuchKey", "404", "PreconditionFailed", "412", "InvalidRange", "416"}  # missing, or another by now
@@ -52,6 +53,11 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def within(folder: str, path: str) -> str:
+    """Where a file of a folder lies; absolute paths and URLs stay as they are."""
+    return path if path.startswith("/") or not is_local(path) else join(folder, path)
+
+
 def absolute(url: str) -> str:
     return os.path.abspath(url) if is_local(url) else url
 
@@ -69,7 +75,7 @@ def exists(url: str) -> bool:
     return os.path.exists(url) if is_local(url) else bool(s3().exists(url))
 
 
-def open_file(url: str) -> IO[Any]:
+def open_file(url: str) -> BufferedReader:
     """Open for reading bytes. To write, use the `publish` functions."""
     return open(url, "rb") if is_local(url) else s3().open(url, "rb")
 

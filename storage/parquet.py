@@ -134,3 +134,22 @@ def text_bytes(batch: pa.RecordBatch) -> list[bytes]:
 def texts(batch: pa.RecordBatch) -> list[str]:
     """The text of each document, bytes that are no UTF-8 (lone surrogates) as U+FFFD."""
     return [value.decode("utf-8", "replace") for value in text_bytes(batch)]
+
+
+def texts_at(url: str, rows: Iterable[int]) -> dict[int, str]:
+    """The text of rows of a file, by row, from one reading of each row group that holds one of them.
+
+    Raises ValueError where the file has no such row.
+    """
+    wanted, first = sorted(set(rows)), 0
+    found: dict[int, str] = {}
+    metadata = read_metadata(url)
+    for group in range(metadata.num_row_groups):
+        count = metadata.row_group(group).num_rows
+        if inside := [row for row in wanted if first <= row < first + count]:
+            read = [text for batch in read_groups(url, [group]) for text in texts(batch)]
+            found |= {row: read[row - first] for row in inside}
+        first += count
+    if wanted and wanted[-1] >= first:
+        raise ValueError(f"{url} has no row {wanted[-1]}: it is not the file that the shards were made from")
+    return found

@@ -98,9 +98,7 @@ def output_url(store: str, key: str) -> str:
 
 def file_url(store: str, key: str, path: str) -> str:
     """Where a file of `key` lies; absolute paths stay as they are."""
-    if path.startswith("/") or not objects.is_local(path):
-        return path
-    return objects.join(folder_url(store, key), path)
+    return objects.within(folder_url(store, key), path)
 
 
 def read_record(store: str, key: str) -> Record | None:
@@ -164,7 +162,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 def describe_file(folder: str, path: str) -> File:
     """A file of an output as its record states it, hashed."""
-    url = path if path.startswith("/") or not objects.is_local(path) else objects.join(folder, path)
+    url = objects.within(folder, path)
     found = objects.stat(url)
     return File(path, found.bytes, found.modified, objects.sha256(url))
 

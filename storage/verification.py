@@ -58,10 +58,8 @@ def _sample(indexes: list[str], size: int, seed: int) -> tuple[int, list[dict[st
 
 def source_url(folder: str, file: str) -> str:
     """Where the documents' file lies that an index in `folder` names: by its path in the store, or in full."""
-    if file.startswith("/") or not objects.is_local(file):
-        return file
     store = objects.absolute(folder).rstrip("/").rsplit("/", 2)[0]  # folder is STORE/tokens/CORPUS
-    return objects.join(store, file)
+    return objects.within(store, file)
 
 
 class _Stream:
@@ -84,20 +82,8 @@ def _check_document(stream: _Stream, row: dict[str, Any], url: str) -> None:
     if not objects.exists(url):
         raise ValueError(f"{url} is not there any more: its tokens can't be compared with its text")
     found = stream.read(position, count)
-    if found[0] != tokenizer.EOT or tokenizer.decode(found[1:]) != document_text(url, number):
+    if found[0] != tokenizer.EOT or tokenizer.decode(found[1:]) != parquet.texts_at(url, [number])[number]:
         raise ValueError(
             f"the tokens at {position:,} do not decode to row {number} of {url}: the documents have changed since, "
             "or the shard is damaged; make the shards anew"
         )
-
-
-def document_text(url: str, row: int) -> str:
-    """The text of one row of a parquet file, reading only its row group."""
-    metadata = parquet.read_metadata(url)
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if row < rows:
-            read = parquet.read_groups(url, [group])
-            return [text for batch in read for text in parquet.texts(batch)][row]
-        row -= rows
-    raise ValueError(f"{url} has no row {row}")

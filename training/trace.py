@@ -12,9 +12,8 @@ from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from storage import objects, shards
+from storage import objects, parquet, shards
 from storage.shards import index_name
 from training.config import RunConfig
 from training.order import Order
@@ -83,8 +82,7 @@ def _in_sequences(tokens: str, shard: str, offsets: Sequence[int], config: RunCo
     url, context = objects.join(tokens, index_name(shard)), config.model.context
     if not objects.exists(url):
         raise ValueError(f"{shard} has no index of its documents: it was tokenized elsewhere")
-    with objects.open_file(url) as f:
-        index = pq.ParquetFile(f).read(use_threads=False)
+    index = parquet.read_table(url)
     starts, lengths = _numbers(index, "start"), _numbers(index, "tokens")
     inside: dict[int, int] = {}  # row of the index → tokens
     for offset in offsets:
