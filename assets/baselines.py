@@ -11,6 +11,7 @@ from typing import Any
 
 from assets.making import Maker
 from assets.models import scored_here
+from assets.run_config import known_runs
 from evals import reference, results
 from evals.comparison import Rows
 from evals.report import Baseline
@@ -59,9 +60,8 @@ def _others(maker: Maker, run: str, context: int) -> Iterator[tuple[str, str, in
         name = str(own.metrics["name"]) if own else folder.rsplit("-", 1)[0]
         if name != run:
             yield name, reference.NAMES.get(reference.published_name(name) or "", name), context, theirs
-    for stat in objects.list_files(objects.join(store, "runs"), "/config.json"):
-        name = stat.path.split("/")[0]
-        if stat.path.count("/") == 1 and name != run and (config := _finetuned(maker, name)):
+    for name in known_runs(maker.places):
+        if name != run and (config := _finetuned(maker, name)):
             there = (records.read_record(store, f"runs/{name}/scores/{suite}") for suite in SUITES)
             yield name, f"{name} (fine-tuned)", config.model.context, [record for record in there if record]
 

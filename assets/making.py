@@ -22,6 +22,8 @@ from assets.run_config import (
     check_no_repeat,
     check_unchanged,
     config_url,
+    inputs,
+    inputs_url,
     keep_source,
     resuming,
     source_of,
@@ -187,12 +189,11 @@ class Maker:
         """Note which outputs a run reads: its corpus's name in the store is known once it has been resolved."""
         there = self.inputs(run)
         if there | keys != there:
-            objects.publish_json(objects.join(self.places.store, "runs", run, "inputs.json"), there | keys)
+            objects.publish_json(inputs_url(self.places, run), there | keys)
 
     def inputs(self, run: str) -> dict[str, str]:
         """What `remember_input` noted, name → key."""
-        url = objects.join(self.places.store, "runs", run, "inputs.json")
-        return objects.read_json(url) if objects.exists(url) else {}
+        return inputs(self.places, run)
 
     def input(self, run: str, name: str, asset: str) -> Record:
         """The record of what `remember_input` noted under `name`; `asset` is what makes it."""

@@ -7,7 +7,7 @@ from assets.corpus import completion_output
 from assets.items import hellaswag_output
 from assets.making import Maker
 from assets.run_config import source_of
-from storage import objects
+from storage import contents, objects
 from training.config import SUITES
 
 log = logging.getLogger(__name__)
@@ -36,15 +36,11 @@ def stages(run: str) -> Iterator[str]:
     yield from (f"runs/{run}/scores/{suite}" for suite in SUITES)
 
 
-def _unreadable() -> tuple[type[Exception], ...]:
-    return (ValueError, *objects.failures())
-
-
 def _documents(maker: Maker, run: str, corpus: str) -> set[str]:
     """Their key is known once the source has been looked at; where it can't be, any in the store may be meant."""
     try:
         return {f"corpora/{source_of(maker.places, run, corpus).name}/documents"}
-    except _unreadable() as error:
+    except contents.failures() as error:
         log.warning("run %r has no documents yet and its corpus can't be read (%s): every corpus is kept", run, error)
         there = objects.list_files(objects.join(maker.places.store, "corpora"))
         return {f"corpora/{s.path.split('/')[0]}/documents" for s in there}

@@ -34,6 +34,27 @@ def stored(places: Places, run: str) -> RunConfig | None:
     return from_dict(RunConfig, objects.read_json(url), url) if objects.exists(url) else None
 
 
+def known_runs(places: Places) -> list[str]:
+    """Names of the runs in the store."""
+    return _with_file(places, "config.json")
+
+
+def _with_file(places: Places, name: str) -> list[str]:
+    """The runs of the store whose folders hold a file of that name."""
+    found = objects.list_files(objects.join(places.store, "runs"), f"/{name}")
+    return [s.path.split("/")[0] for s in found if s.path.count("/") == 1]
+
+
+def inputs(places: Places, run: str) -> dict[str, str]:
+    """Which outputs a run reads, name → key, as far as they are known yet."""
+    url = inputs_url(places, run)
+    return dict(objects.read_json(url)) if objects.exists(url) else {}
+
+
+def inputs_url(places: Places, run: str) -> str:
+    return objects.join(places.store, "runs", run, "inputs.json")
+
+
 def resuming(config: RunConfig, how: Literal["exact", "anyway", "no"] = "exact") -> RunConfig:
     """The same run, started in that way."""
     return replace(config, machine=replace(config.machine, resume=how))
@@ -52,15 +73,13 @@ def source_of(places: Places, run: str, corpus: str) -> sources.Source:
 
 def _found(places: Places, run: str, corpus: str) -> Iterator[tuple[dict[str, Any], str | None]]:
     """What a run's corpus was found to be, by its source.json, or else by the record of its documents."""
-    folder = objects.join(places.store, "runs", run)
-    if objects.exists(url := objects.join(folder, "source.json")):
+    if objects.exists(url := objects.join(places.store, "runs", run, "source.json")):
         noted = objects.read_json(url)
         if noted["corpus"] == corpus:
             yield noted["identity"], noted["revision"]
-    if objects.exists(url := objects.join(folder, "inputs.json")):
-        key = objects.read_json(url).get("documents")
-        if key and (documents := records.read_record(places.store, key)):
-            yield documents.config, documents.metrics.get("revision")
+    key = inputs(places, run).get("documents")
+    if key and (documents := records.read_record(places.store, key)):
+        yield documents.config, documents.metrics.get("revision")
 
 
 def keep_source(places: Places, run: str, corpus: str, source: sources.Source) -> sources.Source:
@@ -102,14 +121,12 @@ DEFINITION = "definition.json"  # of a run whose training has begun: the fingerp
 
 def trainings(places: Places) -> dict[str, str]:
     """The runs of the store whose training has begun -> the fingerprint of what each of them trains."""
-    runs = objects.join(places.store, "runs")
     begun: dict[str, str] = {}
-    for found in objects.list_files(runs, f"/{DEFINITION}"):
-        if found.path.count("/") == 1:
-            try:
-                begun[found.path.split("/")[0]] = objects.read_json(objects.join(runs, found.path))["fingerprint"]
-            except (ValueError, KeyError, TypeError) as error:  # no reason to keep every other run from training
-                log.warning("what %s trains is not known: %s", found.path, error)
+    for run in _with_file(places, DEFINITION):
+        try:
+            begun[run] = objects.read_json(objects.join(places.store, "runs", run, DEFINITION))["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:  # no reason to keep every other run from training
+            log.warning("what run %r trains is not known: %s", run, error)
     return begun
 
 

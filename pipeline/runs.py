@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from assets.run_config import definition, source_of, stored, trainings
+from assets.run_config import definition, inputs, known_runs, source_of, stored, trainings
 from evals.run import HARNESS_SUITES
 from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
@@ -68,12 +68,6 @@ def default_name(config: RunConfig) -> str:
     return f"{name}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:6]}"
 
 
-def known_runs(places: Places) -> list[str]:
-    """Names of the runs in the store."""
-    found = objects.list_files(objects.join(places.store, "runs"), "/config.json")
-    return [s.path.split("/")[0] for s in found if s.path.count("/") == 1]
-
-
 def readable_runs(places: Places) -> Iterator[str]:
     """Names of the runs in the store, without those whose configuration can't be read: these are named in the log."""
     for run in known_runs(places):
@@ -108,11 +102,10 @@ def existing(places: Places, run: str) -> RunConfig:
 
 def tokens_of(places: Places, run: str) -> str:
     """The key of the token shards that a run reads."""
-    url = objects.join(places.store, "runs", run, "inputs.json")
-    key = objects.read_json(url).get("tokens") if objects.exists(url) else None
+    key = inputs(places, run).get("tokens")
     if key is None:
         raise ValueError(f"run {run!r} has no token shards yet: `gpt2 run` makes them")
-    return str(key)
+    return key
 
 
 def check_possible(places: Places, config: RunConfig, source: sources.Source) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets.checkpoints import checkpoint_scores, unscored
-from assets.making import Maker
-from assets.resources import Launcher, Silent
 from pipeline import instance, runs
 from storage.places import places
 
@@ -33,7 +31,7 @@ def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     description="Scores each new checkpoint that a run keeps for good (train.keep_every), once the cards are free.",
 )
 def new_checkpoints(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest]:
-    maker = Maker(places(), Launcher(), Silent())
+    maker = runs.silent_maker(places())
     for run in {*context.instance.get_dynamic_partitions("run")} & {*runs.readable_runs(maker.places)}:
         for step, made in unscored(maker, run).items():
             checkpoint = {CHECKPOINT_TAG: f"{run}@{step} of {made}"}

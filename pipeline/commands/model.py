@@ -207,10 +207,7 @@ def _model_folder(place: Places, name: str) -> str:
 
 
 def _staged_export(place: Places, run: str) -> str:
-    from assets.making import Maker  # Dagster takes a second to load
-    from assets.resources import Launcher, Silent
-
-    maker = Maker(place, Launcher(), Silent())
+    maker = runs.silent_maker(place)
     return maker.stage(maker.parent(f"runs/{run}/export", "hf_model"))
 
 
@@ -240,11 +237,9 @@ def export(
 
 def _push(place: Places, run: str, repo: str) -> str:
     from assets.card import write_card
-    from assets.making import Maker
-    from assets.resources import Launcher, Silent
 
     folder = _staged_export(place, run)
-    write_card(Maker(place, Launcher(), Silent()), run)
+    write_card(runs.silent_maker(place), run)
     return models.push(folder, repo, f"Export of {run}")
 
 
