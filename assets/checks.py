@@ -13,8 +13,9 @@ import dagster as dg
 
 from assets.corpus import completion_output
 from assets.items import hellaswag_at_hand
-from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
+from assets.making import Check, Maker, Output, Produced, StageConfig
 from assets.resources import RUNS, Event
+from assets.shown import materialize
 from evals import core_bundle
 from storage import inspection, items, objects, records, shards
 from storage.items import FILES

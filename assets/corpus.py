@@ -8,7 +8,7 @@ import dagster as dg
 from assets import shown
 from assets.ahead import tokenized_ahead
 from assets.items import ITEMS_VERSION, hellaswag_items
-from assets.making import Check, Maker, Output, Produced, StageConfig, chosen, materialize
+from assets.making import Check, Maker, Output, Produced, StageConfig, chosen
 from assets.repeats import check_new
 from assets.resources import RUNS, Event, NewRun
 from assets.run_config import source_of
@@ -73,8 +73,8 @@ def documents(
 
     made, checks = maker.make(config, output, produce, [HAS_DOCUMENTS])
     maker.remember_input(context.partition_key, documents=output.key)
-    columns = {} if source.kind == "tokens" else shown.parquet_columns(_url(maker, made.record, 0))
-    return materialize(made, checks, columns | dict(source.details))
+    columns = {} if source.kind == "tokens" else shown.parquet_columns(_first_file(maker, made.record))
+    return shown.materialize(made, checks, columns | dict(source.details))
 
 
 def _define(context: dg.AssetExecutionContext, maker: Maker, run: RunConfig) -> None:
@@ -107,8 +107,8 @@ def eval_items(
         return Produced(files=items.write_items(made, out), rows=len(made))
 
     made, checks = maker.make(config, output, produce, [HAS_ITEMS])
-    columns = shown.json_columns(_url(maker, made.record, 0))
-    return materialize(made, checks, {"hellaswag": missing or run.evals.hellaswag} | columns)
+    columns = shown.json_columns(_first_file(maker, made.record))
+    return shown.materialize(made, checks, {"hellaswag": missing or run.evals.hellaswag} | columns)
 
 
 def _make_hellaswag(maker: Maker, config: StageConfig, run: RunConfig) -> str:
@@ -125,8 +125,8 @@ def _make_hellaswag(maker: Maker, config: StageConfig, run: RunConfig) -> str:
     return ""
 
 
-def _url(maker: Maker, record: Record, number: int) -> str:
-    return records.file_url(maker.places.store, record.key, record.files[number].path)
+def _first_file(maker: Maker, record: Record) -> str:
+    return records.file_url(maker.places.store, record.key, record.files[0].path)
 
 
 def documents_output(source: sources.Source) -> Output:

@@ -1,6 +1,5 @@
-"""How is an output made, or reused, checked, recorded and shown in Dagster? One way for every asset."""
+"""How is an output made, or reused, checked and recorded? One way for every asset."""
 
-import base64
 import fcntl
 import logging
 import os
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
-from assets import shown
 from assets.resources import Event, Launcher, Listener
 from assets.run_config import (
     DEFINITION,
@@ -387,42 +385,6 @@ def chosen(context: dg.AssetExecutionContext, asset: str) -> bool:
     return dg.AssetKey(asset) in context.job_def.asset_layer.selected_asset_keys
 
 
-def materialize(
-    made: Made, checks: Sequence[dg.AssetCheckResult] = (), metadata: dict[str, Any] | None = None
-) -> dg.MaterializeResult:
-    """What Dagster shows of an output: the same facts for every asset, and its own beside them."""
-    return dg.MaterializeResult(
-        metadata=(metadata or {}) | describe(made),
-        data_version=dg.DataVersion(made.record.fingerprint[:16]),
-        check_results=list(checks),
-    )
-
-
-def describe(made: Made) -> dict[str, Any]:
-    record = made.record
-    facts: dict[str, Any] = {
-        "location": dg.MetadataValue.path(made.location)
-        if objects.is_local(made.location)
-        else dg.MetadataValue.url(made.location),
-        "reused": made.reused,
-        "reason": made.reason,
-        "files": len(record.files),
-        "bytes": record.bytes,
-        "files_listed": shown.files(record.files),
-        "seconds": record.cost["seconds"],
-        "gpu_hours": record.cost["gpu_hours"],
-        "dollars": record.cost["dollars"],
-        "fingerprint": record.fingerprint,
-        "commit": record.commit or "not in a git checkout",
-        "parents": dg.MetadataValue.md(
-            "\n".join(f"- `{p.key}` ({p.fingerprint[:8]})" for p in record.parents) or "none"
-        ),
-        "config": dg.MetadataValue.json(record.config),
-    }
-    counts = {"rows": record.rows, "tokens": record.tokens}
-    return facts | {name: value for name, value in counts.items() if value is not None}
-
-
 def _cost(seconds: float, gpus: int, price: float) -> dict[str, float | None]:
     """Dollars are those of GPUs whose price is told; what is not known is None, never 0."""
     gpu_hours = seconds / 3600 * gpus
@@ -431,11 +393,6 @@ def _cost(seconds: float, gpus: int, price: float) -> dict[str, float | None]:
 
 def _numbers(seen: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in seen.items() if name != "passed")
-
-
-def image(name: str, png: bytes) -> dg.MarkdownMetadataValue:
-    """A picture that an asset's page shows, embedded."""
-    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def _now() -> str:

@@ -13,7 +13,7 @@ from assets import shown, trainer
 from assets.card import FILE as CARD
 from assets.card import write_card
 from assets.failures import ProcessFailed
-from assets.making import Check, Maker, Output, Produced, StageConfig, image, materialize
+from assets.making import Check, Maker, Output, Produced, StageConfig
 from assets.observer import Observer
 from assets.resources import POOL, RUNS, Event
 from assets.tokens import validation_shard
@@ -72,7 +72,7 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
 
     made, checks = maker.make(StageConfig(), output, produce, [LOSS_IS_FINITE])
     folder = maker.stage(made.record, suffix=(".log", ".txt", ".jsonl"))
-    return materialize(made, checks, _training_metadata(folder, name, run, made.record))
+    return shown.materialize(made, checks, _training_metadata(folder, name, run, made.record))
 
 
 def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
@@ -112,7 +112,7 @@ def _training_metadata(folder: str, name: str, run: RunConfig, record: Record) -
         dict(record.metrics)
         | {name: value for name, value in record.cost.items() if value is not None}
         | {"sample": dg.MetadataValue.md(f"```\n{sample}\n```")}
-        | {f"figure_{p.name}": image(p.name, p.png["light"]) for p in pictures}
+        | {f"figure_{p.name}": shown.image(p.name, p.png["light"]) for p in pictures}
         | ({"hellaswag": log.accuracy[-1][1]} if log.accuracy else {})
     )
 
@@ -153,7 +153,7 @@ def hf_model(
         write_card(maker, name)
     weights = next(f.path for f in made.record.files if f.path.endswith(".safetensors"))
     tensors = shown.tensors(records.file_url(maker.places.store, made.record.key, weights))
-    return materialize(made, checks, dict(made.record.metrics) | tensors)
+    return shown.materialize(made, checks, dict(made.record.metrics) | tensors)
 
 
 def export_output(name: str, run: RunConfig, trained: Record) -> Output:

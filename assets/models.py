@@ -13,7 +13,7 @@ import dagster as dg
 from assets import shown
 from assets.asked import Asked, Missing, asked
 from assets.items import hellaswag_items
-from assets.making import Maker, Output, Produced, StageConfig, describe
+from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import POOL, Event
 from assets.scores import score
 from storage import models, objects, records
@@ -57,7 +57,7 @@ def score_model(context: dg.OpExecutionContext, config: ModelConfig, maker: dg.R
         )
         key = [*subject.place.split("/"), questions.suite]
         context.log_event(
-            dg.AssetMaterialization(key, metadata=shown.scores(made.record.metrics["scores"]) | describe(made))
+            dg.AssetMaterialization(key, metadata=shown.scores(made.record.metrics["scores"]) | shown.describe(made))
         )
         if not all(check.passed for check in checks):
             raise ValueError(f"{questions.suite} of {config.model} is not whole: {made.record.metrics}")

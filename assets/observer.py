@@ -8,8 +8,9 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.making import Maker, image
+from assets.making import Maker
 from assets.resources import Event
+from assets.shown import image
 from evals import report
 from storage import objects
 from training.config import RunConfig, to_dict

@@ -10,9 +10,10 @@ import dagster as dg
 from assets.baselines import Beside, baseline, beside, items, page
 from assets.card import outputs_of, with_ancestors, write_card
 from assets.checks import PAGE
-from assets.making import Maker, Output, Produced, StageConfig, describe, image
+from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import RUNS, Event
 from assets.samples import read as read_samples
+from assets.shown import describe, image
 from evals import report as pages
 from storage import objects, records
 from storage.records import Record

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import dagster as dg
 
-from assets.making import Maker, Output, Produced, StageConfig, materialize
+from assets.making import Maker, Output, Produced, StageConfig
 from assets.resources import POOL, RUNS, Event
+from assets.shown import materialize
 from storage import objects, records
 from storage.records import Record
 from training import launch

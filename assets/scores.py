@@ -8,7 +8,7 @@ import dagster as dg
 
 from assets import shown
 from assets.asked import Asked, Missing, asked
-from assets.making import Check, Made, Maker, Output, Produced, StageConfig, materialize
+from assets.making import Check, Made, Maker, Output, Produced, StageConfig
 from assets.resources import POOL, RUNS, Event
 from storage import objects
 from storage.records import Record
@@ -95,7 +95,7 @@ def _scored(maker: Maker, config: StageConfig, run: str, suite: str) -> Any:
     made, checks = score(
         maker, config, questions, f"runs/{run}", model, lambda: maker.stage(model), settings.evals.dtype, price
     )
-    return materialize(made, checks, shown.scores(made.record.metrics["scores"]))
+    return shown.materialize(made, checks, shown.scores(made.record.metrics["scores"]))
 
 
 def score(

@@ -1,5 +1,6 @@
-"""What is in an output? Its columns, shapes and scores, as tables that Dagster's pages show."""
+"""What does Dagster show of an output? The same facts for every asset, and what is in it: columns, shapes, scores."""
 
+import base64
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,11 +8,48 @@ from typing import Any
 
 import dagster as dg
 
+from assets.making import Made
 from storage import objects, parquet
 from storage.records import File
 
 COLUMNS = "dagster/column_schema"  # Dagster shows what is under this name as the asset's columns
 MOST_FILES = 50  # that a table lists
+
+
+def materialize(
+    made: Made, checks: Sequence[dg.AssetCheckResult] = (), metadata: dict[str, Any] | None = None
+) -> dg.MaterializeResult:
+    """What Dagster shows of an output: the same facts for every asset, and its own beside them."""
+    return dg.MaterializeResult(
+        metadata=(metadata or {}) | describe(made),
+        data_version=dg.DataVersion(made.record.fingerprint[:16]),
+        check_results=list(checks),
+    )
+
+
+def describe(made: Made) -> dict[str, Any]:
+    record = made.record
+    facts: dict[str, Any] = {
+        "location": dg.MetadataValue.path(made.location)
+        if objects.is_local(made.location)
+        else dg.MetadataValue.url(made.location),
+        "reused": made.reused,
+        "reason": made.reason,
+        "files": len(record.files),
+        "bytes": record.bytes,
+        "files_listed": files(record.files),
+        "seconds": record.cost["seconds"],
+        "gpu_hours": record.cost["gpu_hours"],
+        "dollars": record.cost["dollars"],
+        "fingerprint": record.fingerprint,
+        "commit": record.commit or "not in a git checkout",
+        "parents": dg.MetadataValue.md(
+            "\n".join(f"- `{p.key}` ({p.fingerprint[:8]})" for p in record.parents) or "none"
+        ),
+        "config": dg.MetadataValue.json(record.config),
+    }
+    counts = {"rows": record.rows, "tokens": record.tokens}
+    return facts | {name: value for name, value in counts.items() if value is not None}
 
 
 def parquet_columns(url: str) -> dict[str, Any]:
@@ -63,3 +101,8 @@ def scores(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     schema = dg.TableSchema([dg.TableColumn("score"), *numbers, dg.TableColumn("items", "int")])
     table = {"scores": dg.MetadataValue.table(rows, schema)}
     return table | {name: score["value"] for name, score in found.items()}
+
+
+def image(name: str, png: bytes) -> dg.MarkdownMetadataValue:
+    """A picture that an asset's page shows, embedded."""
+    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from assets import shown, trainer
-from assets.making import Check, Maker, Output, Produced, StageConfig, materialize
+from assets.making import Check, Maker, Output, Produced, StageConfig
 from assets.resources import RUNS, Event
 from storage import objects, records, shards, tokenizer, verification
 from storage.documents import lookup_of
@@ -77,7 +77,7 @@ def token_shards(
     maker.remember_input(context.partition_key, tokens=output.key)
     if not made.reused and documents.metrics["text_bytes"]:  # seconds now, for answers in milliseconds later
         lookup_of(maker.places.store, made.record, maker.places.home)
-    return materialize(made, checks, dict(made.record.metrics) | _columns(maker, made.record))
+    return shown.materialize(made, checks, dict(made.record.metrics) | _columns(maker, made.record))
 
 
 def _columns(maker: Maker, record: Record) -> dict[str, Any]:
