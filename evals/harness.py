@@ -22,6 +22,7 @@ from evals.model import LoadedModel
 from evals.results import EvalResult, Score, average
 from evals.scoring import Scorer
 
+LOCAL_TASK = "completion_items"  # what its hellaswag over local items is called in scores
 BOOTSTRAPS = 1000  # resamples for the error of a metric that is no mean, such as word perplexity
 
 
@@ -81,7 +82,6 @@ def evaluate_items(
     model: LoadedModel,
     scorer: Scorer,
     items: Sequence[Item],
-    name: str = "completion_items",
     progress: Progress | None = None,
     suite: str = "eleuther",
 ) -> EvalResult:
@@ -90,7 +90,8 @@ def evaluate_items(
         file = Path(scratch) / "items.jsonl"
         file.write_text("".join(json.dumps(_raw(item)) + "\n" for item in items))
         manager = TaskManager(include_defaults=False)
-        return _run(model, scorer, name, _task(name, file, Path(scratch)), manager, 0, None, progress, suite)
+        task = _task(LOCAL_TASK, file, Path(scratch))
+        return _run(model, scorer, LOCAL_TASK, task, manager, 0, None, progress, suite)
 
 
 def _task(name: str, items: Path, scratch: Path) -> dict[str, Any]:

@@ -235,13 +235,12 @@ def size_class(model: Mapping[str, Any]) -> int:
 
 def score_bars(run: ReportData) -> list[Bar]:
     """The accuracies of the run, with what others got in the same score."""
-    other = reference.same_size(size_class(run.config["model"]), "gpt2")
+    found = _compared(run)[::-1]
     bars = []
     for suite, page in run.scores.items():
         for name in _headlines(page):
-            score = page["scores"][name]
-            found = _all_comparisons(run, suite, name, other)[::-1]
-            marks = {c.against: Line(c.against, c.reference) for c in found}  # of two sources' numbers the first
+            score, same = page["scores"][name], [c for c in found if (c.suite, c.score) == (suite, name)]
+            marks = {c.against: Line(c.against, c.reference) for c in same}  # of two sources' numbers the first
             bars.append(Bar(f"{suite}: {name}".replace("_", " "), score["value"], score["stderr"], (*marks.values(),)))
     return bars
 
@@ -273,21 +272,17 @@ def _four_choices(bar: Bar) -> bool:
     return bar.name.split(":")[0] in ("hellaswag", "completion demo") or "completion items" in bar.name
 
 
-def _all_comparisons(run: ReportData, suite: str, name: str, model: str | None) -> list[reference.Comparison]:
-    only = {suite: run.scores[suite]}
-    rows = reference.against_published(only, model) if model else []
-    for baseline in run.baselines:
-        rows += reference.against_run(only, baseline.scores, baseline.name, run.items, baseline.items)
-    return [row for row in rows if row.score == name]
-
-
 def comparisons(runs: Sequence[ReportData]) -> list[reference.Comparison]:
     """The leading run against published numbers of its size, its baselines and the other runs."""
-    lead = _beside_others(runs)
-    model = reference.same_size(size_class(lead.config["model"]), "gpt2")
-    rows = reference.against_published(lead.scores, model) if model else []
-    for baseline in lead.baselines:
-        rows += reference.against_run(lead.scores, baseline.scores, baseline.name, lead.items, baseline.items)
+    return _compared(_beside_others(runs))
+
+
+def _compared(run: ReportData) -> list[reference.Comparison]:
+    """Against published numbers of its size, then its baselines."""
+    model = reference.same_size(size_class(run.config["model"]), "gpt2")
+    rows = reference.against_published(run.scores, model) if model else []
+    for baseline in run.baselines:
+        rows += reference.against_run(run.scores, baseline.scores, baseline.name, run.items, baseline.items)
     return rows
 
 

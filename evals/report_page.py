@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals import comparison, report_data, report_lineage
 from evals.reference import Comparison
+from evals.report_plots import amount
 
 if TYPE_CHECKING:
     from evals.report import MainLog, Picture, ReportData
@@ -117,7 +118,7 @@ def _tiles(run: "ReportData", log: "MainLog") -> str:
         tiles.append(("CORE", f"{core['value']:.4f}", f"{plus_minus(core['stderr'])}, GPT-2 1558M: .2565"))
     speeds = [m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second")]
     if speeds:
-        tiles.append(("Throughput", f"{amount(sorted(speeds)[len(speeds) // 2])}", "tokens/s, median"))
+        tiles.append(("Throughput", amount(sorted(speeds)[len(speeds) // 2]), "tokens/s, median"))
     return _tile_row(tiles)
 
 
@@ -310,13 +311,6 @@ def _environment(records: Sequence[Mapping[str, Any]]) -> str:
             table = _table(["", ""], [[_text(k), _text(v)] for k, v in facts.items()])
             return f"<details><summary>Hardware and library versions</summary>{table}</details>"
     return ""
-
-
-def amount(value: float) -> str:
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
 
 
 def size(count: float) -> str:

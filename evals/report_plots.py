@@ -189,7 +189,7 @@ def throughput(speeds: Sequence[Curve], uses: Sequence[Curve]) -> Drawing:
             _title(axes, title, theme)
             axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0) if "share" in unit else FuncFormatter(_count))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0) if "share" in unit else FuncFormatter(amount))
             _tokens_axis(axes)
         if len(speeds) > 1:
             _legend(panes[0], theme, "lower right")
@@ -264,7 +264,7 @@ def corpus(histogram: Sequence[tuple[int, int]], median: int, dumps: Sequence[tu
         panes[0].axvline(median, color=theme.series[1], lw=1.4, ls=(0, (5, 3)), label=f"median {median:,}")
         panes[0].set(xlabel="tokens", ylabel="documents")
         panes[0].xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
-        panes[0].yaxis.set_major_formatter(FuncFormatter(_count))
+        panes[0].yaxis.set_major_formatter(FuncFormatter(amount))
         _title(panes[0], "Documents by length", theme)
         _legend(panes[0], theme, "upper left")
         if dumps:
@@ -391,7 +391,7 @@ def _legend(axes: Axes, theme: Theme, where: str) -> None:
 
 def _tokens_axis(axes: Axes) -> None:
     axes.set_xlabel("tokens")
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(amount))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlim(left=0)
 
@@ -400,13 +400,14 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     positive = [v for v in values if 0 < v < math.inf]
     if positive and max(positive) > 30 * float(np.median(positive)):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(_count))
+        axes.yaxis.set_major_formatter(FuncFormatter(amount))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
 
 
-def _count(value: float, _: int | None = None) -> str:
+def amount(value: float, _: int | None = None) -> str:
+    """Three digits and a letter, as 1.56B; with the place of a tick, as matplotlib asks for it."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"

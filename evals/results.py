@@ -1,9 +1,7 @@
 """What does an eval hand back, and how is it written so that a score can be trusted and taken apart later?"""
 
-import importlib.metadata
 import io
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +9,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from storage import objects
+from storage import objects, parquet, records
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "lm_eval", "numpy")  # whose versions a score states
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
     if not out.endswith(".json"):
         raise ValueError(f"--out {out!r} must end in .json: the per-item parquet is named after it")
     check_finite(result)
-    parquet = out.removesuffix(".json") + ".parquet"
+    per_item = out.removesuffix(".json") + ".parquet"
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(result.per_item), buffer, compression="zstd")
-    objects.publish_bytes(parquet, buffer.getvalue())
+    objects.publish_bytes(per_item, buffer.getvalue())
     page = {
         "suite": result.suite,
         "protocol": result.protocol,
@@ -71,9 +71,9 @@ def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
         "items_wanted": result.wanted,
         "truncated": result.truncated,
         "details": result.details,
-        "versions": versions(),
+        "versions": records.library_versions(LIBRARIES),
         "seconds": round(seconds, 3),
-        "per_item": parquet.replace("\\", "/").rsplit("/", 1)[-1],
+        "per_item": objects.name_of(per_item),
     }
     objects.publish_json(out, page)
     return page
@@ -81,16 +81,10 @@ def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
 
 def read_items(url: str) -> list[dict[str, Any]]:
     """The per-item rows of a score, from its parquet."""
-    return pyarrow.parquet.read_table(io.BytesIO(objects.read_bytes(url))).to_pylist()
+    return parquet.read_table(url).to_pylist()
 
 
 def check_finite(result: EvalResult) -> None:
     for name, score in result.scores.items():
         if not math.isfinite(score.value):
             raise ValueError(f"{result.suite}: {name} is {score.value}, which is no score")
-
-
-def versions() -> dict[str, str]:
-    wanted = ("torch", "transformers", "tokenizers", "tiktoken", "lm_eval", "numpy")
-    installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions() if d.name}
-    return {"python": platform.python_version()} | {n: installed[n] for n in wanted if n in installed}

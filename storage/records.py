@@ -251,9 +251,10 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 @cache
-def library_versions() -> dict[str, str]:
+def library_versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
+    """Of Python, and of those of the libraries that are installed."""
     installed = {d.metadata["Name"].replace("-", "_").lower() for d in importlib.metadata.distributions()}
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES if name in installed}
+    found = {name: importlib.metadata.version(name) for name in names if name in installed}
     return {"python": platform.python_version(), **found}
 
 

@@ -94,11 +94,11 @@ def test_endings_are_the_same_tokens_alone_as_after_their_context(folder: str) -
 def test_lm_eval_over_our_scorer_gives_lm_evals_numbers(folder: str, tmp_path: Path) -> None:
     items = hellaswag.read_items(tiny_gpt2.write_items(tmp_path / "raw.jsonl"))
     model = load(folder, "cpu")
-    result = harness.evaluate_items(model, Scorer(model), items, name="items")
+    result = harness.evaluate_items(model, Scorer(model), items)
     theirs = lm_eval_says(folder, items, tmp_path)
     for name in ("acc", "acc_norm"):
-        assert result.scores[f"items/{name}"].value == theirs["results"]["items"][f"{name},none"]
-        assert result.scores[f"items/{name}"].stderr == theirs["results"]["items"][f"{name}_stderr,none"]
+        assert result.scores[f"{harness.LOCAL_TASK}/{name}"].value == theirs["results"]["items"][f"{name},none"]
+        assert result.scores[f"{harness.LOCAL_TASK}/{name}"].stderr == theirs["results"]["items"][f"{name}_stderr,none"]
     assert result.items == 3
 
 

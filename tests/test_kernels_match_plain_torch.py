@@ -17,6 +17,7 @@ from training import (  # noqa: E402
     kernels_loss,
     kernels_norm,
     kernels_reduce,
+    optim,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,7 +143,7 @@ def test_gradients_of_rare_and_frequent_tokens(dtype: torch.dtype, shape: tuple[
 
 
 @DTYPES
-@pytest.mark.parametrize("function", [kernels_adamw.update, kernels_adamw.reference_update])
+@pytest.mark.parametrize("function", [kernels_adamw.update, optim.torch_update])
 def test_adamw_is_torchs(dtype: torch.dtype, function: Callable[..., None]) -> None:
     master = draw(3000, dtype=torch.float32)
     state = [torch.zeros(3000, device=DEVICE) for _ in range(2)]

@@ -57,24 +57,3 @@ def update(
         weights, gradients, exp_avg, exp_avg_sq, masters, size, scale, lr, *betas, eps, decay, step_size,
         root_correction, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-
-
-def reference_update(
-    weights: Tensor,
-    gradients: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    masters: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    decay: float,
-    scale: float,
-) -> None:
-    gradient = gradients.float() * scale
-    exp_avg.lerp_(gradient, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    root = exp_avg_sq.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(eps)
-    masters.mul_(1 - lr * decay).addcdiv_(exp_avg, root, value=-lr / (1 - betas[0] ** step))
-    weights.copy_(masters)
