@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,7 @@ def main() -> None:
     o = parser.parse_args()
     cuda = torch.cuda.is_available()
     model = model_from_descriptor(o.model or "d12") if o.model or cuda else SMALL
-    setting = Setting(replace(model), o.micro_batch, o.micro_steps, o.steps)
+    setting = Setting(model, o.micro_batch, o.micro_steps, o.steps)
     if o.way:
         worker(o.way, setting, o.out)
         return

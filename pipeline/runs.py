@@ -17,7 +17,7 @@ from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
 from training import launch, plan, recipes
-from training.config import SUITES, RunConfig, settable_keys
+from training.config import SUITES, RunConfig, nearest_multiples, settable_keys
 
 if TYPE_CHECKING:
     from assets.making import Maker
@@ -204,8 +204,7 @@ def check_batch(config: RunConfig) -> None:
     ranks = launch.ranks_here(config.machine.gpus) * config.machine.nnodes
     unit = ranks * max(config.machine.micro_batch, 1) * config.model.context
     if config.train.batch_tokens % unit:
-        below = config.train.batch_tokens // unit * unit
-        near = " or ".join(str(n) for n in (below, below + unit) if n)
+        near = " or ".join(nearest_multiples(config.train.batch_tokens, unit))
         raise ValueError(
             f"batch_tokens={config.train.batch_tokens} does not divide into {ranks} ranks of micro-batches of "
             f"{unit // ranks} tokens: the nearest that do are {near}"

@@ -64,8 +64,8 @@ def test_the_same_step_gives_the_same_bits(fp8: bool) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_steps_learn_and_repeat_to_the_bit(fp8: bool) -> None:
-    config = speedrun("test", MODEL, batch_tokens=8192, steps=20)
-    config = replace(config, train=replace(config.train, fp8=fp8))
+    config = speedrun("test", MODEL, batch_tokens=8192)
+    config = replace(config, train=replace(config.train, steps=20, fp8=fp8))
     runs = []
     for _ in range(2):
         world = tiny_run.alone(DEVICE)

@@ -9,7 +9,7 @@ import torch
 
 from training import plan, recompute
 from training.checkpoint import load_model, load_optimizer
-from training.config import RunConfig
+from training.config import RunConfig, nearest_multiples
 from training.distributed import World
 from training.gpt2 import GPT2
 from training.kernels import accelerate
@@ -47,9 +47,8 @@ def fitted(config: RunConfig, world: World) -> RunConfig:
 
 
 def _nearest(config: RunConfig, what: str, value: int) -> str:
-    unit, total = value * config.model.context, config.train.batch_tokens
-    low = total // unit * unit
-    near = " and ".join(str(n) for n in (low, low + unit) if n > 0)
+    total = config.train.batch_tokens
+    near = " and ".join(nearest_multiples(total, value * config.model.context))
     return f"batch_tokens={total} does not divide into {value} {what}: the nearest that do are {near}"
 
 

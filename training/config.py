@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -168,7 +167,7 @@ class RunConfig:
             raise ValueError(
                 f"batch_tokens={self.train.batch_tokens} is not a multiple of the context of "
                 f"{self.model.context} tokens: the nearest that are "
-                f"{' and '.join(map(str, _nearest_multiples(self.train.batch_tokens, self.model.context)))}"
+                f"{' and '.join(nearest_multiples(self.train.batch_tokens, self.model.context))}"
             )
         if self.model.family != "nanochat" and self.train.optimizer == "muon":
             raise ValueError("optimizer=muon is for the speed recipe's models: take one (model=modern:d12), or adamw")
@@ -185,9 +184,10 @@ class RunConfig:
         return self.tokens * self.model.flops_per_token
 
 
-def _nearest_multiples(value: int, unit: int) -> list[int]:
+def nearest_multiples(value: int, unit: int) -> list[str]:
+    """Those of `unit` that stand beside `value`, for a message; 0 is none."""
     below = value // unit * unit
-    return [n for n in (below, below + unit) if n > 0]
+    return [str(n) for n in (below, below + unit) if n > 0]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -322,8 +322,6 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
         if value not in choices:
             raise ValueError(f"{where}={value!r} is none of {', '.join(map(str, choices))}")
         return value
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        raise TypeError(f"{where}: union types are not supported in a configuration")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

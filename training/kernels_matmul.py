@@ -17,12 +17,7 @@ from torch import Tensor
 
 # cublasLt.h: cublasComputeType_t, cudaDataType, cublasLtMatmulDescAttributes_t, cublasLtEpilogue_t
 COMPUTE_32F = 68
-DATA_TYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 14,
-    torch.float8_e4m3fn: 28,
-    torch.float8_e5m2: 29,
-}
+DATA_TYPES = {torch.float32: 0, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS, AUX, AUX_STRIDE = 3, 4, 7, 8, 11, 12
 A_SCALE, B_SCALE, FAST_ACCUMULATION, BIAS_TYPE, A_SCALE_MODE, B_SCALE_MODE = 17, 18, 25, 26, 31, 32
 SCALE_BY_ROW = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F, for Hopper since CUDA 12.9

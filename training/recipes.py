@@ -163,7 +163,7 @@ MATRIX_LR, EMBEDDING_LR, HEAD_LR = 0.02, 0.3, 0.004
 TOKENS_PER_PARAMETER = 12  # of the blocks' matrices and the head: nanochat's horizon
 
 
-def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 0) -> RunConfig:
+def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0) -> RunConfig:
     """The speed recipe for any size: every hyperparameter follows from the model's (docs/recipe.md).
 
     Steps: 12 tokens a parameter of the blocks' matrices and the head. Batch: grows as the square root of these tokens,
@@ -176,7 +176,7 @@ def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 
     )
     batch, width = (batch_tokens / BASE_BATCH) ** 0.5, (BASE_CHANNELS / model.channels) ** 0.5
     train = TrainConfig(
-        steps=steps or round(tokens / batch_tokens),
+        steps=round(tokens / batch_tokens),
         batch_tokens=batch_tokens,
         optimizer="muon",
         lr=MATRIX_LR * batch,
