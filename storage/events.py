@@ -23,6 +23,12 @@ def emit(kind: str, **fields: Any) -> None:
         log.info("%s %s", kind, " ".join(f"{key}={_short(value)}" for key, value in fields.items()))
 
 
+def warn(message: str) -> None:
+    """Tell whoever launched this process what goes wrong while it goes on; a person reads it in the log anyway."""
+    if os.environ.get(EVENTS_VARIABLE) == "1":
+        emit("warning", message=message)
+
+
 def refuse(message: str) -> None:
     """Tell whoever launched this process why it refuses its input; a person reads it in the log anyway."""
     if os.environ.get(EVENTS_VARIABLE) == "1":

@@ -12,6 +12,7 @@ import tiny_run
 from storage import records
 from training.checkpoint import complete
 from training.config import RunConfig, to_dict
+from training.train import find_checkpoint
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -163,8 +164,61 @@ def test_the_commit_of_a_checkpoint_is_reported_and_not_compared(
     assert "written by commit c0ffee, this is" in caplog.text
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(shards: str, tmp_path: Path) -> None:
+def test_where_no_checkpoint_can_be_written_training_does_not_begin(shards: str, tmp_path: Path) -> None:
     run = tiny_run.folder(tmp_path / "run", tiny_run.config(checkpoint_every=1))
     (tmp_path / "run/checkpoints").write_text("a file where the folder should be")
     with pytest.raises(OSError, match="checkpoints"):
         tiny_run.steps(run, shards)
+    assert not (tmp_path / "run/main.log").exists()
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_it_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damaged", [flip_a_byte, cut_it_short, Path.unlink])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer_00000_of_00001.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    damaged: Any, file: str, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_run.config(checkpoint_every=2)
+    whole, run = (tiny_run.folder(tmp_path / name, config) for name in ("whole", "run"))
+    tiny_run.steps(whole, shards)
+    tiny_run.steps(run, shards, until=5)
+    damaged(Path(run, "checkpoints/step_000005", file))
+    find_checkpoint(run, None)
+    assert complete(run) == [4] and f"step_000005: {file} " in caplog.text
+    tiny_run.steps(run, shards)
+    assert Path(run, "main.log").read_text() == Path(whole, "main.log").read_text()
+    assert tiny_run.final_files(run) == tiny_run.final_files(whole)
+
+
+def test_what_tells_that_a_checkpoint_is_whole_may_be_damaged_too(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config(checkpoint_every=2))
+    tiny_run.steps(run, shards, until=5)
+    cut_it_short(Path(run, "checkpoints/step_000005/DONE"))
+    find_checkpoint(run, None)
+    assert complete(run) == [4]
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_anew_unasked(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config())
+    tiny_run.steps(run, shards, until=3)
+    flip_a_byte(Path(run, "checkpoints/step_000003/model.safetensors"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"are damaged \(step_000003\).*or begin anew with --set resume=no"):
+            find_checkpoint(run, None)
+
+
+def test_a_checkpoint_of_a_version_that_wrote_no_digests_is_gone_on_from(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config())
+    tiny_run.steps(run, shards, until=3)
+    Path(run, "checkpoints/step_000003/DONE").write_text("")
+    find_checkpoint(run, None)
+    assert complete(run) == [3]

@@ -139,6 +139,5 @@ def steps(run: str, shards: str, until: int | None = None, **options: Any) -> Tr
             stop.agreed = trainer.progress.step == until
 
         trainer.step = step_and_stop  # type: ignore[method-assign]
-    assert trainer.loop() == (0 if until is None else INTERRUPTED)
-    trainer.checkpoints.wait()
+    assert trainer.end(trainer.loop()) == (0 if until is None else INTERRUPTED)
     return trainer

@@ -3,7 +3,8 @@
     checkpoints/step_000250/model.safetensors                    the weights by name, in their own dtype
                             optimizer_00000_of_00002.safetensors the optimizer state, a file a rank
                             state.json                           everything else that the next step depends on
-                            DONE                                 last: readers trust nothing without it
+                            DONE                                 last, with the others' sha256: readers trust
+                                                                 nothing without it
 
 A save copies the tensors to host memory (pinned, where there is a GPU, so that the copy runs at the bus's speed)
 and leaves the writing to a thread. Each rank writes its own file into a hidden folder; the first rank waits for all
@@ -17,23 +18,28 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from storage import objects
+from storage import events, objects
 from training.config import TRAINER_VERSION, RunConfig, defining
 from training.distributed import World
-from training.metrics import LOGS
 from training.optim import ShardedAdamW
+
+if TYPE_CHECKING:
+    from training.mirror import Mirror
 
 SCHEMA = 1
 FOLDER, DONE, MODEL, STATE = "checkpoints", "DONE", "model.safetensors", "state.json"
+DAMAGED = "DAMAGED"  # what DONE is called in a checkpoint whose files are not as they were written
+HASHED_AT_ONCE = 8  # files of a checkpoint
 # Fields of TrainConfig that leave the weights as they are.
 WITHOUT_EFFECT = (
     "val_every",
@@ -75,6 +81,47 @@ def newest(run: str) -> Path | None:
         if not (folder / DONE).exists():
             log.warning("passed over %s: it was not written to its end", folder.name)
     return checkpoint_folder(run, steps[-1]) if steps else None
+
+
+def pass_over_damaged(run: str) -> None:
+    """Have the newest complete checkpoint be one whose files are as they were written."""
+    for step in reversed(complete(run)):
+        folder = checkpoint_folder(run, step)
+        wrong = damage(folder)
+        if not wrong:
+            return
+        log.error("passed over %s: %s", folder, wrong)
+        (folder / DONE).rename(folder / DAMAGED)
+
+
+def check_whole(run: str) -> None:
+    """Raises ValueError for a run that has been saved and has no checkpoint left but damaged ones."""
+    damaged = sorted(Path(run, FOLDER).glob(f"step_*/{DAMAGED}"))
+    if damaged and not complete(run):
+        names = ", ".join(path.parent.name for path in damaged)
+        raise ValueError(
+            f"the checkpoints of {run} are damaged ({names}), and there is no other to go on from: put a whole one "
+            "there, or begin anew with --set resume=no (--begin-anew of the trainer)"
+        )
+
+
+def damage(checkpoint: Path) -> str:
+    """Which files of a checkpoint are not as they were written; empty where all are. Older ones can't tell."""
+    try:
+        wanted = json.loads((checkpoint / DONE).read_bytes() or "{}")
+    except ValueError:
+        return f"{DONE} has other bytes than were written"
+    missing = [name for name in wanted if not (checkpoint / name).exists()]
+    if missing:
+        return f"{', '.join(missing)} is missing"
+    found = _digests(checkpoint, list(wanted))
+    changed = [name for name in wanted if found[name] != wanted[name]]
+    return f"{', '.join(changed)} has other bytes than were written" if changed else ""
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        return dict(zip(names, pool.map(lambda name: objects.sha256(str(folder / name)), names), strict=True))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -160,35 +207,45 @@ class Keep:
     every: int = 0
 
     def drops(self, steps: list[int]) -> list[int]:
-        return [s for s in sorted(steps)[: -self.newest] if not (self.every and s % self.every == 0)]
+        return [s for s in sorted(steps)[: -self.newest] if not self.for_good(s)]
+
+    def for_good(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
 
 
 class Checkpointer:
     """Saves a run's checkpoints; at most one is being written at a time."""
 
-    def __init__(self, run: str, world: World, keep: Keep, mirror: str | None = None) -> None:
+    def __init__(self, run: str, world: World, keep: Keep, mirror: "Mirror | None" = None) -> None:
         self.run, self.world, self.keep, self.mirror = run, world, keep, mirror
         self.thread: threading.Thread | None = None
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None  # of the last save
         self.here = threading.Event()  # whether the last save is whole on the local disk, or has failed
         self.here.set()
         self.copies: dict[str, Tensor] = {}  # host memory that the tensors are copied to, kept from save to save
         if world.is_first:
-            for torn in Path(run, FOLDER).glob(".step_*"):
-                shutil.rmtree(torn)
-            self.upload()  # the last end may have come before it
+            Path(run, FOLDER).mkdir(exist_ok=True)  # where that can't be, training does not begin
+            self._remove_torn()
         world.barrier()
 
-    def save(self, step: int, optimizer: ShardedAdamW, state: dict[str, Any]) -> None:
-        """Copy everything to host memory; return as soon as that is done, the rest follows in a thread."""
+    def _remove_torn(self) -> None:
+        for torn in Path(self.run, FOLDER).glob(".step_*"):
+            shutil.rmtree(torn, ignore_errors=True)
+
+    def save(self, step: int, optimizer: ShardedAdamW, state: dict[str, Any], logs: Callable[[], None]) -> None:
+        """Copy everything to host memory; return as soon as that is done, the rest follows in a thread.
+
+        `logs` has the disk hold the lines of all steps before this one: a run that goes on from here needs them.
+        """
         self.wait()
+        self.failure = None
         weights = self._weights(optimizer) if self.world.is_first else {}
         moments = self._moments(optimizer) if self.world.replicas.rank == 0 else {}
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.here.clear()
         # A daemon: a rank that fails ends at once, and what it was writing is a torn checkpoint.
-        self.thread = threading.Thread(target=self._guarded, args=(step, weights, moments, state), daemon=True)
+        self.thread = threading.Thread(target=self._guarded, args=(step, weights, moments, state, logs), daemon=True)
         self.thread.start()
 
     def reserve(self, optimizer: ShardedAdamW) -> None:
@@ -229,37 +286,48 @@ class Checkpointer:
         return self.copies[name]
 
     def wait(self) -> None:
-        """Until the last save is published. Raises what went wrong in it."""
+        """Until the last save is published, or has failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        if self.failure is not None:
-            raise self.failure
 
-    def settle(self) -> None:
-        """Until the last save is published, as seen by every rank."""
+    def settle(self) -> bool:
+        """Until the last save is published, or has failed -> whether it is there. The ranks agree on it."""
         self.wait()
-        self.world.barrier()
+        return self.world.sums([float(self.failure is not None)]) == [0.0]
 
     def drop_after(self, step: int) -> None:
-        """Remove every later checkpoint; no rank goes on before that is done."""
+        """Remove every later checkpoint; no rank goes on before that is done. The mirror follows."""
         if self.world.is_first:
-            self._remove(lambda steps: [s for s in steps if s > step])
+            remove(self.run, [s for s in complete(self.run) if s > step])
         self.world.barrier()
 
-    def _remove(self, unwanted: Callable[[list[int]], list[int]]) -> None:
-        for place in filter(None, [self.run, self.mirror]):
-            remove(place, unwanted(complete(place)))
+    def drop_old(self) -> None:
+        """Remove what is not to be kept, but what is being copied to the mirror."""
+        sending = self.mirror.sending if self.mirror else None
+        remove(self.run, [s for s in self.keep.drops(complete(self.run)) if s != sending])
 
-    def _guarded(self, *args: Any) -> None:
+    def _guarded(self, step: int, *args: Any) -> None:
         try:
-            self._write(*args)
-        except (OSError, ValueError, SafetensorError) as error:  # the training thread raises it at its next save
+            self._write(step, *args)
+        except (OSError, ValueError, SafetensorError) as error:
             self.failure = error
+            said = f"step {step} could not be saved ({error}): training goes on, the next save tries again"
+            log.error(said)
+            events.warn(said)
+            if self.world.is_first:
+                self._remove_torn()
         finally:
             self.here.set()
 
-    def _write(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _write(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        state: dict[str, Any],
+        logs: Callable[[], None],
+    ) -> None:
         shard = self.world.shard
         hidden = Path(self.run, FOLDER, f".{step_name(step)}")
         hidden.mkdir(parents=True, exist_ok=True)
@@ -267,33 +335,28 @@ class Checkpointer:
             _write_file(hidden / f"optimizer_{shard.rank:05d}_of_{shard.size:05d}.safetensors", moments)
         if not self.world.is_first:
             return
+        logs()
         _write_file(hidden / MODEL, weights)
         (hidden / STATE).write_text(json.dumps({"schema": SCHEMA, **state}, indent=1))
         _await_files(hidden, "optimizer_*.safetensors", shard.size)
-        self._publish(step, hidden)
-
-    def _publish(self, step: int, hidden: Path) -> None:
-        final = hidden.with_name(step_name(step))
-        if final.exists():
-            (final / DONE).unlink(missing_ok=True)
-            shutil.rmtree(final)
-        hidden.rename(final)
-        (final / DONE).touch()
-        _sync(final.parent)
-        log.info("saved %s", final)
+        digests = _digests(hidden, sorted(path.name for path in hidden.iterdir()))
+        log.info("saved %s", publish(hidden, json.dumps(digests, indent=1).encode()))
         self.here.set()
-        self.upload()
-        self._remove(self.keep.drops)
+        if self.mirror:
+            self.mirror.news.set()
+        self.drop_old()
 
-    def upload(self) -> None:
-        """Copy to the mirror what it lacks: the newest checkpoint, DONE last, and the logs as they are now."""
-        if self.mirror and self.world.is_first:
-            here, there = complete(self.run), complete(self.mirror)
-            if here and here[-1] not in there:
-                name = step_name(here[-1])
-                _upload(str(checkpoint_folder(self.run, here[-1])), objects.join(self.mirror, FOLDER, name))
-            for log_file in filter(lambda name: Path(self.run, name).exists(), LOGS):
-                objects.publish_file(str(Path(self.run, log_file)), objects.join(self.mirror, log_file))
+
+def publish(hidden: Path, done: bytes) -> Path:
+    """Give a hidden folder that is whole its name, in place of what has it, and DONE."""
+    final = hidden.with_name(hidden.name.removeprefix("."))
+    if final.exists():
+        (final / DONE).unlink(missing_ok=True)
+        shutil.rmtree(final)
+    hidden.rename(final)
+    objects.publish_bytes(str(final / DONE), done)
+    _sync(final.parent)
+    return final
 
 
 def remove(place: str, steps: Sequence[int]) -> None:
@@ -309,33 +372,7 @@ def drop_checkpoints(run: str, mirror: str | None) -> None:
         steps = complete(place)
         log.info("beginning anew: dropping the checkpoints of steps %s in %s", steps, place)
         remove(place, steps)
-
-
-def _upload(folder: str, url: str) -> None:
-    for found in objects.list_files(folder):
-        if found.path != DONE:
-            objects.publish_file(objects.join(folder, found.path), objects.join(url, found.path))
-    objects.publish_bytes(objects.join(url, DONE), b"")
-
-
-def fetch_newest(mirror: str, run: str) -> None:
-    """Copy the mirror's newest complete checkpoint, and the logs with it, where the run folder has none so new."""
-    there, here = complete(mirror), complete(run)
-    if not there or (here and here[-1] >= there[-1]):
-        return
-    name = step_name(there[-1])
-    log.info("fetching %s from %s", name, mirror)
-    hidden = Path(run, FOLDER, f".{name}")
-    objects.copy_tree(objects.join(mirror, FOLDER, name), str(hidden))
-    (hidden / DONE).unlink()
-    final = checkpoint_folder(run, there[-1])
-    if final.exists():  # torn: it has no DONE
-        shutil.rmtree(final)
-    hidden.rename(final)
-    (final / DONE).touch()
-    for log_file in LOGS:
-        if objects.exists(objects.join(mirror, log_file)):
-            objects.publish_bytes(str(Path(run, log_file)), objects.read_bytes(objects.join(mirror, log_file)))
+        objects.remove_tree(objects.join(place, FOLDER))  # with those that are torn or damaged
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,9 +10,11 @@ import itertools
 import logging
 import os
 import socket
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -30,6 +32,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 WATCH = 0.8  # of the time limit: a rank that has not come further for so long says so
 LOOKS = 20  # in that time, each with a sign of life
+LOOK = 0.2  # seconds between two looks at whether the first rank is done
 MISSED = 5  # signs of life, after which a process counts as hanging
 
 log = logging.getLogger("gpt2.distributed")
@@ -114,6 +117,26 @@ class World:
 
     def barrier(self) -> None:
         self.sums([0.0])
+
+    @contextmanager
+    def first_alone(self, what: str) -> Iterator[bool]:
+        """What the first rank does while the others wait for it, however long it takes: collectives have a limit.
+
+        Gives whether this is the first rank. Where it fails there, the others end, too.
+        """
+        if self.is_first:
+            came_to = "failed"
+            try:
+                yield True
+                came_to = "done"
+            finally:
+                self.steps.set(what, came_to)
+            return
+        yield False
+        while not self.steps.check([what]):
+            time.sleep(LOOK)
+        if self.steps.get(what) != b"done":
+            sys.exit(1)
 
     def sums(self, values: Sequence[float | Tensor]) -> list[float]:
         """The sum of each value over all ranks, in fp64; returns when every rank has come here."""

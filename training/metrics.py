@@ -6,11 +6,14 @@ interrupted. What is cut off was paid for all the same: `lost.jsonl` has a line 
 """
 
 import json
+import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from storage import events, objects
 from training import attempts
 
 MAIN_LOG, METRICS, LOST = "main.log", "metrics.jsonl", "lost.jsonl"
@@ -29,36 +32,81 @@ PEAK_FLOPS = {
 }
 
 
+log = logging.getLogger("gpt2.metrics")
+
+
+class Lines:
+    """A file that lines are added to. What a full disk does not take is kept, and written once it does."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self.left = b""
+        self.turn = threading.Lock()  # a checkpoint's thread writes, too
+
+    def add(self, line: str) -> None:
+        whole = not self.left
+        try:
+            self.write(line.encode() + b"\n")
+        except OSError as error:
+            if whole:
+                said = f"{self.path} can't be written ({error}): its lines are kept in memory, training goes on"
+                log.error(said)
+                events.warn(said)
+
+    def write(self, more: bytes = b"") -> None:
+        with self.turn:
+            self.left += more
+            while self.left:
+                self.left = self.left[self.file.write(self.left) :]
+
+    def sync(self) -> None:
+        """Have the disk hold all lines. Raises OSError where it does not take them."""
+        self.write()
+        objects.sync(self.path)
+
+
 class RunLog:
     """The two files of a run folder; on ranks other than the first, a log that goes nowhere."""
 
     def __init__(self, folder: str | None, step: int) -> None:
         self.folder = folder
+        self.files: list[Lines] = []
         self.cut_back(step, "restart")
 
     def cut_back(self, step: int, why: str) -> None:
         """Drop what was written at `step` and later, and note what these steps took; `why`: restart or rewind."""
+        for file in self.files:
+            file.write()
         if self.folder is not None:
             _lose(Path(self.folder), step, why)
             _cut_back(Path(self.folder, MAIN_LOG), lambda line: int(line.split()[0].removeprefix("s:")) < step)
             _cut_back(Path(self.folder, METRICS), lambda line: json.loads(line)["step"] < step)
-        self.main = _append(self.folder, MAIN_LOG)
-        self.lines = _append(self.folder, METRICS)
+        self.files = [Lines(self._path(name)) for name in (MAIN_LOG, METRICS)]
+        self.main, self.lines = self.files
+
+    def _path(self, name: str) -> str:
+        return os.devnull if self.folder is None else os.path.join(self.folder, name)
+
+    def sync(self) -> None:
+        """Have the disk hold all that was written."""
+        for file in self.files:
+            file.sync()
 
     def training(self, step: int, loss: float, lr: float, norm: float) -> None:
-        _write(self.main, f"s:{step} trl:{loss:.6f} lr:{lr:.6e} norm:{norm:.4f}")
+        self.main.add(f"s:{step} trl:{loss:.6f} lr:{lr:.6e} norm:{norm:.4f}")
 
     def validation(self, step: int, loss: float) -> None:
-        _write(self.main, f"s:{step} tel:{loss:.6f}")
+        self.main.add(f"s:{step} tel:{loss:.6f}")
 
     def accuracy(self, step: int, accuracy: float) -> None:
-        _write(self.main, f"s:{step} eval:{accuracy:.6f}")
+        self.main.add(f"s:{step} eval:{accuracy:.6f}")
 
     def skip(self, step: int, z: float) -> None:
-        _write(self.main, f"s:{step} skip:{z:.4f}")
+        self.main.add(f"s:{step} skip:{z:.4f}")
 
     def metrics(self, step: int, **values: Any) -> None:
-        _write(self.lines, json.dumps({"step": step, **values}))
+        self.lines.add(json.dumps({"step": step, **values}))
 
 
 def ledger(folder: Path) -> dict[str, float | int | None]:
@@ -98,8 +146,8 @@ def _lose(folder: Path, step: int, why: str) -> None:
     seconds = sum(line["seconds"] for line in dropped)
     joules = _joules(dropped) if dropped else 0.0
     entry = {"why": why, "step": step, "steps": len(dropped), "seconds": seconds, "joules": joules}
-    with open(folder / LOST, "a") as file:
-        _write(file, json.dumps(entry))
+    before = (folder / LOST).read_text() if (folder / LOST).exists() else ""
+    objects.publish_bytes(str(folder / LOST), f"{before}{json.dumps(entry)}\n".encode())
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -111,15 +159,6 @@ def utilization(tokens_per_second: float, flops_per_token: int, ranks: int, devi
     """MFU by llm.c's formula; None where the device's peak is not known."""
     peak = peak_flops(device_name)
     return None if peak is None else tokens_per_second * flops_per_token / (ranks * peak)
-
-
-def _append(folder: str | None, name: str) -> IO[str]:
-    return open(os.devnull if folder is None else os.path.join(folder, name), "a")
-
-
-def _write(file: IO[str], line: str) -> None:
-    file.write(line + "\n")
-    file.flush()
 
 
 def _cut_back(path: Path, keep: Callable[[str], bool]) -> None:

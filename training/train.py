@@ -30,14 +30,15 @@ from training.checkpoint import (
     Checkpointer,
     Keep,
     check_definition,
+    check_whole,
     checkpoint_folder,
     complete,
     definition,
     drop_checkpoints,
-    fetch_newest,
     load_model,
     load_optimizer,
     newest,
+    pass_over_damaged,
     read_state,
 )
 from training.config import RunConfig, from_dict, to_dict
@@ -47,13 +48,16 @@ from training.health import examine
 from training.launch import INTERRUPTED, die_with_parent, is_restart, report_status
 from training.loader import training_loader, validation_loader
 from training.metrics import RunLog, utilization
+from training.mirror import Mirror, fetch_newest
 from training.optim import clip_scale
 from training.outliers import OutlierWindow, divergence, is_outlier
 from training.schedule import learning_rate
 
-DIVERGED = 1  # exit status
+DIVERGED = FAILED = 1  # exit status
 MOST_REWINDS = 3
 REWIND_STEPS = 32  # a divergence may have begun this many steps before it is seen
+LAST_TRIES, RETRY = 60, 30.0  # of the save after the last step, where it fails, and seconds between them
+LAST_UPLOAD = 1800.0  # seconds of trying, where what the last step saved can't be copied to the mirror
 LAST_WRITE = 60.0  # seconds at most that a rank which fails leaves to the checkpoint that is being written
 
 log = logging.getLogger("gpt2.train")
@@ -116,7 +120,8 @@ class Trainer:
         self.load_validation = validation_loader(tokens, config.model.context, world.device)
         self.model, self.optimizer = assemble(config, world, checkpoint)
         keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
-        self.checkpoints = Checkpointer(run, world, keep, mirror)
+        self.mirror = Mirror(run, mirror, keep) if mirror and world.is_first else None
+        self.checkpoints = Checkpointer(run, world, keep, self.mirror)
         self.checkpoints.reserve(self.optimizer)
         self.stopped = 0.0  # seconds that the last save held up the steps
         self.saved = self.progress.step if checkpoint else -1
@@ -162,6 +167,30 @@ class Trainer:
             reason = divergence(progress.skips_in_a_row, progress.losses)
             if reason and not self.rewind(reason):
                 return DIVERGED
+
+    def end(self, status: int) -> int:
+        """Return once what was saved last is whole, and copied -> exit status. No rank ends before that, which would
+        make torchrun end the others."""
+        tries = LAST_TRIES if status == 0 else 1  # after a signal there is no time
+        while not (saved := self.checkpoints.settle()) and tries > 1:
+            time.sleep(RETRY)
+            tries -= 1
+            self.saved = -1
+            self.save()
+            if self.world.sums([float(self.stop.asked)]) > [0.0]:
+                tries = 1
+        copied = True
+        with self.world.first_alone("mirror") as first:
+            if first and self.mirror:
+                copied = self.mirror.finish(LAST_UPLOAD if status == 0 else 0.0)
+            if first:
+                self.checkpoints.drop_old()
+        copied = self.world.sums([float(not copied)]) == [0.0]
+        if not saved:
+            log.error("the last checkpoint is not saved: what came after step %s is lost", complete(self.run)[-1:])
+        if status == 0 and not copied:
+            log.error("the last checkpoint is not copied to the mirror: the same command again makes that good")
+        return status if saved and (copied or status != 0) else FAILED
 
     def await_data(self) -> None:
         """Return once every rank has the next step's sequences, or is asked to end: all of them decide the same."""
@@ -265,7 +294,7 @@ class Trainer:
         if p.step != self.saved:
             state = {**asdict(p), "ranks": self.world.size, "micro_batch": self.micro_batch}
             state |= {"config": to_dict(self.config), "definition": self.definition, "commit": records.code_state()[0]}
-            self.checkpoints.save(p.step, self.optimizer, state)
+            self.checkpoints.save(p.step, self.optimizer, state, self.log.sync)
             self.saved, self.stopped = p.step, time.perf_counter() - started
             log.info("step %d is being saved: the copy to host memory held it up for %.3f s", p.step, self.stopped)
 
@@ -327,16 +356,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_status(2)
         return 2
     try:
-        status = trainer.loop()
+        status = trainer.end(trainer.loop())
     except RuntimeError:  # of a collective, mostly, which says neither where nor who
         world = trainer.world
         log.error("rank %d failed at step %d. %s", world.rank, trainer.progress.step, world.where())
         raise
     finally:  # an eval or a sample may have failed while the checkpoint before it was being written
         trainer.checkpoints.here.wait(LAST_WRITE)
-    trainer.checkpoints.wait()
-    trainer.checkpoints.upload()
-    trainer.world.barrier()  # nobody ends, and makes torchrun end the others, before the checkpoint is out
     report_status(status)
     distributed.leave()
     return status
@@ -351,13 +377,28 @@ def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
     world = distributed.join(config.machine.shard_ranks, config.machine.timeout)
     _log_to(options.run, world)
     distributed.watch(world, config.machine.timeout)
-    if world.is_first:
-        if config.machine.resume == "no" and not is_restart():
+    with world.first_alone("checkpoints") as first:
+        if first and config.machine.resume == "no" and not is_restart():
             drop_checkpoints(options.run, options.mirror)
-        elif options.mirror:
-            fetch_newest(options.mirror, options.run)
-    world.barrier()
+        elif first:
+            find_checkpoint(options.run, options.mirror)
     return Trainer(config, options.run, options.tokens, world, stop, options.mirror, options.items)
+
+
+def find_checkpoint(run: str, mirror: str | None) -> None:
+    """Have the run folder's newest complete checkpoint be the newest that is whole, here or at the mirror.
+
+    Raises ValueError where there are only damaged ones.
+    """
+    pass_over_damaged(run)
+    if mirror:
+        try:
+            fetch_newest(mirror, run)
+        except objects.failures() as error:
+            if not is_restart():
+                raise
+            log.warning("%s can't be asked for a newer checkpoint (%s): going on from what is here", mirror, error)
+    check_whole(run)
 
 
 def _log_to(run: str, world: World) -> None:
