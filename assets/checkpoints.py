@@ -22,10 +22,10 @@ from assets.scores import ALL_SCORED, DTYPES, VERSION, produced
 from assets.tokens import validation_shard
 from assets.trainer import trained_output
 from storage import objects, records
+from storage.checkpoints import DONE, checkpoint_url, complete, done_files, step_name
 from storage.records import Record
 from training.config import RunConfig
 
-FOLDER, DONE = "checkpoints", "DONE"
 WEIGHTS = ("model.safetensors", "state.json")  # of a checkpoint; the optimizer's state is not needed
 
 
@@ -64,9 +64,7 @@ def unscored(maker: Maker, name: str) -> dict[int, str]:
     from another of its name and step; the last step has its suites."""
     train = maker.run_config(name).train
     places = [records.folder_url(maker.places.store, f"runs/{name}"), maker.folder(f"runs/{name}")]
-    found = [s for place in places for s in objects.list_files(objects.join(place, FOLDER), DONE)]  # own ones count
-    done = {objects.name_of(s.path.rpartition("/")[0]): f"{s.written:.6f}" for s in found}
-    made = {int(name.removeprefix("step_")): when for name, when in done.items() if name.startswith("step_")}
+    made = {step: f"{s.written:.6f}" for place in places for step, s in done_files(place).items()}  # own ones count
     kept = [step for step in sorted(made) if train.keep_every and step % train.keep_every == 0 and step < train.steps]
     return {step: made[step] for step in kept if records.read_record(maker.places.store, _key(name, step)) is None}
 
@@ -92,18 +90,18 @@ def checkpoint_output(maker: Maker, name: str, run: RunConfig, step: int, questi
 def run_with(maker: Maker, name: str, step: int, scratch: str) -> str:
     """A local run folder with the weights of a checkpoint: the run's own, or a copy of what another machine's training
     has mirrored."""
-    checkpoint = f"{FOLDER}/step_{step:06d}"
     own, mirror = maker.folder(f"runs/{name}"), records.folder_url(maker.places.store, f"runs/{name}")
-    there = [objects.exists(objects.join(place, checkpoint, DONE)) for place in (own, mirror)]
+    there = [step in complete(place) for place in (own, mirror)]
     if there != [False, True]:
         return own
+    run = objects.join(scratch, "run")
     for file in (*WEIGHTS, DONE):
-        objects.copy(objects.join(mirror, checkpoint, file), objects.join(scratch, "run", checkpoint, file))
-    return objects.join(scratch, "run")
+        objects.copy(objects.join(checkpoint_url(mirror, step), file), objects.join(checkpoint_url(run, step), file))
+    return run
 
 
 def _key(name: str, step: int) -> str:
-    return f"runs/{name}/checkpoint_scores/step_{step:06d}"
+    return f"runs/{name}/checkpoint_scores/{step_name(step)}"
 
 
 def _score(

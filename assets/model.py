@@ -18,7 +18,7 @@ from assets.observer import Observer
 from assets.resources import POOL, RUNS, Event
 from assets.tokens import validation_shard
 from evals import report
-from storage import objects, records
+from storage import checkpoints, objects, records
 from storage.records import Record
 from training import launch, metrics
 from training.config import RunConfig, to_dict
@@ -79,7 +79,7 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
     """What a finished run folder holds."""
     steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     log = report.parse_main_log(Path(folder, "main.log").read_text())
-    checkpoint = f"checkpoints/step_{run.train.steps:06d}"
+    checkpoint = f"{checkpoints.FOLDER}/{checkpoints.step_name(run.train.steps)}"
     useful = sum(step["seconds"] for step in steps)
     ledger = metrics.ledger(Path(folder))
     return Produced(

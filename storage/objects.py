@@ -176,9 +176,12 @@ def _published(path: str) -> Iterator[Path]:
 
 
 def sync(path: str) -> None:
-    """Have the disk hold a local file's bytes before anything says that they are there."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
+    """Have the disk hold a local file's bytes, or a folder's names, before anything says that they are there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def create_exclusive(url: str, data: bytes) -> bool:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from storage import objects
+from storage import checkpoints, objects
 from storage.records import File, describe_file
 
 CONFIG = "config.json"
@@ -69,11 +69,10 @@ def _model_files(folder: str) -> tuple[str, ...]:
 
 
 def _newest_checkpoint(run: str) -> str:
-    found = objects.list_files(objects.join(run, "checkpoints"), "DONE")
-    steps = sorted(stat.path.split("/")[0] for stat in found if stat.path.startswith("step_"))
+    steps = checkpoints.complete(run)
     if not steps:
         raise ValueError(f"init_from={run} has no complete checkpoint: train it first")
-    return objects.join(run, "checkpoints", steps[-1])
+    return checkpoints.checkpoint_url(run, steps[-1])
 
 
 def _fetch(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from training.checkpoint import complete
+from storage.checkpoints import complete
 from training.metrics import Lines
 from training.train import FAILED, Stop, Trainer
 

@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 from tiny_run import children, wait_for
 
-from training.checkpoint import complete
+from storage.checkpoints import complete
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from tiny_run import final_files
 
 from storage import objects
-from training.checkpoint import complete
+from storage.checkpoints import complete
 from training.mirror import fetch_newest
 from training.train import FAILED, Stop, Trainer, find_checkpoint
 

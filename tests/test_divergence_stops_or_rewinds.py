@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 import torch
 
-from training.checkpoint import complete
+from storage.checkpoints import complete
 from training.outliers import OutlierWindow, divergence
 from training.train import DIVERGED, Stop, Trainer
 

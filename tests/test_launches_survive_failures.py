@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 from tiny_run import children, wait_for
 
-from training.checkpoint import complete
+from storage.checkpoints import complete
 from training.launch import command, grace_seconds
 from training.recipes import recipe
 

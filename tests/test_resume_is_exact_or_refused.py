@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 
 from storage import records
-from training.checkpoint import complete
+from storage.checkpoints import complete
 from training.config import RunConfig, to_dict
 from training.train import find_checkpoint
 

@@ -22,9 +22,9 @@ from assets.observer import Observer
 from assets.resources import Launcher, Silent
 from assets.trainer import Training
 from storage import objects, records, shards
+from storage.checkpoints import complete
 from storage.places import Places, places
 from storage.shards import COMPLETE, PLAN
-from training.checkpoint import complete
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,6 @@ of them, renames the folder and puts DONE into it.
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from storage import events, objects
+from storage.checkpoints import DONE, FOLDER, checkpoint_url, complete, step_name
 from training.config import TRAINER_VERSION, RunConfig, defining
 from training.distributed import World
 from training.optim import ShardedAdamW
@@ -37,41 +37,21 @@ if TYPE_CHECKING:
     from training.mirror import Mirror
 
 SCHEMA = 1
-FOLDER, DONE, MODEL, STATE = "checkpoints", "DONE", "model.safetensors", "state.json"
+MODEL, STATE = "model.safetensors", "state.json"
 DAMAGED = "DAMAGED"  # what DONE is called in a checkpoint whose files are not as they were written
 HASHED_AT_ONCE = 8  # files of a checkpoint
 # Fields of TrainConfig that leave the weights as they are.
-WITHOUT_EFFECT = (
-    "val_every",
-    "val_batches",
-    "val_sequences",
-    "hellaswag",
-    "sample_every",
-    "sample_tokens",
-    "health_every",
-) + (
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-)
+WITHOUT_EFFECT = {
+    *("val_every", "val_batches", "val_sequences", "hellaswag", "sample_every", "sample_tokens", "health_every"),
+    *("checkpoint_every", "keep_checkpoints", "keep_every"),
+}
 WAIT = 30.0  # seconds without a byte more, after which the ranks whose files are missing count as lost
 
 log = logging.getLogger("gpt2.checkpoint")
 
 
-def step_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
 def checkpoint_folder(run: str, step: int) -> Path:
-    return Path(run, FOLDER, step_name(step))
-
-
-def complete(run: str) -> list[int]:
-    """Steps of the complete checkpoints in a run folder (or URL), oldest first."""
-    found = objects.list_files(objects.join(run, FOLDER), DONE)
-    names = [stat.path.split("/")[0] for stat in found if stat.path.endswith(f"/{DONE}")]
-    return sorted(int(name.removeprefix("step_")) for name in names if name.startswith("step_"))
+    return Path(checkpoint_url(run, step))
 
 
 def newest(run: str) -> Path | None:
@@ -355,15 +335,15 @@ def publish(hidden: Path, done: bytes) -> Path:
         shutil.rmtree(final)
     hidden.rename(final)
     objects.publish_bytes(str(final / DONE), done)
-    _sync(final.parent)
+    objects.sync(str(final.parent))  # so that it survives a power cut, too
     return final
 
 
 def remove(place: str, steps: Sequence[int]) -> None:
     """DONE goes first: a removal that is cut off leaves a torn checkpoint, never half a complete one."""
     for step in steps:
-        objects.remove(objects.join(place, FOLDER, step_name(step), DONE))
-        objects.remove_tree(objects.join(place, FOLDER, step_name(step)))
+        objects.remove(objects.join(checkpoint_url(place, step), DONE))
+        objects.remove_tree(checkpoint_url(place, step))
 
 
 def drop_checkpoints(run: str, mirror: str | None) -> None:
@@ -378,15 +358,8 @@ def drop_checkpoints(run: str, mirror: str | None) -> None:
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
-    _sync(partial)
+    objects.sync(str(partial))
     partial.rename(path)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written: a checkpoint survives a power cut, too."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def _await_files(folder: Path, pattern: str, count: int) -> None:

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from storage import events, objects
-from training.checkpoint import DONE, FOLDER, Keep, checkpoint_folder, complete, damage, publish, remove, step_name
+from storage.checkpoints import DONE, FOLDER, checkpoint_url, complete, step_name
+from training.checkpoint import Keep, checkpoint_folder, damage, publish, remove
 from training.metrics import LOGS
 
 RETRY = 30.0  # seconds after an upload that failed, until the next try
@@ -102,7 +103,7 @@ class Mirror:
         return (checkpoint_folder(self.run, step) / DONE).read_bytes()
 
     def _at(self, step: int) -> str:
-        return objects.join(self.url, FOLDER, step_name(step))
+        return checkpoint_url(self.url, step)
 
 
 def fetch_newest(mirror: str, run: str) -> None:
@@ -114,7 +115,7 @@ def fetch_newest(mirror: str, run: str) -> None:
         hidden = Path(run, FOLDER, f".{step_name(step)}")
         log.info("fetching %s from %s", step_name(step), mirror)
         shutil.rmtree(hidden, ignore_errors=True)
-        objects.copy_tree(objects.join(mirror, FOLDER, step_name(step)), str(hidden))
+        objects.copy_tree(checkpoint_url(mirror, step), str(hidden))
         if wrong := damage(hidden):
             log.error("passed over %s of %s: %s", step_name(step), mirror, wrong)
             continue

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from storage import events, objects, records
+from storage.checkpoints import complete
 from storage.shards import Choice, read_choices
 from training import distributed, sample, validation
 from training.assemble import assemble, fitted
@@ -32,7 +33,6 @@ from training.checkpoint import (
     check_definition,
     check_whole,
     checkpoint_folder,
-    complete,
     definition,
     drop_checkpoints,
     load_model,

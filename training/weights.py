@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from evals.model import pretrained
+from storage.checkpoints import complete
 from storage.tokenizer import EOT
 from training import weights_nanochat
-from training.checkpoint import checkpoint_folder, complete, load_model, newest, read_state
+from training.checkpoint import checkpoint_folder, load_model, newest, read_state
 from training.config import from_dict
 from training.model_config import ModelConfig
 from training.models import Model, build_model
