@@ -20,8 +20,9 @@ from assets.tokens import validation_shard
 from evals import report
 from storage import checkpoints, objects, records
 from storage.records import Record
-from training import launch, metrics
+from training import metrics
 from training.config import RunConfig, to_dict
+from training.gpus import gpu_count, ranks_here
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def trained_model(context: dg.AssetExecutionContext, maker: dg.ResourceParam[Mak
         else:
             observer = Observer(context, maker, run)
             trainer.train(maker, name, run, maker.stage(tokens), output, lambda event: observer.see(event, progress))
-        return _trained(maker.folder(output.key), run, launch.ranks_here(run.machine.gpus))
+        return _trained(maker.folder(output.key), run, ranks_here(run.machine.gpus))
 
     made, checks = maker.make(StageConfig(), output, produce, [LOSS_IS_FINITE])
     folder = maker.stage(made.record, suffix=(".log", ".txt", ".jsonl"))
@@ -95,7 +96,7 @@ def _trained(folder: str, run: RunConfig, ranks: int) -> Produced:
             "tokens_per_second": run.tokens / useful,
             "skipped_updates": steps[-1]["skipped"],
         },
-        gpus=ranks * run.machine.nnodes if launch.gpu_count() else 0,
+        gpus=ranks * run.machine.nnodes if gpu_count() else 0,
         price=run.machine.price_per_gpu_hour,
         seconds=ledger.pop("seconds"),
         ledger=ledger,

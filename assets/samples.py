@@ -9,8 +9,8 @@ from assets.resources import POOL, RUNS, Event
 from assets.shown import materialize
 from storage import objects, records
 from storage.records import Record
-from training import launch
 from training.config import SAMPLES, TEMPERATURE, TOP_K, UNICORN, RunConfig
+from training.gpus import gpu_count
 
 VERSION = "1"
 FILE = "unicorns.txt"
@@ -42,7 +42,7 @@ def samples(
             paths=[FILE],
             rows=SAMPLES,
             metrics={"tokens_each": output.config["tokens"]},
-            gpus=min(launch.gpu_count(), 1),
+            gpus=min(gpu_count(), 1),
             price=run.machine.price_per_gpu_hour,
         )
 

@@ -12,7 +12,7 @@ from assets.making import Check, Made, Maker, Output, Produced, StageConfig
 from assets.resources import POOL, RUNS, Event
 from storage import objects
 from storage.records import Record
-from training import launch
+from training.gpus import gpu_count
 
 VERSION = "3"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -129,7 +129,7 @@ def produced(out: str, questions: Asked, price: float) -> Produced:
         paths=[objects.name_of(out), page["per_item"]],
         rows=page["items"],
         metrics=metrics | {"truncated": page["truncated"]},
-        gpus=min(launch.gpu_count(), 1),
+        gpus=min(gpu_count(), 1),
         price=price,
     )
 

@@ -27,6 +27,7 @@ from storage.records import Record
 from training import launch
 from training.arrival import stage_as_they_come
 from training.config import RunConfig, defining, to_dict
+from training.gpus import ranks_here
 
 VERSION = "1"
 WEIGHTS_VERSION = "1"
@@ -72,7 +73,7 @@ def train(
     on_start: Callable[[Popen[str]], None] = lambda process: None,
 ) -> None:
     """Train the run on the shards of a local folder, in a process, until it ends."""
-    ranks = launch.ranks_here(run.machine.gpus)
+    ranks = ranks_here(run.machine.gpus)
     hold = Hold(on_start)
     with maker.training(name, hold.lose) as files:
         maker.claim_run(name, output.fingerprint)
@@ -112,7 +113,7 @@ class Hold:
 
 
 def _grace(run: RunConfig) -> float:
-    return launch.ranks_grace(run, launch.ranks_here(run.machine.gpus) * run.machine.nnodes) + KILL_SECONDS
+    return launch.ranks_grace(run, ranks_here(run.machine.gpus) * run.machine.nnodes) + KILL_SECONDS
 
 
 def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:

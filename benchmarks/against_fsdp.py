@@ -40,8 +40,8 @@ from training import distributed, kernels
 from training.config import TrainConfig
 from training.distributed import World
 from training.gpt2 import GPT2
+from training.gpus import ranks_here
 from training.kernels_head import head_loss
-from training.launch import ranks_here
 from training.model_config import ModelConfig, model_from_descriptor
 from training.optim import ShardedAdamW
 

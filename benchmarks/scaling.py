@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.check_training import children, make_tokens, reached, wait_until
 from storage.shards import shard_name, shard_paths, write_shard
 from training.config import to_dict
-from training.launch import gpu_count, gpu_ids
+from training.gpus import gpu_count, gpu_ids
 from training.recipes import recipe
 
 ROOT = Path(__file__).resolve().parents[1]

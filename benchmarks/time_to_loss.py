@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks.token_corpora import Corpora, prepare
 from storage.records import code_state
 from training.config import RunConfig, to_dict
-from training.launch import gpu_ids, gpu_names
+from training.gpus import gpu_ids, gpu_names
 from training.recipes import recipe
 
 ROOT = Path(__file__).resolve().parents[1]

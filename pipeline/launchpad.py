@@ -17,8 +17,9 @@ from assets.resources import NewRun
 from pipeline import runs
 from storage.places import places
 from storage.sources import HUB_FOLDERS
-from training import launch, recipes
+from training import recipes
 from training.config import RunConfig, from_dict, to_dict
+from training.gpus import check_gpus
 
 ELSEWHERE = "elsewhere"  # the corpus that `corpus_at` names
 CORPORA = ("embedded", *HUB_FOLDERS, ELSEWHERE)
@@ -72,7 +73,7 @@ def _settle(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": None}
     try:
         config = runs.settled(_config(values))
-        launch.check_gpus(config.machine.gpus)
+        check_gpus(config.machine.gpus)
         runs.check_possible(places(), config, runs.source(places(), None, config.corpus))
     except ValueError as error:
         raise Refused(str(error)) from None  # the page shows the whole chain

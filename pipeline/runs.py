@@ -16,8 +16,9 @@ from evals.run import HARNESS_SUITES
 from storage import objects, sources, starting_weights
 from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
-from training import launch, plan, recipes
+from training import plan, recipes
 from training.config import SUITES, RunConfig, nearest_multiples, settable_keys
+from training.gpus import gpu_count, gpu_memory_gib, ranks_here
 
 if TYPE_CHECKING:
     from assets.making import Maker
@@ -44,12 +45,12 @@ def configure(
 
 def settled(config: RunConfig) -> RunConfig:
     """`config` as this machine's GPUs can train it; says so where that changes the numbers."""
-    gib = launch.gpu_memory_gib()
+    gib = gpu_memory_gib()
     if gib == 0.0:
         return config
     check_batch(config)
     limit = plan.limit(config, gib)
-    ranks = launch.ranks_here(config.machine.gpus) * config.machine.nnodes
+    ranks = ranks_here(config.machine.gpus) * config.machine.nnodes
     fitted = plan.settle(config, ranks, limit)
     if fitted != config:
         sys.stderr.write(
@@ -128,9 +129,9 @@ def check_possible(places: Places, config: RunConfig, source: sources.Source) ->
 
 def cpu_ranks(config: RunConfig) -> str:
     """What a command says of a machine whose ranks train without a GPU; empty where they have one."""
-    if launch.gpu_count():
+    if gpu_count():
         return ""
-    ranks = launch.ranks_here(config.machine.gpus)
+    ranks = ranks_here(config.machine.gpus)
     return f"no GPU here: training takes {ranks} CPU rank{'s' if ranks > 1 else ''}"
 
 
@@ -201,7 +202,7 @@ def check_tasks(tasks: str) -> None:
 
 def check_batch(config: RunConfig) -> None:
     """Refuse a total batch that the ranks can't share evenly, with the nearest that they can."""
-    ranks = launch.ranks_here(config.machine.gpus) * config.machine.nnodes
+    ranks = ranks_here(config.machine.gpus) * config.machine.nnodes
     unit = ranks * max(config.machine.micro_batch, 1) * config.model.context
     if config.train.batch_tokens % unit:
         near = " or ".join(nearest_multiples(config.train.batch_tokens, unit))

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from tiny_pipeline import TINY_SETTINGS, Finished, gpt2
 
-from training.launch import gpu_count
+from training.gpus import gpu_count
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,11 +17,12 @@ from benchmarks import cost_model
 from pipeline import runs
 from pipeline.commands import model
 from storage.places import places
-from training import launch, plan
+from training import plan
 from training.assemble import fitted
 from training.bench import Bench
 from training.config import RunConfig
 from training.gpt2 import Block
+from training.gpus import gpu_memory_gib
 from training.probe import micro_step_seconds
 from training.recipes import recipe
 
@@ -276,7 +277,7 @@ def one_24_gb_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_one_24_gb_card_the_run_gives_up_the_masters_says_so_and_is_another_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert launch.gpu_memory_gib() == pytest.approx(23.3, abs=0.1)
+    assert gpu_memory_gib() == pytest.approx(23.3, abs=0.1)
     config = runs.configure("gpt2-1558m", [], None, None)
     assert not config.train.master_weights
     assert "only without fp32 master weights" in capsys.readouterr().err

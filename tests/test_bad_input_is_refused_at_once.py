@@ -19,7 +19,7 @@ from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 from pipeline import definitions, runs
 from storage.places import places
 from training.config import to_dict
-from training.launch import check_gpus
+from training.gpus import check_gpus
 from training.recipes import recipe
 
 

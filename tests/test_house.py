@@ -26,6 +26,7 @@ TORCH_FREE = {
         "outliers",
         "metrics",
         "plan",
+        "gpus",
         "launch",
     },
     "evals": {"reference", "report", "completion_items", "core_bundle", "results", "comparison"},

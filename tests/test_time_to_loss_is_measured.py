@@ -18,7 +18,7 @@ from benchmarks import time_to_loss
 from benchmarks.token_corpora import prepare
 from storage.shards import open_shard, shard_paths
 from storage.tokenizer import EOT, encode
-from training import launch
+from training.gpus import gpu_count, gpu_ids
 from training.recipes import recipe
 
 
@@ -116,7 +116,7 @@ def test_shards_that_were_moved_are_linked_anew(tmp_path: Path) -> None:
 
 def test_a_part_of_a_users_gpus_stays_that_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5,")
-    assert (launch.gpu_ids(), launch.gpu_count()) == (["2", "GPU-5"], 2)
+    assert (gpu_ids(), gpu_count()) == (["2", "GPU-5"], 2)
 
 
 def benchmark(place: Path, *words: str) -> list[str]:

@@ -16,9 +16,10 @@ from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console
 from storage import models, objects, sources
 from storage.places import Places, places
-from training import launch, recipes
 from training import plan as planning
+from training import recipes
 from training.config import TEMPERATURE, TOP_K, UNICORN, RunConfig, settable_keys, to_dict
+from training.gpus import gpu_memory_gib, gpu_names
 
 
 def add_to(app: typer.Typer) -> None:
@@ -106,7 +107,7 @@ def plan(
     config = replace(config, machine=replace(config.machine, gpus=gpus))
     runs.check_batch(config)
     ranks = gpus * config.machine.nnodes
-    device = planning.gpu(gpu, launch.gpu_names(), launch.gpu_memory_gib())
+    device = planning.gpu(gpu, gpu_names(), gpu_memory_gib())
     planning.check(config, ranks, device)
     room = planning.limit(config, device.memory)
     fitted = planning.fit(config, ranks, room)

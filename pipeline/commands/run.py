@@ -16,8 +16,8 @@ from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import near, results_table
 from storage import objects, records
 from storage.places import Places, places
-from training import launch
 from training.config import to_dict
+from training.gpus import check_gpus
 
 
 def add_to(app: typer.Typer) -> None:
@@ -77,7 +77,7 @@ def run(
     runs.check_inputs(place, run_name, config, names)
     trains = not names or "trained_model" in names
     if trains:
-        launch.check_gpus(config.machine.gpus)
+        check_gpus(config.machine.gpus)
     source = runs.source(place, run_name, config.corpus)
     runs.check_possible(place, config, source)
     if trains:
