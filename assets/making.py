@@ -33,8 +33,8 @@ from storage.lineage import Lineage
 from storage.places import Places
 from storage.records import File, Parent, Record
 from training import recipes
-from training.claims import started
 from training.config import RunConfig, to_dict
+from training.processes import started
 
 if TYPE_CHECKING:
     from assets.trainer import Training

@@ -13,7 +13,8 @@ import dagster as dg
 
 from assets.failures import KEPT, Interrupted, ProcessFailed, Refused
 from storage import events
-from training import launch
+from training.launch import INTERRUPTED
+from training.processes import dying_with
 
 RUNS = dg.DynamicPartitionsDefinition(name="run")
 
@@ -84,7 +85,7 @@ class Launcher:
             errors="replace",
             env=os.environ | QUIET_THREADS | {events.EVENTS_VARIABLE: "1"},
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops that one
-            preexec_fn=launch.dying_with(me),
+            preexec_fn=dying_with(me),
             pass_fds=held,
         )
         on_start(process)
@@ -125,7 +126,7 @@ def stop(process: subprocess.Popen[str], grace: float = STOP_SECONDS) -> None:
 
 
 def _check_status(status: int, module: str, tail: collections.deque[str]) -> None:
-    if status == launch.INTERRUPTED:
+    if status == INTERRUPTED:
         raise Interrupted(f"{module} saved a checkpoint and stopped; the same command goes on from there")
     if status:
         raise ProcessFailed(f"{module} ended with status {status}. Its last output:\n{''.join(tail)}")

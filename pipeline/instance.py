@@ -19,7 +19,7 @@ from pipeline import runs
 from pipeline.page import SERVED_BY
 from storage import objects
 from storage.places import Places
-from training.claims import processes_here, started
+from training.processes import processes_here, started
 
 POSTGRES_VARIABLE = "DAGSTER_POSTGRES_URL"
 POSTGRES_SCHEME = "postgresql+psycopg2://"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from training import launch
+from training.processes import dying_with
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCATION = "gpt2"  # as in workspace.yaml
@@ -56,7 +56,7 @@ def serve(port: int) -> int:
 def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     quiet = os.environ | {"PYTHONWARNINGS": BETA}  # what the command starts in its turn has no -W
-    return subprocess.Popen(command, cwd=ROOT, env=quiet, preexec_fn=launch.dying_with(os.getpid()))
+    return subprocess.Popen(command, cwd=ROOT, env=quiet, preexec_fn=dying_with(os.getpid()))
 
 
 def _wait_for(place: Path, server: subprocess.Popen[bytes]) -> None:

@@ -28,6 +28,7 @@ TORCH_FREE = {
         "plan",
         "gpus",
         "launch",
+        "processes",
     },
     "evals": {"reference", "report", "completion_items", "core_bundle", "results", "comparison"},
 }

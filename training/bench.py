@@ -27,6 +27,7 @@ from training.distributed import World
 from training.metrics import utilization
 from training.model_config import model_from_descriptor
 from training.optim import clip_scale
+from training.processes import started
 from training.recipes import ANY_SIZE, RECIPES, recipe
 
 WARM_UP = 3
@@ -221,8 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _process_start() -> float:
     """When this process began, by the clock of time.time()."""
     uptime = float(Path("/proc/uptime").read_text().split()[0])
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - uptime + int(started(os.getpid())) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -18,41 +18,16 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from storage import objects
+from training.processes import processes_here, started
 
 LEASE = 60.0  # seconds without a renewal after which work is taken over
 RENEWALS = 4  # of a claim during a lease
 
 log = logging.getLogger(__name__)
-
-
-@cache
-def processes_here() -> str:
-    """Names the processes that this one can see: those of this boot and container, which a host's name does not tell.
-
-    Empty where the kernel does not say.
-    """
-    boot, container = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
-    return (
-        f"{boot.read_text().strip()} {os.readlink(container)}" if boot.exists() and os.path.lexists(container) else ""
-    )
-
-
-def started(pid: int) -> str:
-    """When a process started, in ticks since boot, which tells it from a later one of the same number.
-
-    "gone" for one that has ended, also where its parent has not asked how.
-    """
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "gone"
-    return "gone" if words[0] in "ZX" else words[19]
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ This process stays between the caller and torchrun. It passes SIGTERM and SIGINT
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -23,6 +22,7 @@ from storage import events, objects
 from training import attempts, plan
 from training.config import RunConfig, from_dict
 from training.gpus import check_gpus, ranks_here
+from training.processes import die_with_parent, dying_with
 
 STATUS_VARIABLE = "GPT2_STATUS_FILE"
 RESTART_VARIABLE = "GPT2_RESTART"  # set where the ranks are started again after a failure
@@ -36,25 +36,6 @@ ENVIRONMENT = {
     "TORCH_FR_BUFFER_SIZE": "2000",  # NCCL's flight recorder: the last collectives of each rank …
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # … which are written down then
 }
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends; `parent` is the pid to expect."""
-    dying_with(parent)()
-
-
-def dying_with(parent: int) -> Callable[[], None]:
-    """The same for a child to call between fork and exec: where the parent has threads, one of them may have held
-    the lock of the dynamic loader, so what needs it is done here."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def tie() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it had ended before the call
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return tie
 
 
 def report_status(status: int) -> None:

@@ -45,12 +45,13 @@ from training.config import RunConfig, from_dict, to_dict
 from training.distributed import World
 from training.energy import EnergyMeter
 from training.health import examine
-from training.launch import INTERRUPTED, die_with_parent, is_restart, report_status
+from training.launch import INTERRUPTED, is_restart, report_status
 from training.loader import training_loader, validation_loader
 from training.metrics import RunLog, utilization
 from training.mirror import Mirror, fetch_newest
 from training.optim import clip_scale
 from training.outliers import OutlierWindow, divergence, is_outlier
+from training.processes import die_with_parent
 from training.schedule import learning_rate
 
 DIVERGED = FAILED = 1  # exit status
