@@ -1,11 +1,9 @@
 """How is an output made, or reused, checked and recorded? One way for every asset."""
 
-import fcntl
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,9 +13,7 @@ from pydantic import Field
 
 from assets.resources import Event, Launcher, Listener
 from assets.run_config import (
-    DEFINITION,
     check_name,
-    check_no_repeat,
     check_unchanged,
     config_url,
     inputs,
@@ -27,19 +23,16 @@ from assets.run_config import (
     source_of,
     stored,
 )
-from assets.turns import turn, turn_or_refusal
+from assets.turns import turn
 from storage import objects, records, sources
 from storage.lineage import Lineage
 from storage.places import Places
 from storage.records import File, Parent, Record
 from training import recipes
 from training.config import RunConfig, to_dict
-from training.processes import started
 
 if TYPE_CHECKING:
     from assets.trainer import Training
-
-log = logging.getLogger(__name__)
 
 
 class StageConfig(dg.Config):
@@ -199,50 +192,6 @@ class Maker:
         if key is None:
             raise ValueError(f"{asset} of run {run!r} is not made yet: materialize it first")
         return self.parent(key, asset)
-
-    def claim_run(self, run: str, fingerprint: str) -> None:
-        """Refuse to train in a run folder that holds the weights of another definition, or what another run trains."""
-        check_no_repeat(self.places, run, fingerprint)
-        url = objects.join(self.places.store, "runs", run, DEFINITION)
-        there = objects.read_json(url)["fingerprint"] if objects.exists(url) else fingerprint
-        if there != fingerprint:
-            raise ValueError(
-                f"runs/{run} was trained from other tokens, settings or code ({there[:8]}, now {fingerprint[:8]}): "
-                f"its weights are kept; train the new definition as another run, with --name"
-            )
-        objects.publish_json(url, {"fingerprint": fingerprint})
-
-    @contextmanager
-    def training(self, run: str, lost: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
-        """Hold a run while it is trained here: two trainings in one folder would tear each other's files.
-
-        Gives the open file that holds it, for the ranks' launcher: where this process is killed, the ranks save a
-        checkpoint, and who comes next waits for them. `lost` is called, from a thread, where another machine has taken
-        the run over, because this one did not reach the store.
-        """
-        path = self.places.home / "locks" / f"{run}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
-                if started(int(holder := lock.read() or 0)) != "gone":
-                    raise ValueError(
-                        f"run {run!r} is being trained by process {holder}: wait for it or stop it"
-                    ) from error
-                self._warn(f"process {holder} was killed: waiting until its ranks have saved their checkpoint")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            with turn_or_refusal(self.places.store, run, self._warn, lost):  # of other machines on this store
-                yield [lock.fileno()]
-
-    def _warn(self, message: str) -> None:
-        """Of a training: on the terminal, if there is one, and in the step's log."""
-        log.warning(message)
-        self.listener.progressed("trained_model", {"event": "warning", "message": message})
 
     def folder(self, key: str) -> str:
         """The local folder in which the files of `key` are worked on."""

@@ -5,7 +5,10 @@ step that makes the shards then starts it in a thread, and the model's own step 
 the model is made from the whole tokens, whose record is written before the model's.
 """
 
+import fcntl
 import functools
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +23,8 @@ from assets.items import hellaswag_items, hellaswag_output
 from assets.making import Maker, Output, Produced, StageConfig, chosen
 from assets.observer import Observer
 from assets.resources import POOL, Event, stop
-from assets.run_config import resuming
+from assets.run_config import DEFINITION, check_no_repeat, resuming
+from assets.turns import turn_or_refusal
 from storage import objects, records, starting_weights
 from storage.items import FILES
 from storage.records import Record
@@ -28,6 +32,9 @@ from training import launch
 from training.arrival import stage_as_they_come
 from training.config import RunConfig, defining, to_dict
 from training.gpus import ranks_here
+from training.processes import started
+
+log = logging.getLogger(__name__)
 
 VERSION = "1"
 WEIGHTS_VERSION = "1"
@@ -75,8 +82,8 @@ def train(
     """Train the run on the shards of a local folder, in a process, until it ends."""
     ranks = ranks_here(run.machine.gpus)
     hold = Hold(on_start)
-    with maker.training(name, hold.lose) as files:
-        maker.claim_run(name, output.fingerprint)
+    with hold_run(maker, name, hold.lose) as files:
+        claim_run(maker, name, output.fingerprint)
         try:
             maker.launcher.run(
                 "training.launch",
@@ -91,6 +98,52 @@ def train(
                 raise
             message = f"another machine trains run {name!r} now: this one stopped, its last checkpoint is saved"
             raise Interrupted(message) from ended
+
+
+def claim_run(maker: Maker, run: str, fingerprint: str) -> None:
+    """Refuse to train in a run folder that holds the weights of another definition, or what another run trains."""
+    check_no_repeat(maker.places, run, fingerprint)
+    url = objects.join(maker.places.store, "runs", run, DEFINITION)
+    there = objects.read_json(url)["fingerprint"] if objects.exists(url) else fingerprint
+    if there != fingerprint:
+        raise ValueError(
+            f"runs/{run} was trained from other tokens, settings or code ({there[:8]}, now {fingerprint[:8]}): "
+            f"its weights are kept; train the new definition as another run, with --name"
+        )
+    objects.publish_json(url, {"fingerprint": fingerprint})
+
+
+@contextmanager
+def hold_run(maker: Maker, run: str, lost: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """Hold a run while it is trained here: two trainings in one folder would tear each other's files.
+
+    Gives the open file that holds it, for the ranks' launcher: where this process is killed, the ranks save a
+    checkpoint, and who comes next waits for them. `lost` is called, from a thread, where another machine has taken
+    the run over, because this one did not reach the store.
+    """
+    say = functools.partial(_warn, maker)
+    path = maker.places.home / "locks" / f"{run}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            if started(int(holder := lock.read() or 0)) != "gone":
+                raise ValueError(f"run {run!r} is being trained by process {holder}: wait for it or stop it") from error
+            say(f"process {holder} was killed: waiting until its ranks have saved their checkpoint")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        with turn_or_refusal(maker.places.store, run, say, lost):  # of other machines on this store
+            yield [lock.fileno()]
+
+
+def _warn(maker: Maker, message: str) -> None:
+    """Of a training: on the terminal, if there is one, and in the step's log."""
+    log.warning(message)
+    maker.listener.progressed("trained_model", {"event": "warning", "message": message})
 
 
 class Hold:

@@ -26,7 +26,7 @@ from assets.repeats import check_new
 from assets.resources import Launcher, Silent
 from assets.run_config import trainings
 from assets.tokens import token_shards, tokens_output
-from assets.trainer import Hold, trained_output
+from assets.trainer import Hold, claim_run, hold_run, trained_output
 from pipeline import definitions
 from storage import objects, records, sources
 from storage.places import Places, places
@@ -110,13 +110,13 @@ def test_shards_stay_until_it_is_our_turn_to_make_them_anew(tmp_path, monkeypatc
 
 
 def test_a_run_that_is_trained_on_another_machine_is_refused(store, tmp_path):
-    with maker(store, tmp_path, "one").training("r"):
+    with hold_run(maker(store, tmp_path, "one"), "r"):
         refused = pytest.raises(ValueError, match=f"'r' is being trained by process {os.getpid()} of .*: wait for it")
-        with refused, maker(store, tmp_path, "two").training("r"):
+        with refused, hold_run(maker(store, tmp_path, "two"), "r"):
             pass
-        with maker(store, tmp_path, "two").training("another"):
+        with hold_run(maker(store, tmp_path, "two"), "another"):
             pass
-    with maker(store, tmp_path, "two").training("r"):
+    with hold_run(maker(store, tmp_path, "two"), "r"):
         pass
 
 
@@ -134,7 +134,7 @@ def test_a_run_of_a_machine_that_was_lost_is_trained_after_a_lease(store, tmp_pa
     monkeypatch.setattr(turns, "POLL", 0.05)
     assert Far(store).take("training/r")  # and never renewed
     began = time.monotonic()
-    with maker(store, tmp_path, "two").training("r"):
+    with hold_run(maker(store, tmp_path, "two"), "r"):
         assert time.monotonic() - began > 1.0
     assert re.findall(r"process 7 of far has claimed this run: waiting until \d\d:\d\d:\d\d", caplog.text)
     assert objects.list_files(objects.join(store, turns.CLAIMS)) == []  # so that who comes next does not wait
@@ -147,7 +147,7 @@ def test_a_run_of_another_machine_that_lives_is_refused_at_its_sign_of_life(stor
     with Far(store) as far:
         assert far.take("training/r")
         refused = pytest.raises(ValueError, match="'r' is being trained by process 7 of far: wait for it or stop it")
-        with refused, maker(store, tmp_path, "two").training("r"):
+        with refused, hold_run(maker(store, tmp_path, "two"), "r"):
             pass
 
 
@@ -227,7 +227,7 @@ def begun(tmp_path) -> str:
     records.write_record(store, Record(*definition, [], [], "", "", metrics=metrics))
     tokens = tokens_output(config, documents, metrics["text_bytes"])
     objects.publish_bytes(f"{store}/runs/broken/definition.json", b"{")
-    maker(store, tmp_path, "store").claim_run("a", trained_output("a", config, tokens).fingerprint)
+    claim_run(maker(store, tmp_path, "store"), "a", trained_output("a", config, tokens).fingerprint)
     return store
 
 
@@ -251,4 +251,4 @@ def test_what_another_run_trains_is_not_trained_again(begun, tmp_path, monkeypat
     check_new(here, "a", config, documents)
     check_new(here, "b", another, documents)
     with pytest.raises(ValueError, match=said):
-        here.claim_run("b", trainings(here.places)["a"])  # of documents that were made since
+        claim_run(here, "b", trainings(here.places)["a"])  # of documents that were made since
