@@ -109,8 +109,7 @@ def plan(
     ranks = gpus * config.machine.nnodes
     device = planning.gpu(gpu, gpu_names(), gpu_memory_gib())
     planning.check(config, ranks, device)
-    room = planning.limit(config, device.memory)
-    fitted = planning.fit(config, ranks, room)
+    fitted = planning.fit(config, ranks, planning.limit(config, device.memory))
     known = device in planning.GPUS.values()
     if known:
         cost = planning.cost(config, fitted, device, ranks, price)
@@ -125,6 +124,14 @@ def plan(
         print(json.dumps({**asdict(fitted), **shown, **asdict(cost)}, indent=2))
         return
     table = Table(show_header=False, title=f"{name} on {ranks} × {device.name}")
+    _add_memory(table, config, device, fitted)
+    more = f", and {runs.corpus_copies(config.corpus)} times the corpus's files" if corpus_bytes is None else ""
+    table.add_row("disk", f"{disk / 2**30:,.1f} GiB{more}: {runs.on_disk(config)}")
+    _add_time(table, config, ranks, cost, origin)
+    console().print(table)
+
+
+def _add_memory(table: Table, config: RunConfig, device: planning.Gpu, fitted: planning.Plan) -> None:
     table.add_row("micro-batch", f"{fitted.micro_batch} sequences × {fitted.micro_steps} micro-steps")
     table.add_row("recompute", str(fitted.recompute))
     table.add_row(
@@ -132,10 +139,12 @@ def plan(
     )
     for line, size in fitted.memory.items():
         table.add_row(f"memory: {line}", f"{size / 2**30:.1f} GiB")
+    room = planning.limit(config, device.memory)
     there = f"{room:.1f} GiB (memory_gib)" if config.machine.memory_gib else f"{device.memory:.1f} GiB"
     table.add_row("memory a GPU", f"{fitted.total / 2**30:.1f} of {there}")
-    more = f", and {runs.corpus_copies(config.corpus)} times the corpus's files" if corpus_bytes is None else ""
-    table.add_row("disk", f"{disk / 2**30:,.1f} GiB{more}: {runs.on_disk(config)}")
+
+
+def _add_time(table: Table, config: RunConfig, ranks: int, cost: planning.Cost, origin: str) -> None:
     table.add_row("rate of a GPU", origin if cost.mfu is None else f"MFU {cost.mfu:.1%}, {origin}")
     if ranks > 1:
         lost = "communication is not counted"
@@ -146,7 +155,6 @@ def plan(
     table.add_row(f"{config.train.steps:,} steps", _duration(3600 * cost.hours))
     if cost.dollars is not None:
         table.add_row("cost", f"${cost.dollars:,.0f}" if cost.dollars >= 100 else f"${cost.dollars:,.2f}")
-    console().print(table)
 
 
 def _duration(seconds: float) -> str:
