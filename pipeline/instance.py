@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,43 +103,42 @@ def owned(dagster: dg.DagsterInstance, run: dg.DagsterRun) -> Iterator[None]:
 
     Only the process itself can say so: Dagster tells nobody where a run is executed.
     """
-    pid, ended = os.getpid(), threading.Event()
-    place = {HOST_TAG: platform.node(), AMONG_TAG: processes_here()}
-    dagster.add_run_tags(run.run_id, place | {PROCESS_TAG: f"{run.run_id}:{pid}:{started(pid)}"})
+    pid = os.getpid()
+    place = {HOST_TAG: platform.node(), AMONG_TAG: processes_here(), PROCESS_TAG: f"{run.run_id}:{pid}:{started(pid)}"}
+    dagster.add_run_tags(run.run_id, place | _alive())
     if run.remote_job_origin is not None:
         threading.Thread(target=_end_with_server, daemon=True).start()
-    alive = threading.Thread(target=_tell, args=(dagster, run.run_id, ended), daemon=True)
-    alive.start()
-    try:
+    with _repeated(lambda: dagster.add_run_tags(run.run_id, _alive()), ALIVE_SECONDS):
         yield
-    finally:
-        ended.set()
-        alive.join()
 
 
-def _tell(dagster: dg.DagsterInstance, run_id: str, ended: threading.Event) -> None:
-    while True:
-        dagster.add_run_tags(run_id, {ALIVE_TAG: f"{time.time():.0f}"})
-        if ended.wait(ALIVE_SECONDS):
-            return
+def _alive() -> dict[str, str]:
+    return {ALIVE_TAG: f"{time.time():.0f}"}
 
 
 @contextmanager
 def swept(dagster: dg.DagsterInstance, places: Places) -> Iterator[None]:
     """Within this, a run that waits for the cards gets them once who held them is gone, also without a daemon."""
+    with _repeated(lambda: sweep(dagster, places), SWEEP_SECONDS):
+        yield
+
+
+@contextmanager
+def _repeated(task: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Within this, a thread does the task every so many seconds."""
     ended = threading.Event()
-    thread = threading.Thread(target=_sweep_until, args=(ended, dagster, places), daemon=True)
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            task()
+
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-
-
-def _sweep_until(ended: threading.Event, dagster: dg.DagsterInstance, places: Places) -> None:
-    while not ended.wait(SWEEP_SECONDS):
-        sweep(dagster, places)
 
 
 def sweep(dagster: dg.DagsterInstance, places: Places) -> list[str]:
