@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.optim import ROUNDING_STRIDE, Bucket, ShardedAdamW, round_into_weights
+from training.optim import ROUNDING_STRIDE, Bucket, ShardedAdamW, groups, round_into_weights
 from training.schedule import momentum
 
 # Of a x + b x^3 + c x^5, step by step: best for singular values from 1e-3 to 1, with a margin for bf16.
@@ -90,15 +90,11 @@ class ShardedMuon(ShardedAdamW):
 
     def layout(self, model: nn.Module) -> list[Bucket]:
         """The head's bucket, the blocks' from the last, the embedding's: as their gradients come."""
-        blocks: dict[int, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in model.named_parameters():
-            if name.startswith("blocks."):
-                blocks.setdefault(int(name.split(".")[1]), []).append((name, parameter))
+        blocks = [group for name, group in groups(model) if name != "rest"][::-1]
         ranks = self.world.shard.size
         self.channels = blocks[0][0][1].shape[1]
         self.blocks = [
-            self._bucket_of(first, [blocks[n] for n in range(first, min(first + ranks, len(blocks)))])
-            for first in reversed(range(0, len(blocks), ranks))
+            self._bucket_of(first, blocks[first : first + ranks]) for first in reversed(range(0, len(blocks), ranks))
         ]
         head, embedding = (
             self.bucket(name, len(blocks) + i, [(f"{name}.weight", model.get_parameter(f"{name}.weight"))])

@@ -81,7 +81,7 @@ class ShardedAdamW:
 
     def layout(self, model: nn.Module) -> list[Bucket]:
         """Every parameter in one bucket."""
-        return [self.bucket(name, number, group) for number, (name, group) in enumerate(_groups(model))]
+        return [self.bucket(name, number, group) for number, (name, group) in enumerate(groups(model))]
 
     def bucket(
         self,
@@ -284,13 +284,13 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     return ((values.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
-def _groups(model: nn.Module) -> Iterable[tuple[str, list[tuple[str, nn.Parameter]]]]:
+def groups(model: nn.Module) -> Iterable[tuple[str, list[tuple[str, nn.Parameter]]]]:
     """Bucket names with their parameters: one a block, last block first as backward comes, then the rest."""
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         block = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "rest"
-        groups.setdefault(block, []).append((name, parameter))
-    return reversed(sorted(groups.items(), key=lambda item: _block_number(item[0])))
+        found.setdefault(block, []).append((name, parameter))
+    return reversed(sorted(found.items(), key=lambda item: _block_number(item[0])))
 
 
 def _block_number(name: str) -> int:
