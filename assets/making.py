@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
+from assets.failures import ProcessFailed
 from assets.resources import Event, Launcher, Listener
 from assets.run_config import (
     check_name,
@@ -267,7 +268,10 @@ class Maker:
 
     def _produce(self, output: Output, produce: Callable[[Callable[[Event], None]], Produced]) -> Record:
         started, clock = _now(), time.monotonic()
-        produced = produce(lambda event: self.listener.progressed(output.asset, event))
+        try:
+            produced = produce(lambda event: self.listener.progressed(output.asset, event))
+        except ProcessFailed as error:
+            raise ProcessFailed(f"{output.asset}: {error}") from error
         files = [*produced.files, *self._publish(output.key, produced.paths)]
         files += self._describe(output.key, produced.mirrored)
         seconds = time.monotonic() - clock if produced.seconds is None else produced.seconds

@@ -127,6 +127,6 @@ def stop(process: subprocess.Popen[str], grace: float = STOP_SECONDS) -> None:
 
 def _check_status(status: int, module: str, tail: collections.deque[str]) -> None:
     if status == INTERRUPTED:
-        raise Interrupted(f"{module} saved a checkpoint and stopped; the same command goes on from there")
+        raise Interrupted(f"{module} was told to stop; the same command goes on from its newest checkpoint")
     if status:
         raise ProcessFailed(f"{module} ended with status {status}. Its last output:\n{''.join(tail)}")

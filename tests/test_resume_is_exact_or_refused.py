@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,17 @@ def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_anew_unasked(
     for _ in range(2):
         with pytest.raises(ValueError, match=r"are damaged \(step_000003\).*or begin anew with --set resume=no"):
             find_checkpoint(run, None)
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_a_first_one_that_refuses(shards: str, tmp_path: Path) -> None:
+    run = tiny_run.folder(tmp_path / "run", tiny_run.config())
+    tiny_run.steps(run, shards, until=3)
+    flip_a_byte(Path(run, "checkpoints/step_000003/model.safetensors"))
+    began = time.monotonic()
+    done = tiny_run.train(run, shards, 2)
+    assert done.returncode == 2 and "are damaged (step_000003)" in done.stderr
+    assert time.monotonic() - began < 100  # torchrun would kill them after 120 s
 
 
 def test_a_checkpoint_of_a_version_that_wrote_no_digests_is_gone_on_from(shards: str, tmp_path: Path) -> None:
