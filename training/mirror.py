@@ -65,9 +65,11 @@ class Mirror:
     def upload(self) -> None:
         """Copy what the mirror lacks, and the logs as they are now, and drop what is not to be kept there."""
         here = complete(self.run)
-        for step in self._lacking(here):
+        lacking = self._lacking(here)
+        for step in lacking:
             self._copy(step)
-        self._copy_logs()
+        if not lacking:  # else they went with the checkpoint
+            self._copy_logs()
         if here:
             there = complete(self.url)
             later = [step for step in there if step > here[-1]]  # than where a run that diverged went back to
@@ -121,7 +123,7 @@ def fetch_newest(mirror: str, run: str) -> None:
             continue
         for name in LOGS:
             if objects.exists(objects.join(mirror, name)):
-                objects.publish_bytes(str(Path(run, name)), objects.read_bytes(objects.join(mirror, name)))
+                objects.copy(objects.join(mirror, name), str(Path(run, name)))
         done = (hidden / DONE).read_bytes()
         (hidden / DONE).unlink()
         publish(hidden, done)
