@@ -1,5 +1,6 @@
 """Shards hold each document once, in order, whatever the workers, the piece sizes or the kills."""
 
+import fcntl
 import os
 import random
 import signal
@@ -305,6 +306,26 @@ def test_workers_end_with_a_killed_parent(corpus, tmp_path):
         time.sleep(0.1)
     child.stdout.close()
     assert group_members(child.pid) == []
+
+
+def test_a_run_waits_for_the_workers_of_a_killed_one(corpus, tmp_path):
+    """They may still write into the scratch folder, whose leftovers it removes."""
+    child = start(tmp_path / "child.py", tmp_path / "killed", 2, corpus[0])
+    assert child.stdout
+    child.stdout.readline()
+    child.stdout.readline()  # a piece is complete, so the workers are up
+    workers = [int(pid) for pid in group_members(child.pid) if int(pid) != child.pid]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    with open(tmp_path / "killed" / "work" / "lock") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    run(corpus[0], tmp_path / "killed")
+    assert [p.name for p in (tmp_path / "killed" / "work").iterdir()] == ["lock"]
 
 
 def group_members(group: int) -> list[str]:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -82,12 +82,11 @@ def tokenize(
     with ExitStack() as stack:
         place = objects.join(out, PIECES) if shared else work
         claims = stack.enter_context(Claims(objects.join(place, "claims"))) if shared else None
-        if not shared:
-            stack.enter_context(_lock(work))
+        lock = None if shared else stack.enter_context(_locked(work))
         job = _Job(out, corpus, shard_tokens, place, progress, claims)
         job.extend(plan_pieces(files, root))
         if not job.complete:
-            job.run(stack.enter_context(engine(engine_name, workers)))
+            job.run(stack.enter_context(engine(engine_name, workers, lock)))
         return job.result()
 
 
@@ -106,7 +105,7 @@ def tokenize_ahead(
 
     `whole` gives the files that are here, in corpus order up to the first that is not. Only full shards are cut.
     """
-    with _lock(work), process_pool(workers) as pool:
+    with _locked(work) as lock, process_pool(workers, lock) as pool:
         processes = Processes(pool, workers)
         job = _Job(out, corpus, shard_tokens, work, progress, growing=True)
         known = 0
@@ -121,8 +120,8 @@ def tokenize_ahead(
 
 
 @contextmanager
-def _lock(work: str) -> Iterator[None]:
-    """One process at a time works in a scratch folder; the lock goes with the process, however it ends."""
+def _locked(work: str) -> Iterator[IO[str]]:
+    """One run at a time works in a scratch folder; the lock goes with its processes, however they end."""
     Path(work).mkdir(parents=True, exist_ok=True)
     with open(os.path.join(work, "lock"), "w") as f:
         try:
@@ -131,8 +130,7 @@ def _lock(work: str) -> Iterator[None]:
             log.warning("waiting for another process that tokenizes in %s", work)
             fcntl.flock(f, fcntl.LOCK_EX)
         _remove_partial(work)
-        yield
-        _remove_partial(work)  # a killed run's worker may have outlived it by a moment
+        yield f
 
 
 def _remove_partial(work: str) -> None:

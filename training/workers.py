@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing import reduction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 PARENT_CHECK = 0.5  # seconds between two looks whether the parent still lives
 
@@ -38,8 +39,8 @@ class Engine(Protocol):
 
 
 @contextmanager
-def engine(name: str, workers: int) -> Iterator[Engine]:
-    """`name` is "processes" or "ray"."""
+def engine(name: str, workers: int, lock: IO[str] | None = None) -> Iterator[Engine]:
+    """`name` is "processes" or "ray"; processes hold the `lock` of an open file as long as they live."""
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     if name == "ray":
@@ -50,15 +51,16 @@ def engine(name: str, workers: int) -> Iterator[Engine]:
     elif workers == 1:
         yield Here()
     else:
-        with process_pool(workers) as pool:
+        with process_pool(workers, lock) as pool:
             yield Processes(pool, workers)
 
 
 @contextmanager
-def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes that end with this one, however it ends."""
+def process_pool(workers: int, lock: IO[str] | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes that end with this one, however it ends; they hold the `lock` of an open file with it."""
     context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
-    with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
+    arguments = (os.getpid(), lock and Inherited(lock))
+    with ProcessPoolExecutor(workers, context, _end_with_parent, arguments) as pool:
         try:
             yield pool
         finally:
@@ -105,7 +107,17 @@ class Processes:
         return done.result()
 
 
-def _end_with_parent(parent: int) -> None:
+class Inherited:
+    """A file that spawned processes have open, too, from their first moment: its lock lasts until all have ended."""
+
+    def __init__(self, file: IO[str]):
+        self.file = file
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (reduction.DupFd(self.file.fileno()).detach(),)
+
+
+def _end_with_parent(parent: int, _lock: object) -> None:
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
