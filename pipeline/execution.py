@@ -70,7 +70,7 @@ def _execute(
         except DagsterAssetCheckFailedError as failed:
             raise CheckFailed("; ".join(f"{asset}: {why}" for asset, why in terminal.failed.items())) from failed
         except Exception as error:
-            if refusal := objects.s3_refusal(error):  # by now that is no bad input
+            if refusal := objects.refusal(error):  # by now that is no bad input
                 raise Interrupted(f"{refusal}; {KEPT}") from error
             raise
         finally:

@@ -5,6 +5,7 @@ variables). Nothing is ever half-written under its final name: local files are w
 an S3 object appears with the PUT that completes it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 REACH_S3 = "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+DISK_IS_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last: SQLite
 OF_AN_OBJECT = {"NoSuchKey", "404", "PreconditionFailed", "412", "InvalidRange", "416"}  # missing, or another by now
 
 
@@ -286,8 +288,22 @@ def failures() -> tuple[type[Exception], ...]:
     return (OSError, BotoCoreError)
 
 
-def s3_refusal(error: Exception) -> str:
-    """Why S3 can't be asked, or does not let us, and the fix; empty for an error that says something else."""
+def refusal(error: BaseException) -> str:
+    """Why the store can't be read or written, and the fix; empty for an error that says something else."""
+    return _full_disk(error) or _s3_refusal(error)
+
+
+def _full_disk(error: BaseException | None) -> str:
+    """What a library makes of it has the system's error behind it."""
+    while error:
+        if any(said in str(error) for said in DISK_IS_FULL):
+            return f"the disk is full ({str(error).splitlines()[0]}): make room on it, or choose another with --store"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _s3_refusal(error: BaseException) -> str:
+    """Why S3 can't be asked, or does not let us."""
     if "botocore" not in sys.modules:
         return ""
     from botocore.exceptions import BotoCoreError, ClientError

@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from storage import objects
 
@@ -123,3 +124,18 @@ def test_files_that_others_rename_while_they_are_listed_are_no_error(tmp_path: P
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_full_disk_is_told_from_other_errors_whoever_meets_it() -> None:
+    with pytest.raises(OSError) as of_a_file, open("/dev/full", "w") as full:
+        full.write("x")
+    with pytest.raises(sa.exc.OperationalError) as of_a_database, sa.create_engine("sqlite://").connect() as runs:
+        runs.execute(sa.text("PRAGMA max_page_count = 1"))
+        runs.execute(sa.text("CREATE TABLE runs (id)"))
+    for met, said in ((of_a_file, "No space left on device"), (of_a_database, "database or disk is full")):
+        refusal = objects.refusal(met.value)
+        assert refusal.startswith("the disk is full (") and said in refusal and "\n" not in refusal
+        reported = RuntimeError("a step failed")
+        reported.__cause__ = met.value
+        assert objects.refusal(reported) == refusal
+    assert objects.refusal(FileNotFoundError(2, "No such file or directory")) == ""

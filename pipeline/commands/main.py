@@ -44,7 +44,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(_say(STOPPED, 1))
     except Exception as error:
-        if refusal := objects.s3_refusal(error):
+        if refusal := objects.refusal(error):
             sys.exit(_say(refusal, 2))
         raise
 
