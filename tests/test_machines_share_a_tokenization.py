@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_run import wait_for
 
 from storage import objects
 from training import claims, pieces, tokenization
@@ -19,19 +21,22 @@ from training.workers import Here
 ROOT = str(Path(__file__).resolve().parent.parent)
 SHARD_TOKENS = 5_000
 CHILD = """
-import sys, time
+import pathlib, sys, time
 from training import claims, pieces, tokenization
-claims.LEASE, pieces.PIECE_TEXT, tokenization.POLL = 3.0, 20_000, 0.1
+pieces.PIECE_TEXT, tokenization.POLL = 20_000, 0.1
 if __name__ == "__main__":
-    out, work, slow, files = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:]
+    out, work, at_work, claims.LEASE = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     encode = tokenization.encode_piece
-    def slowly(place, piece):
+    begun = pathlib.Path(work + ".begun")
+    def together(place, piece):
         if pieces.read_encoded(place, piece) is None:
             print(piece.index, flush=True)
-            time.sleep(slow)
+            begun.touch()
+            while len([*begun.parent.glob("*.begun")]) < at_work:
+                time.sleep(0.01)
         return encode(place, piece)
-    tokenization.encode_piece = slowly
-    tokenization.tokenize(files, out, "c", 5_000, work, 1, lambda *_: None, shared=True)
+    tokenization.encode_piece = together
+    tokenization.tokenize(sys.argv[5:], out, "c", 5_000, work, 1, lambda *_: None, shared=True)
 """
 
 
@@ -63,17 +68,20 @@ def digests(out: str) -> dict[str, str]:
     return {s.path: objects.sha256(f"{out}/{s.path}") for s in objects.list_files(out) if s.path.startswith("c_")}
 
 
-def machine(folder: Path, number: int, out: str, files: list[str], slow: float = 0.05) -> subprocess.Popen[str]:
+def machine(
+    folder: Path, number: int, out: str, files: list[str], at_work: int = 1, lease: float = 3.0
+) -> subprocess.Popen[str]:
+    """A machine that holds its first piece until so many are at work."""
     script = folder / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, str(script), out, str(folder / f"work-{number}"), str(slow), *files]
+    command = [sys.executable, str(script), out, str(folder / f"work-{number}"), str(at_work), str(lease), *files]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ROOT})
 
 
 @pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.slow)])
 def test_machines_divide_the_pieces_and_give_the_same_bytes(corpus, tmp_path, where, request):
     out = f"{request.getfixturevalue('s3_store')}/tokens" if where == "s3" else str(tmp_path / "shared")
-    machines = [machine(tmp_path, number, out, corpus) for number in range(2)]
+    machines = [machine(tmp_path, number, out, corpus, at_work=2, lease=600) for number in range(2)]
     encoded = [list(map(int, m.communicate()[0].split())) for m in machines]
     assert [m.returncode for m in machines] == [0, 0]
     assert sorted(encoded[0] + encoded[1]) == list(range(18))
@@ -84,7 +92,7 @@ def test_machines_divide_the_pieces_and_give_the_same_bytes(corpus, tmp_path, wh
 @pytest.mark.slow
 def test_a_dead_machines_piece_is_taken_over(corpus, tmp_path):
     out = str(tmp_path / "shared")
-    dead = machine(tmp_path, 0, out, corpus, slow=60)
+    dead = machine(tmp_path, 0, out, corpus, at_work=2)
     assert dead.stdout and dead.stdout.readline() == "0\n"
     dead.kill()
     dead.communicate()
@@ -101,7 +109,7 @@ def test_one_who_comes_too_late_takes_what_the_others_have_made(corpus, tmp_path
     out = str(tmp_path / "shared")
 
     def sleep_through(place: str, *_: object) -> None:
-        machine(tmp_path, 1, out, corpus, slow=0).communicate()
+        machine(tmp_path, 1, out, corpus).communicate()
         raise FileNotFoundError(place)
 
     monkeypatch.setattr(tokenization, "cut_shard", sleep_through)
@@ -164,6 +172,7 @@ def test_a_claim_has_one_owner_until_it_is_released(tmp_path, where, request):
 def test_work_of_others_is_asked_for_once_a_look(corpus, tmp_path, monkeypatch):
     """Whoever finds 17 of 18 pieces taken lists the claims once, and reads each of them once."""
     out, place = str(tmp_path / "shared"), str(tmp_path / "shared" / "pieces")
+    monkeypatch.setattr(claims, "LEASE", 600.0)  # no claim is renewed meanwhile, which lists it
     listed: list[str] = []
     read: list[str] = []
     list_files, read_bytes = objects.list_files, objects.read_bytes
@@ -191,17 +200,21 @@ def test_a_claim_that_is_just_being_made_is_held(tmp_path):
 
 
 def test_a_renewed_claim_outlives_many_leases_and_a_silent_one_does_not(tmp_path, monkeypatch):
+    """By a clock on which a quarter of a lease passes at each renewal, however long that takes."""
     monkeypatch.setattr(claims, "LEASE", 2.0)
     monkeypatch.setattr(claims, "RENEWALS", 20)
+    now = [0.0]
+    monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda: now[0]))
     silent, other = Claims(str(tmp_path)), Claims(str(tmp_path))
     with Claims(str(tmp_path)) as alive:
         assert alive.take("renewed") and silent.take("silent")
-        until = time.monotonic() + 6.0
-        taken: set[str] = set()
-        while time.monotonic() < until:
-            taken |= {name for name in ("renewed", "silent") if name not in taken and other.take(name)}
-            time.sleep(0.02)
-        assert taken == {"silent"}
+        taken = []
+        for _ in range(12):
+            taken += [name for name in ("renewed", "silent") if name not in taken and other.take(name)]
+            beats = alive.beats
+            wait_for(lambda before=beats: alive.beats > before)
+            now[0] += 0.5
+        assert taken == ["silent"]
 
 
 def by_ray(corpus, tmp_path):
