@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import dagster as dg
 
@@ -67,11 +67,12 @@ class Launcher:
         on_event: Callable[[Event], None],
         on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None,
         grace: float = STOP_SECONDS,
-        held: Sequence[int] = (),
+        held: IO[str] | None = None,
     ) -> None:
         """Run `python -m module arguments` until it ends; `grace`: seconds that it gets to end when told to.
 
-        `held`: open files whose locks the process holds on to, should this one die before it.
+        `held`: an open file whose lock lasts as long as the process or any that it starts, should this one die before
+        them. It is their standard input, the one file that torchrun leaves open for its ranks.
 
         Events go to `on_event`, all other output to stdout, where Dagster's compute logs keep it.
         Raises ProcessFailed, or Interrupted for a trainer that stopped at a checkpoint.
@@ -79,6 +80,7 @@ class Launcher:
         me = os.getpid()
         process = subprocess.Popen(
             [self.python, "-m", module, *arguments],
+            stdin=held,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -86,7 +88,6 @@ class Launcher:
             env=os.environ | QUIET_THREADS | {events.EVENTS_VARIABLE: "1"},
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which then stops that one
             preexec_fn=dying_with(me),
-            pass_fds=held,
         )
         on_start(process)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from subprocess import Popen
+from typing import IO
 
 import dagster as dg
 
@@ -82,7 +83,7 @@ def train(
     """Train the run on the shards of a local folder, in a process, until it ends."""
     ranks = ranks_here(run.machine.gpus)
     hold = Hold(on_start)
-    with hold_run(maker, name, hold.lose) as files:
+    with hold_run(maker, name, hold.lose) as lock:
         claim_run(maker, name, output.fingerprint)
         try:
             maker.launcher.run(
@@ -91,7 +92,7 @@ def train(
                 on_event,
                 hold.begin,
                 _grace(run),
-                files,
+                lock,
             )
         except (Interrupted, ProcessFailed) as ended:
             if not hold.lost.is_set():
@@ -114,11 +115,11 @@ def claim_run(maker: Maker, run: str, fingerprint: str) -> None:
 
 
 @contextmanager
-def hold_run(maker: Maker, run: str, lost: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+def hold_run(maker: Maker, run: str, lost: Callable[[], None] = lambda: None) -> Iterator[IO[str]]:
     """Hold a run while it is trained here: two trainings in one folder would tear each other's files.
 
-    Gives the open file that holds it, for the ranks' launcher: where this process is killed, the ranks save a
-    checkpoint, and who comes next waits for them. `lost` is called, from a thread, where another machine has taken
+    Gives the open file that holds it, for the ranks: where this process is killed, they save a checkpoint, and who
+    comes next waits for the last of them. `lost` is called, from a thread, where another machine has taken
     the run over, because this one did not reach the store.
     """
     say = functools.partial(_warn, maker)
@@ -137,7 +138,7 @@ def hold_run(maker: Maker, run: str, lost: Callable[[], None] = lambda: None) ->
         lock.write(str(os.getpid()))
         lock.flush()
         with turn_or_refusal(maker.places.store, run, say, lost):  # of other machines on this store
-            yield [lock.fileno()]
+            yield lock
 
 
 def _warn(maker: Maker, message: str) -> None:

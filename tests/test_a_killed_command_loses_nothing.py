@@ -116,6 +116,35 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(
     assert state["step"] == int(last.split()[0][2:]) + 1  # no step was lost
 
 
+@pytest.mark.slow
+def test_a_run_waits_for_the_ranks_that_two_signals_have_left_behind(
+    training: tuple[Path, subprocess.Popen[bytes]],
+) -> None:
+    """The second Ctrl-C ends the command at once; the ranks still save, and two trainings would tear one folder."""
+    store, process = training
+    (rank,) = (pid for pid in processes_of(store) if b"-u" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    os.kill(rank, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)  # the first is being handled: it waits for the ranks
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert said.splitlines()[-1].startswith(b"gpt2: ") and b"Traceback" not in said
+    waits = f"process {process.pid} was killed: waiting until its ranks have saved their checkpoint"
+    with open(store.parent / "said", "w+") as said_now:
+        again = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.commands.main", *LONG, "--only", "training", "--store", str(store)],
+            cwd=store.parent, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=said_now,
+        )  # fmt: skip
+        try:
+            wait_for("it to wait", lambda: waits in (store.parent / "said").read_text() or again.poll() is not None)
+            assert rank in processes_of(store) and again.poll() is None
+        finally:
+            os.kill(rank, signal.SIGCONT)
+        assert again.wait(timeout=120) == 0
+    steps = [line for line in (store / "runs/long/main.log").read_text().splitlines() if " trl:" in line]
+    assert [int(line.split()[0][2:]) for line in steps] == list(range(60))
+
+
 @pytest.mark.parametrize("name", ["demo", "gpt2-1558m"])
 def test_torchrun_has_killed_ranks_that_do_not_end_before_the_command_kills_torchrun(name: str, tmp_path: Path) -> None:
     run = recipe(name)
