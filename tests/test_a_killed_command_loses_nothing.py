@@ -14,7 +14,7 @@ import pytest
 from tiny_pipeline import ROOT, TINY_SETTINGS, gpt2
 
 from assets import trainer
-from assets.failures import Interrupted
+from assets.failures import STOPPED, Interrupted
 from assets.resources import Launcher
 from storage.objects import publish_json
 from storage.places import places
@@ -143,6 +143,16 @@ def test_a_run_waits_for_the_ranks_that_two_signals_have_left_behind(
         assert again.wait(timeout=120) == 0
     steps = [line for line in (store / "runs/long/main.log").read_text().splitlines() if " trl:" in line]
     assert [int(line.split()[0][2:]) for line in steps] == list(range(60))
+
+
+@pytest.mark.parametrize("loaded", ["typer", "duckdb", "dagster"])
+def test_ctrl_c_while_the_command_is_being_loaded_is_answered_in_one_line(loaded: str, tmp_path: Path) -> None:
+    (tmp_path / f"{loaded}.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.commands.main", "run", "--store", "store"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f"gpt2: {STOPPED}\n")
 
 
 @pytest.mark.parametrize("name", ["demo", "gpt2-1558m"])

@@ -2,19 +2,24 @@
 
 import sys
 import warnings
-
-import typer
+from typing import TYPE_CHECKING
 
 from assets.failures import STOPPED, CheckFailed, Interrupted, ProcessFailed
-from pipeline.commands import lineage
-from storage import objects
+
+if TYPE_CHECKING:  # a second goes by until all is loaded: Ctrl-C in it is for `main` to answer
+    import typer
 
 HELP = "Reproduce GPT-2: FineWeb-Edu to tokens, training, export, evals and a report, with the lineage of it all."
+INTERRUPTED = 130  # what Typer ends with, without a word, at Ctrl-C
 
 
-def build(asked: str = "") -> typer.Typer:
+def build(asked: str = "") -> "typer.Typer":
     """The command. Where its first word `asked` for the lineage, it is without the others: they load longer than an
     answer takes."""
+    import typer
+
+    from pipeline.commands import lineage
+
     app = typer.Typer(
         help=HELP,
         no_args_is_help=True,
@@ -43,7 +48,13 @@ def main() -> None:
         sys.exit(_say(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(_say(STOPPED, 1))
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            sys.exit(_say(STOPPED, 1))
+        raise
     except Exception as error:
+        from storage import objects
+
         if refusal := objects.refusal(error):
             sys.exit(_say(refusal, 2))
         raise
