@@ -293,13 +293,22 @@ def refusal(error: BaseException) -> str:
     return _full_disk(error) or _s3_refusal(error)
 
 
-def _full_disk(error: BaseException | None) -> str:
+def _full_disk(error: BaseException) -> str:
     """What a library makes of it has the system's error behind it."""
-    while error:
-        if any(said in str(error) for said in DISK_IS_FULL):
-            return f"the disk is full ({str(error).splitlines()[0]}): make room on it, or choose another with --store"
-        error = error.__cause__ or error.__context__
+    for behind in _causes(error):
+        if any(said in str(behind) for said in DISK_IS_FULL):
+            return f"the disk is full ({str(behind).splitlines()[0]}): make room on it, or choose another with --store"
     return ""
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those behind it, each once: they may stand in a circle."""
+    found: list[BaseException] = []
+    behind: BaseException | None = error
+    while behind and behind not in found:
+        found.append(behind)
+        behind = behind.__cause__ or behind.__context__
+    return found
 
 
 def _s3_refusal(error: BaseException) -> str:

@@ -139,3 +139,14 @@ def test_a_full_disk_is_told_from_other_errors_whoever_meets_it() -> None:
         reported.__cause__ = met.value
         assert objects.refusal(reported) == refusal
     assert objects.refusal(FileNotFoundError(2, "No such file or directory")) == ""
+
+
+def test_errors_that_stand_behind_each_other_are_looked_at_once() -> None:
+    """As what a broken pool of processes raises does."""
+    one, other = OSError("one"), ValueError("other")
+    one.__context__, other.__cause__ = other, one
+    told: list[str] = []
+    looking = threading.Thread(target=lambda: told.append(objects.refusal(one)), daemon=True)
+    looking.start()
+    looking.join(10)
+    assert told == [""]
