@@ -2,6 +2,7 @@
 
 KEPT = "what is complete is kept, the same command goes on from there"
 STOPPED = f"stopped; {KEPT}"  # what a signal comes to
+KILLED = f"was killed (SIGKILL), as Linux does where memory runs out; {KEPT}"
 
 
 class ProcessFailed(RuntimeError):

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
-from assets.failures import ProcessFailed
+from assets.failures import KILLED, ProcessFailed
 from assets.resources import Event, Launcher, Listener
 from assets.run_config import (
     check_name,
@@ -272,6 +273,8 @@ class Maker:
             produced = produce(lambda event: self.listener.progressed(output.asset, event))
         except ProcessFailed as error:
             raise ProcessFailed(f"{output.asset}: {error}") from error
+        except BrokenProcessPool as error:
+            raise ProcessFailed(f"{output.asset}: one of its processes {KILLED}") from error
         files = [*produced.files, *self._publish(output.key, produced.paths)]
         files += self._describe(output.key, produced.mirrored)
         seconds = time.monotonic() - clock if produced.seconds is None else produced.seconds

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import IO, Any, Protocol
 
 import dagster as dg
 
-from assets.failures import KEPT, Interrupted, ProcessFailed, Refused
+from assets.failures import KEPT, KILLED, Interrupted, ProcessFailed, Refused
 from storage import events
 from training.launch import INTERRUPTED
 from training.processes import dying_with
@@ -23,6 +24,7 @@ STOP_SECONDS = 120.0  # that a process gets to end before it is killed
 # waiting threads sleep: spinning ones made sampling thirty times slower on two cores that others used, too
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 TAIL_LINES = 40  # of a failed process's output that its error quotes
+RANK_KILLED = re.compile(rf"^\s*exitcode\s*: -{signal.SIGKILL}\b")  # as torchrun lists a rank
 
 Event = dict[str, Any]
 
@@ -129,5 +131,7 @@ def stop(process: subprocess.Popen[str], grace: float = STOP_SECONDS) -> None:
 def _check_status(status: int, module: str, tail: collections.deque[str]) -> None:
     if status == INTERRUPTED:
         raise Interrupted(f"{module} was told to stop; the same command goes on from its newest checkpoint")
+    if status == -signal.SIGKILL or any(RANK_KILLED.search(line) for line in tail):
+        raise ProcessFailed(f"a process of {module} {KILLED}")
     if status:
         raise ProcessFailed(f"{module} ended with status {status}. Its last output:\n{''.join(tail)}")

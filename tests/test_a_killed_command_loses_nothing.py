@@ -14,7 +14,7 @@ import pytest
 from tiny_pipeline import ROOT, TINY_SETTINGS, gpt2
 
 from assets import trainer
-from assets.failures import STOPPED, Interrupted
+from assets.failures import KILLED, STOPPED, Interrupted, ProcessFailed
 from assets.resources import Launcher
 from storage.objects import publish_json
 from storage.places import places
@@ -147,7 +147,9 @@ def test_a_run_waits_for_the_ranks_that_two_signals_have_left_behind(
 
 @pytest.mark.parametrize("loaded", ["typer", "duckdb", "dagster"])
 def test_ctrl_c_while_the_command_is_being_loaded_is_answered_in_one_line(loaded: str, tmp_path: Path) -> None:
-    (tmp_path / f"{loaded}.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    (tmp_path / f"{loaded}.py").write_text(
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.commands.main", "run", "--store", "store"],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60,
@@ -175,3 +177,15 @@ def test_a_process_that_does_not_end_when_told_to_is_killed_and_that_is_said(
     with pytest.raises(Interrupted, match="did not end within 0 s and was killed.* goes on from there"):
         Launcher().run("stubborn", [], interrupt, started.append, grace=0.3)
     assert started[0].wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("under", [[], ["training.launch", "--gpus", "1"]])
+def test_a_process_that_the_kernel_has_killed_is_told_in_one_line(
+    under: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "greedy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    module, *arguments = [*under, "greedy"]
+    with pytest.raises(ProcessFailed) as told:
+        Launcher().run(module, arguments, lambda event: None)
+    assert str(told.value) == f"a process of {module} {KILLED}"

@@ -21,6 +21,7 @@ from tiny_run import wait_for
 
 from assets import turns
 from assets.corpus import documents_output
+from assets.failures import KILLED, ProcessFailed
 from assets.making import Maker, Output, Produced, StageConfig
 from assets.repeats import check_new
 from assets.resources import Launcher, Silent
@@ -33,6 +34,7 @@ from storage.places import Places, places
 from storage.records import Record
 from training import claims, recipes
 from training.config import TokenizeConfig
+from training.workers import process_pool
 
 OUTPUT = Output("documents", "corpora/c/documents", "1", {"kind": "test"})
 
@@ -74,6 +76,16 @@ def test_who_comes_second_reuses(store, tmp_path, monkeypatch):
     assert made == ["one"]
     assert (first[0].reused, second[0].reused) == (False, True)
     assert objects.list_files(objects.join(store, turns.CLAIMS)) == []
+
+
+def test_an_output_whose_worker_was_killed_says_so_in_one_line(store, tmp_path):
+    def produce(_: object) -> Produced:
+        with process_pool(2) as pool:
+            return pool.submit(signal.raise_signal, signal.SIGKILL).result()
+
+    with pytest.raises(ProcessFailed) as told:
+        maker(store, tmp_path, "one").make(StageConfig(), OUTPUT, produce)
+    assert str(told.value) == f"documents: one of its processes {KILLED}"
 
 
 @pytest.mark.slow
