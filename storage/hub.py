@@ -120,8 +120,8 @@ def fetch(
         return local
 
     with ThreadPoolExecutor(PARALLEL) as pool:
-        futures = [pool.submit(one, entry) for entry in entries]
         try:
+            futures = [pool.submit(one, entry) for entry in entries]
             return [future.result() for future in futures]
         finally:
             counter.stopped.set()  # where one has failed, or somebody has pressed Ctrl-C
