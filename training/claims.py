@@ -130,7 +130,8 @@ class Claims:
         """Whether the last claim's process is gone from here, or was silent for a lease, as long as we watched it."""
         before, state = self.seen.get(name), f"{last.path} {last.modified}"
         if before is None or before.state != state:
-            self.seen[name] = Seen(state, time.monotonic(), self._read(name, last).get("process", {}))
+            process = self._read(name, last).get("process", {})
+            self.seen[name] = Seen(state, time.monotonic(), process)  # counted from here: reading may take long
             if before:
                 self.alive.add(name)
         seen = self.seen[name]
