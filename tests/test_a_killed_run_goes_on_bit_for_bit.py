@@ -13,6 +13,7 @@ import tiny_run
 from tiny_run import children, wait_for
 
 from storage.checkpoints import complete
+from training.processes import started
 
 pytestmark = pytest.mark.slow
 
@@ -26,24 +27,16 @@ PLAIN = tiny_run.config(
 CONFIG = replace(PLAIN, machine=replace(PLAIN.machine, micro_batch=2))
 
 
-def read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
 def start_and_end(run: str, shards: str, ranks: int, end: Callable[[subprocess.Popen[str]], None]) -> int:
     """Start a run, call `end` when it is amid its steps -> exit status."""
-    log, step = Path(run, "main.log"), random.randrange(9, STEPS - 40)
+    step, steps = random.randrange(9, STEPS - 40), tiny_run.Steps()
     print(f"ended at step {step}")
-    started = tiny_run.command(run, shards, ranks)
-    with subprocess.Popen(
-        started, cwd=tiny_run.ROOT, env=tiny_run.environment(), text=True, stderr=subprocess.PIPE
-    ) as process:
-        wait_for(lambda: process.poll() is not None or (f"s:{step} trl" in read(log) and len(complete(run)) > 0))
+    with steps.start(tiny_run.command(run, shards, ranks)) as process:
+        steps.wait(run, step)
         end(process)
-        _, errors = process.communicate(timeout=60)
-        assert f"s:{STEPS - 1} trl" not in log.read_text(), (
-            f"the run ended before it could be interrupted: {errors[-2000:]}"
-        )
+        steps.let_go()
+        _, errors = process.communicate(timeout=240)
+        assert f"s:{STEPS - 1} trl" not in Path(run, "main.log").read_text(), errors[-2000:]
         return process.returncode
 
 
@@ -83,8 +76,10 @@ def test_sigkill_of_the_ranks_loses_only_the_steps_since_the_checkpoint(
 
     def kill(process: subprocess.Popen[str]) -> None:
         (agent,) = children(process.pid)
+        os.kill(agent, signal.SIGSTOP)  # or else it may end the others, once it sees that one has gone
         for rank in children(agent):
             os.kill(rank, signal.SIGKILL)
+        os.kill(agent, signal.SIGCONT)
 
     assert start_and_end(run, shards, ranks, kill) not in (0, 75)
     check_equal(run, shards, ranks, whole)
@@ -101,6 +96,6 @@ def test_all_ranks_end_with_their_parent(uninterrupted: tuple[int, str, str], tm
         process.kill()
 
     start_and_end(run, shards, ranks, kill)
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
+    wait_for(lambda: all(started(pid) == "gone" for pid in left))
     assert complete(run)[-1] >= 10  # the ranks saved where they were
     check_equal(run, shards, ranks, whole)

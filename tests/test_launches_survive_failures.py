@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from tiny_run import children, wait_for
+from tiny_pipeline import free_port
+from tiny_run import Steps, children
 
-from storage.checkpoints import complete
 from training.launch import command, grace_seconds
 from training.recipes import recipe
 
@@ -36,27 +35,28 @@ def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return run
 
 
-def launch(run: str, shards: str, *options: str) -> subprocess.Popen[str]:
-    program = [sys.executable, "-m", "training.launch", *options, "training.train", run, f"--tokens={shards}"]
+def launch(run: str, shards: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", "training.launch", *options, "training.train", run, f"--tokens={shards}"]
+
+
+def start(program: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(program, cwd=tiny_run.ROOT, env=tiny_run.environment(), text=True, stderr=subprocess.PIPE)
 
 
-def end(process: subprocess.Popen[str], status: int = 0) -> None:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == status, errors[-3000:]
-
-
-def is_amid_its_steps(run: str) -> bool:
-    return len(complete(run)) > 0
+def end(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
 
 
 def test_the_launcher_restarts_all_ranks_when_one_is_killed(shards: str, undisturbed: str, tmp_path: Path) -> None:
     run = tiny_run.folder(tmp_path / "run", CONFIG)
-    process = launch(run, shards, "--gpus=2", "--restarts=1")
-    wait_for(lambda: is_amid_its_steps(run))
+    steps = Steps()
+    process = steps.start(launch(run, shards, "--gpus=2", "--restarts=1"))
+    steps.wait(run)
     (agent,) = children(process.pid)
     assert b"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in Path(f"/proc/{agent}/environ").read_bytes().split(b"\0")
     os.kill(children(agent)[0], signal.SIGKILL)
+    steps.let_go()
     end(process)
     assert "resumed from" in Path(run, "train.log").read_text()
     assert Path(run, "main.log").read_text() == Path(undisturbed, "main.log").read_text()
@@ -67,12 +67,13 @@ def test_two_machines_train_as_one_and_come_back_when_one_of_them_is_lost(
 ) -> None:
     run = tiny_run.folder(tmp_path / "run", CONFIG)
     both = ("--gpus=1", "--nnodes=2", "--restarts=3", f"--rendezvous=127.0.0.1:{free_port()}")
-    first = launch(run, shards, *both, "--node-rank=0")
-    second = launch(run, shards, *both, "--node-rank=1")
-    wait_for(lambda: is_amid_its_steps(run))
+    steps = Steps()
+    first, second = (steps.start(launch(run, shards, *both, f"--node-rank={number}")) for number in (0, 1))
+    steps.wait(run)
     second.kill()  # with its launcher, torchrun and its rank end; the first machine waits for another
     second.wait()
-    second = launch(run, shards, *both, "--node-rank=1")
+    steps.let_go()
+    second = start(launch(run, shards, *both, "--node-rank=1"))
     end(first)
     end(second)
     assert "resumed from" in Path(run, "train.log").read_text()
@@ -86,7 +87,7 @@ def test_four_ranks_on_two_machines_shard_within_each_and_replicate_across(shard
     config = replace(CONFIG, machine=replace(CONFIG.machine, shard_ranks=2), train=replace(CONFIG.train, steps=20))
     run, alone = (tiny_run.folder(tmp_path / name, config) for name in ("run", "alone"))
     both = ("--gpus=2", "--nnodes=2", f"--rendezvous=127.0.0.1:{free_port()}")
-    machines = [launch(run, shards, *both, f"--node-rank={number}") for number in (0, 1)]
+    machines = [start(launch(run, shards, *both, f"--node-rank={number}")) for number in (0, 1)]
     for machine in machines:
         end(machine)
     tiny_run.steps(alone, shards, shard_ranks=0)
@@ -94,21 +95,18 @@ def test_four_ranks_on_two_machines_shard_within_each_and_replicate_across(shard
     assert len(list(Path(run, "checkpoints/step_000020").glob("optimizer_*_of_00002.safetensors"))) == 2
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def test_a_rank_that_hangs_is_named_and_all_start_again(
     shards: str, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
-    run = tiny_run.folder(tmp_path / "run", replace(CONFIG, machine=replace(CONFIG.machine, timeout=5.0)))
-    process = launch(run, shards, "--gpus=2", "--restarts=1")
-    wait_for(lambda: is_amid_its_steps(run))
+    # no rank of a slow machine is 20 s behind the other
+    run = tiny_run.folder(tmp_path / "run", replace(CONFIG, machine=replace(CONFIG.machine, timeout=20.0)))
+    steps = Steps()
+    process = steps.start(launch(run, shards, "--gpus=2", "--restarts=1"))
+    steps.wait(run)
     (agent,) = children(process.pid)
     os.kill(rank_one(children(agent)), signal.SIGSTOP)
+    steps.let_go()
     end(process)
     where = r"rank 0 failed at step \d+\. rank 0: step \d+, after its backward pass; rank 1: step \d+, "
     events = read(run, "train.log")

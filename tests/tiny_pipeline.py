@@ -1,9 +1,12 @@
 """The whole chain in a test: a run small enough to be made once and looked at by many tests."""
 
 import os
+import random
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,3 +59,12 @@ def gpt2(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.Complet
     command = [sys.executable, "-m", "pipeline.commands.main", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 for a server to come. Linux gives none below 32768 to who asks for any, so none takes it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -1,7 +1,9 @@
 """A run so small that tests can afford many: a 2-layer model over 256 tokens, and shards it can learn."""
 
+import fcntl
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 from torch.distributed import HashStore
 
+from storage import events
+from storage.checkpoints import complete
 from storage.objects import read_json
 from storage.shards import shard_name, write_shard
 from training.config import RunConfig, TrainConfig, from_dict, to_dict
@@ -97,6 +101,33 @@ def wait_for(ready: Callable[[], bool]) -> None:
     while not ready():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
+
+
+class Steps:
+    """The steps of a run as it takes them. It is never more than some 20 ahead of whoever waits for one: a pipe of a
+    page holds no more, and the first rank waits until what it tells is read."""
+
+    def __init__(self) -> None:
+        reading, self.writing = os.pipe()
+        fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 4096)
+        self.lines = open(reading, "rb", buffering=0)  # noqa: SIM115
+
+    def start(self, program: list[str]) -> subprocess.Popen[str]:
+        told = {**environment(), events.EVENTS_VARIABLE: "1"}
+        return subprocess.Popen(program, cwd=ROOT, env=told, text=True, stdout=self.writing, stderr=subprocess.PIPE)
+
+    def wait(self, run: str, step: int = 0) -> None:
+        """Until the run has taken a step, and has a checkpoint."""
+        os.close(self.writing)  # the processes have it
+        while select.select([self.lines], [], [], 240)[0] and (line := self.lines.readline()):
+            event = events.parse(line.decode())
+            if event and event["event"] == "training_step" and event["step"] > step and complete(run):
+                return
+        raise AssertionError(f"no step {step} was taken")
+
+    def let_go(self) -> None:
+        """Have the run go on as fast as it can."""
+        self.lines.close()
 
 
 def losses(run: str) -> list[float]:
