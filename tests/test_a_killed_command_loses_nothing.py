@@ -28,7 +28,7 @@ STUBBORN = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print('{"event": "ready"}', flush=True)
-time.sleep(30)
+time.sleep(300)
 """
 
 
@@ -38,7 +38,7 @@ def processes_of(store: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and entry.name != str(os.getpid()):
             try:
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
                 continue
             if any(str(store) in word for word in words):
@@ -46,7 +46,7 @@ def processes_of(store: Path) -> list[int]:
     return found
 
 
-def wait_for(what: str, done, seconds: float = 120) -> None:  # type: ignore[no-untyped-def]
+def wait_for(what: str, done, seconds: float = 300) -> None:  # type: ignore[no-untyped-def]
     for _ in range(int(seconds * 10)):
         if done():
             return
@@ -106,14 +106,14 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(
 ) -> None:
     store, process = training
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 1 and said.splitlines()[-1].startswith(b"gpt2: ") and b"goes on from there" in said
     assert not processes_of(store)
     assert "STARTED" not in statuses(store, monkeypatch)
     newest = sorted((store / "runs/long/checkpoints").glob("*/DONE"))[-1].parent
     state = json.loads((newest / "state.json").read_text())
-    last = (store / "runs/long/main.log").read_text().splitlines()[-1]
-    assert state["step"] == int(last.split()[0][2:]) + 1  # no step was lost
+    steps = [line for line in (store / "runs/long/main.log").read_text().splitlines() if " trl:" in line]
+    assert state["step"] == int(steps[-1].split()[0][2:]) + 1  # no step was lost
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_process_that_does_not_end_when_told_to_is_killed_and_that_is_said(
 
     with pytest.raises(Interrupted, match="did not end within 0 s and was killed.* goes on from there"):
         Launcher().run("stubborn", [], interrupt, started.append, grace=0.3)
-    assert started[0].wait(timeout=10) == -signal.SIGKILL
+    assert started[0].wait(timeout=60) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("under", [[], ["training.launch", "--gpus", "1"]])

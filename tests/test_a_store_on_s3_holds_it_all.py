@@ -11,7 +11,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
 
-from storage import objects, records
+from assets.corpus import documents_output
+from assets.tokens import tokens_key
+from assets.turns import turn
+from storage import objects, records, sources
+from training.recipes import recipe
 
 
 @pytest.mark.slow
@@ -22,17 +26,20 @@ def test_a_run_whose_store_is_lost_has_failed_and_is_no_bad_input(s3_store: str,
     command = [sys.executable, "-m", "pipeline.commands.main", "run", "--only", "data", "--store", s3_store]
     reached = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_MAX_ATTEMPTS": "1"}
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | reached
-    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 100
-        while not objects.list_files(s3_store, "/inputs.json"):
-            assert run.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        server.stop()
-        said = run.communicate(timeout=100)[1].strip().splitlines()
-    finally:
-        run.kill()
-        run.wait()
+    demo = recipe("demo")
+    _, corpus, _ = documents_output(sources.resolve(demo.corpus)).key.split("/")
+    with turn(s3_store, tokens_key(demo, corpus)):  # where the run waits until its store is lost
+        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            deadline = time.monotonic() + 240
+            while not objects.list_files(s3_store, "/inputs.json"):
+                assert run.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            server.stop()
+            said = run.communicate(timeout=240)[1].strip().splitlines()
+        finally:
+            run.kill()
+            run.wait()
     assert run.returncode == 1
     assert "S3 can't be read or written (Could not connect to the endpoint URL" in said[-1]
     assert said[-1].endswith("the same command goes on from there")

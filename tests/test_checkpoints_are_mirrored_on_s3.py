@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import tiny_run
 from moto.server import ThreadedMotoServer
-from tiny_run import final_files
+from tiny_run import final_files, wait_for
 
 from storage import objects
 from storage.checkpoints import complete
@@ -77,11 +77,15 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
     at_step(5, first.stop, monkeypatch)
-    at_step(11, again.start, monkeypatch)
     run = tiny_run.folder(tmp_path / "run", CONFIG)
     mirror = objects.join(s3_store, "runs/tiny")
+
+    def come_back() -> None:
+        wait_for(lambda: f"{mirror} can't be written now (" in caplog.text)
+        again.start()
+
+    at_step(11, come_back, monkeypatch)
     tiny_run.steps(run, tiny_run.tokens(tmp_path / "tokens"), mirror=mirror)
-    assert f"{mirror} can't be written now (" in caplog.text
     assert complete(run) == [9, 12] and complete(mirror)[-1] == 12
     assert objects.read_bytes(f"{mirror}/main.log") == Path(run, "main.log").read_bytes()
     again.stop()
