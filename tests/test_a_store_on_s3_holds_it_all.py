@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
-from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, free_port, gpt2
 
 from assets.corpus import documents_output
 from assets.tokens import tokens_key
@@ -20,11 +20,10 @@ from training.recipes import recipe
 
 @pytest.mark.slow
 def test_a_run_whose_store_is_lost_has_failed_and_is_no_bad_input(s3_store: str, tmp_path: Path) -> None:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)  # another door to the same buckets
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=(port := free_port()))  # another door to the same buckets
     server.start()
-    host, port = server.get_host_and_port()
     command = [sys.executable, "-m", "pipeline.commands.main", "run", "--only", "data", "--store", s3_store]
-    reached = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_MAX_ATTEMPTS": "1"}
+    reached = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"}
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | reached
     demo = recipe("demo")
     _, corpus, _ = documents_output(sources.resolve(demo.corpus)).key.split("/")

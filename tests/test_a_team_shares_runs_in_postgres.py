@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from tiny_pipeline import Finished, copied, gpt2
+from tiny_pipeline import Finished, copied, free_port, gpt2
 from tiny_ui import serve, wait_for
 
 from pipeline import instance
@@ -26,9 +25,7 @@ def postgres() -> Iterator[str]:
     if not BINARIES:
         pytest.skip("no PostgreSQL on this machine (Debian: apt-get install postgresql)")
     folder = Path(tempfile.mkdtemp())  # not pytest's, which only root may enter
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     if USER:
         shutil.chown(folder, USER)
     data = str(folder / "data")

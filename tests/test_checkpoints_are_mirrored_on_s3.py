@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import tiny_run
 from moto.server import ThreadedMotoServer
+from tiny_pipeline import free_port
 from tiny_run import final_files, wait_for
 
 from storage import objects
@@ -69,11 +70,10 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(
     s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("training.mirror.RETRY", 0.05)
-    first = ThreadedMotoServer(ip_address="127.0.0.1", port=0)  # another door to the same buckets
+    port = free_port()
+    first, again = (ThreadedMotoServer(ip_address="127.0.0.1", port=port) for _ in range(2))  # to the same buckets
     first.start()
-    host, port = first.get_host_and_port()
-    again = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
     at_step(5, first.stop, monkeypatch)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tiny_pipeline import ROOT
+from tiny_pipeline import ROOT, free_port
 
 LAUNCH = """mutation($params: ExecutionParams!) {launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess {run {runId}} ... on PythonError {message}
@@ -38,7 +37,7 @@ class Page:
         body = json.dumps({"query": query, "variables": variables}).encode()
         request = urllib.request.Request(f"{self.address}/graphql", body, {"Content-Type": "application/json"})
         try:
-            answer = json.loads(urllib.request.urlopen(request, timeout=60).read())
+            answer = json.loads(urllib.request.urlopen(request, timeout=240).read())
         except urllib.error.HTTPError as error:  # of our code; what it said is in the answer
             answer = json.loads(error.read())
         assert "errors" not in answer, answer
@@ -66,9 +65,7 @@ class Page:
 
 @contextmanager
 def serve(store: str, **environment: str) -> Iterator[Page]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.commands.main", "ui", "--port", str(port), "--store", store],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
@@ -77,22 +74,24 @@ def serve(store: str, **environment: str) -> Iterator[Page]:
         start_new_session=True,
     )
     page = Page(f"http://127.0.0.1:{port}", process)
-    wait_for("the page", lambda: process.poll() is not None or _answers(page), 90)
-    assert process.poll() is None, "gpt2 ui ended"
-    yield page
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+    try:
+        wait_for("the page", lambda: process.poll() is not None or _answers(page))
+        assert process.poll() is None, "gpt2 ui ended"
+        yield page
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=240)
 
 
 def _answers(page: Page) -> bool:
     try:
         return bool(urllib.request.urlopen(f"{page.address}/server_info", timeout=5).read())
-    except (urllib.error.URLError, ConnectionError):
+    except OSError:  # also a TimeoutError of one that is slow to answer
         return False
 
 
-def wait_for(what: str, done: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(what: str, done: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
