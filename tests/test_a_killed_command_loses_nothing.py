@@ -46,6 +46,13 @@ def processes_of(store: Path) -> list[int]:
     return found
 
 
+def is_told_to_end(pid: int) -> bool:
+    """Whether SIGTERM is pending for a stopped process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (pending,) = (line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def wait_for(what: str, done, seconds: float = 300) -> None:  # type: ignore[no-untyped-def]
     for _ in range(int(seconds * 10)):
         if done():
@@ -125,9 +132,9 @@ def test_a_run_waits_for_the_ranks_that_two_signals_have_left_behind(
     (rank,) = (pid for pid in processes_of(store) if b"-u" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
     os.kill(rank, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
-    time.sleep(1)  # the first is being handled: it waits for the ranks
+    wait_for("the first to come to the rank, for which the command waits then", lambda: is_told_to_end(rank))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert said.splitlines()[-1].startswith(b"gpt2: ") and b"Traceback" not in said
     waits = f"process {process.pid} was killed: waiting until its ranks have saved their checkpoint"
     with open(store.parent / "said", "w+") as said_now:
@@ -140,7 +147,7 @@ def test_a_run_waits_for_the_ranks_that_two_signals_have_left_behind(
             assert rank in processes_of(store) and again.poll() is None
         finally:
             os.kill(rank, signal.SIGCONT)
-        assert again.wait(timeout=120) == 0
+        assert again.wait(timeout=240) == 0
     steps = [line for line in (store / "runs/long/main.log").read_text().splitlines() if " trl:" in line]
     assert [int(line.split()[0][2:]) for line in steps] == list(range(60))
 
@@ -152,7 +159,8 @@ def test_ctrl_c_while_the_command_is_being_loaded_is_answered_in_one_line(loaded
     )
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.commands.main", "run", "--store", "store"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True,
+        timeout=240,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, f"gpt2: {STOPPED}\n")
 
