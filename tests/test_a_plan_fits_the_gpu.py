@@ -146,7 +146,7 @@ def test_a_batch_that_a_run_refuses_is_not_planned(capsys: pytest.CaptureFixture
 
 
 def test_a_price_below_nothing_is_refused(tmp_path: Path) -> None:
-    done = gpt2("plan", "gpt2-124m", "--price", "-5", cwd=tmp_path, timeout=60)
+    done = gpt2("plan", "gpt2-124m", "--price", "-5", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and "'--price'" in done.stderr
 
 

@@ -152,7 +152,7 @@ def test_one_command_trains_variants_beside_their_base(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.ablations", "--only", "batch-schedule", "--at-once=1", *SMALL]
     command += ["--steps=3", "--corpus", tiny_run.tokens(tmp_path / "tokens", size=4_000)]
     command += ["--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr + done.stdout
     base, variant = done.stdout.splitlines()[-2:]
     assert base.startswith("| base | the recipe | ") and base.endswith(" | - |")

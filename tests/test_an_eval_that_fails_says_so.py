@@ -109,7 +109,7 @@ def test_missing_inputs_are_refused_before_anything_is_loaded(suite: str, inputs
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "evals.run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "evals.run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 

@@ -191,7 +191,7 @@ def test_without_a_network_what_was_fetched_before_serves(
     ],
 )
 def test_what_cannot_be_scored_is_refused_at_once(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = gpt2("evals", *arguments, "--store", str(tmp_path / "store"), cwd=tmp_path, timeout=60)
+    done = gpt2("evals", *arguments, "--store", str(tmp_path / "store"), cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "store").exists()

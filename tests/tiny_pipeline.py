@@ -54,7 +54,7 @@ def copied(store: str, folder: Path, *left_out: str) -> str:
     return str(folder / "store")
 
 
-def gpt2(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def gpt2(*arguments: str, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """The `gpt2` command as a user runs it."""
     command = [sys.executable, "-m", "pipeline.commands.main", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
