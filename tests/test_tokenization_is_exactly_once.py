@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_run import wait_for
 
 from storage import objects, shards, tokenizer
 from training import pieces, tokenization
@@ -209,41 +209,53 @@ def test_progress_ends_at_all_tokens_and_all_bytes(corpus, tmp_path):
 
 
 CHILD = """
-import sys
+import pathlib, sys, time
 from training import pieces, tokenization
 pieces.PIECE_TEXT = 40_000
+out, work, workers, reports, *files = sys.argv[1:]
+enough, write_index = pathlib.Path(work + ".enough"), pieces.write_index
+def hold(*arguments):
+    while enough.exists():
+        time.sleep(1)
+    return write_index(*arguments)
+pieces.write_index = hold
 if __name__ == "__main__":
-    files, out, work, workers = sys.argv[4:], sys.argv[1], sys.argv[2], int(sys.argv[3])
-    tokenization.tokenize(files, out, "c", 7_000, work, workers, lambda *state: print(*state, flush=True))
+    seen = []
+    def report(*state):
+        seen.append(state)
+        if len(seen) == int(reports):
+            enough.touch()
+            print("enough", flush=True)
+    tokenization.tokenize(files, out, "c", 7_000, work, int(workers), report)
 """
 
 
-def start(script: Path, folder: Path, workers: int, files: list[str]) -> subprocess.Popen[str]:
+def start(script: Path, folder: Path, workers: int, reports: int, files: list[str]) -> subprocess.Popen[str]:
+    """A tokenization that has given so many reports, and does not come to the end of another piece."""
     script.write_text(CHILD)
-    command = [sys.executable, str(script), str(folder / "out"), str(folder / "work"), str(workers), *files]
+    (folder / "work.enough").unlink(missing_ok=True)
+    command = [sys.executable, str(script), str(folder / "out"), str(folder / "work"), str(workers), str(reports)]
     root = str(Path(__file__).resolve().parent.parent)
-    return subprocess.Popen(
-        command,
+    child = subprocess.Popen(
+        [*command, *files],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": root},
         start_new_session=True,
     )
+    assert child.stdout and child.stdout.readline() == "enough\n"
+    return child
 
 
 @pytest.mark.parametrize(("workers", "reports"), [(1, (1, 3)), pytest.param(2, (1, 4), marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_byte_identical(corpus, tmp_path, workers, reports):
     run(corpus[0], tmp_path / "whole")
     for count in reports:
-        child = start(tmp_path / "child.py", tmp_path / "killed", workers, corpus[0])
-        assert child.stdout
-        for _ in range(count):
-            child.stdout.readline()
+        child = start(tmp_path / "child.py", tmp_path / "killed", workers, count, corpus[0])
         child.kill()
-        child.wait()
-        child.stdout.close()
+        child.communicate()
         assert (tmp_path / "killed" / "out" / "plan.json").exists()
-    assert child.returncode == -signal.SIGKILL
+        assert child.returncode == -signal.SIGKILL
     run(corpus[0], tmp_path / "killed", workers)
     assert digests(tmp_path / "killed" / "out") == digests(tmp_path / "whole" / "out")
     assert [p.name for p in (tmp_path / "killed" / "work").iterdir()] == ["lock"]
@@ -294,37 +306,27 @@ def test_a_corpus_that_grows_ends_as_one_that_was_there(corpus, tmp_path):
 
 
 def test_workers_end_with_a_killed_parent(corpus, tmp_path):
-    child = start(tmp_path / "child.py", tmp_path / "killed", 2, corpus[0])
-    assert child.stdout
-    child.stdout.readline()
-    child.stdout.readline()  # a piece is complete, so the workers are up
+    child = start(tmp_path / "child.py", tmp_path / "killed", 2, 2, corpus[0])  # a piece is complete: they are up
+    assert len(group_members(child.pid)) > 1
     child.kill()
-    child.wait()
-    for _ in range(100):
-        if not group_members(child.pid):
-            break
-        time.sleep(0.1)
-    child.stdout.close()
-    assert group_members(child.pid) == []
+    wait_for(lambda: group_members(child.pid) == [])
+    child.communicate()
 
 
 def test_a_run_waits_for_the_workers_of_a_killed_one(corpus, tmp_path):
     """They may still write into the scratch folder, whose leftovers it removes."""
-    child = start(tmp_path / "child.py", tmp_path / "killed", 2, corpus[0])
-    assert child.stdout
-    child.stdout.readline()
-    child.stdout.readline()  # a piece is complete, so the workers are up
+    child = start(tmp_path / "child.py", tmp_path / "killed", 2, 2, corpus[0])
     workers = [int(pid) for pid in group_members(child.pid) if int(pid) != child.pid]
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     child.kill()
     child.wait()
-    child.stdout.close()
     with open(tmp_path / "killed" / "work" / "lock") as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
     run(corpus[0], tmp_path / "killed")
+    child.communicate()
     assert [p.name for p in (tmp_path / "killed" / "work").iterdir()] == ["lock"]
 
 
@@ -332,7 +334,10 @@ def group_members(group: int) -> list[str]:
     """Living processes of a process group, from /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        fields = stat.read_text().rsplit(")", 1)[1].split() if stat.exists() else ["Z", "0", "0"]
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            continue
         if int(fields[2]) == group and fields[0] != "Z":
             found.append(stat.parent.name)
     return found
