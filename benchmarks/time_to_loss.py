@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.token_corpora import Corpora, prepare
+from storage import objects
 from storage.records import code_state
 from training.config import RunConfig, to_dict
 from training.gpus import gpu_ids, gpu_names
@@ -230,7 +231,7 @@ async def run_all(jobs: Sequence[Job], options: argparse.Namespace, found: dict[
             described = {"variant": job.variant, "seed": job.seed, "config": to_dict(job.config)}
             made = {"corpora": job.corpora.named(), "commit": commit, "dirty": dirty, "cards": sorted({*gpu_names()})}
             found[job.name] = described | made | result
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+            objects.publish_bytes(str(options.json), f"{json.dumps(found, indent=1)}\n".encode())
             print(table_of([found[job.name]]).splitlines()[2], flush=True)
     finally:
         for task in tasks:
