@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,16 +64,17 @@ def test_the_wall_clock_of_every_launch_is_paid_for(tmp_path):
     program = "from pathlib import Path; import sys, time; from training import attempts; attempts.NOTE_SECONDS = 0.05"
     program += "\nwith attempts.noted(Path(sys.argv[1])): time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) as killed:
-        wait_for("a second note", lambda: any(a["seconds"] > 0.1 for a in attempts.read(tmp_path)), 60)
+        wait_for("a second note", lambda: any(a["seconds"] > 0.1 for a in attempts.read(tmp_path)))
         killed.kill()
     (before,) = attempts.read(tmp_path)
     objects.publish_json(str(tmp_path / attempts.FILE), [before | {"seconds": 5.0}])
     assert ledger(tmp_path)["seconds"] == 5.0
+    began = time.monotonic()
     with attempts.noted(tmp_path):
-        wait_for("the first note", lambda: len(attempts.read(tmp_path)) == 2, 60)
+        wait_for("the first note", lambda: len(attempts.read(tmp_path)) == 2)
         objects.publish_json(str(tmp_path / attempts.FILE), [before | {"seconds": 50.0}])  # as the mirror brings it
     first, second = attempts.read(tmp_path)
-    assert first["seconds"] == 50.0 and 0 < second["seconds"] < 5
+    assert first["seconds"] == 50.0 and 0 < second["seconds"] <= time.monotonic() - began
     told = ledger(tmp_path)
     assert (told["seconds"], told["goodput"]) == (first["seconds"] + second["seconds"], 1.0)
 
