@@ -168,7 +168,7 @@ def test_dagsters_own_commands_find_the_instance_of_a_fresh_machine(tmp_path: Pa
     script = f'eval "$({ours} env --store {tmp_path}/store)" && {theirs} instance concurrency get gpu'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
 
