@@ -1,7 +1,6 @@
 """Runs launched from the page: terminate saves a checkpoint, a retry goes on from it, a kill leaves nothing behind."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from tiny_pipeline import Finished, copied
 from tiny_ui import RETRY, TERMINATE, Page, serve, wait_for
 
 from pipeline import instance
+from storage.checkpoints import complete
 from storage.places import places
 from training import plan, recipes
 
@@ -34,17 +34,12 @@ OBSERVED = """{assetNodes(assetKeys: [{path: "trained_model"}]) {assetObservatio
 
 
 def newest(run: Path) -> int:
-    steps = [json.loads(done.with_name("state.json").read_text())["step"] for done in run.glob("checkpoints/*/DONE")]
-    return max(steps, default=0)
+    return max(complete(str(run)), default=0)
 
 
 def last_step(run: Path) -> int:
     lines = [line for line in (run / "main.log").read_text().splitlines() if " trl:" in line]
     return int(lines[-1].split()[0][2:]) + 1
-
-
-def ranks(store: str) -> list[int]:
-    return [pid for pid in processes_of(Path(store)) if "training.train" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def group_lives(group: int) -> bool:
@@ -141,6 +136,11 @@ def tags(page: Page, run_id: str) -> dict[str, str]:
     return {tag["key"]: tag["value"] for tag in page.ask(query, id=run_id)["runOrError"]["tags"]}
 
 
+def observed(page: Page) -> str:
+    """The run that the trained model was last observed in."""
+    return str(page.ask(OBSERVED)["assetNodes"][0]["assetObservations"][0]["runId"])
+
+
 @pytest.mark.slow
 def test_terminate_saves_retry_resumes_and_kill_9_of_everything_leaves_nothing(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +153,7 @@ def test_terminate_saves_retry_resumes_and_kill_9_of_everything_leaves_nothing(
         wait_for("the first checkpoint", lambda: newest(run) > 0)
         page.ask(TERMINATE, id=first)
         wait_for("the end", lambda: page.status(first) == "CANCELED")
-        wait_for("the ranks to end", lambda: not ranks(store), 10)
+        wait_for("the ranks to end", lambda: not processes_of(run))
         saved = newest(run)
         assert saved == last_step(run)  # no step was lost
 
@@ -163,13 +163,13 @@ def test_terminate_saves_retry_resumes_and_kill_9_of_everything_leaves_nothing(
         assert f"resumed from {run}/checkpoints/step_{saved:06d}" in (run / "train.log").read_text()
 
         worker = int(tags(page, second)[instance.PROCESS_TAG].split(":")[1])
-        assert page.ask(OBSERVED)["assetNodes"][0]["assetObservations"][0]["runId"] == second
+        wait_for("its picture", lambda: observed(page) == second)  # which is drawn while the steps go on
         os.kill(page.process.pid, signal.SIGKILL)
         os.kill(worker, signal.SIGKILL)
         page.process.wait()
-    wait_for("the ranks to end", lambda: not processes_of(Path(store)), 60)
+    wait_for("the ranks to end", lambda: not processes_of(Path(store)))
     assert newest(run) == last_step(run)
-    wait_for("webserver, daemon and code server to end", lambda: not group_lives(page.process.pid), 60)
+    wait_for("webserver, daemon and code server to end", lambda: not group_lives(page.process.pid))
     monkeypatch.setenv("DAGSTER_HOME", str(places(store).dagster_home))
     with dg.DagsterInstance.get() as dagster:
         instance.sweep(dagster, places(store))  # as the next command and the next daemon do
