@@ -65,7 +65,8 @@ def unscored(maker: Maker, name: str) -> dict[int, str]:
     train = maker.run_config(name).train
     places = [records.folder_url(maker.places.store, f"runs/{name}"), maker.folder(f"runs/{name}")]
     made = {step: f"{s.written:.6f}" for place in places for step, s in done_files(place).items()}  # own ones count
-    kept = [step for step in sorted(made) if train.keep_every and step % train.keep_every == 0 and step < train.steps]
+    every = train.keep_every
+    kept = [step for step in sorted(made) if every and step % every == 0 and 0 < step < train.steps]
     return {step: made[step] for step in kept if records.read_record(maker.places.store, _key(name, step)) is None}
 
 

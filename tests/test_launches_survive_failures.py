@@ -13,7 +13,7 @@ import tiny_run
 from tiny_pipeline import free_port
 from tiny_run import Steps, children
 
-from training.launch import command, grace_seconds
+from training.launch import INTERRUPTED, Launch, command, grace_seconds
 from training.recipes import recipe
 
 pytestmark = pytest.mark.slow
@@ -138,6 +138,13 @@ def test_torchrun_leaves_the_ranks_the_time_that_a_step_and_a_checkpoint_take(tm
     assert grace_seconds("training.train", [small], 8) == grace_seconds("training.bench", ["d12"], 8) == 120
     two_checkpoints = 2 * 14 * 1.56e9 / 300e6
     assert two_checkpoints < grace_seconds("training.train", [large], 8) < two_checkpoints + 60
+
+
+def test_a_signal_that_comes_before_torchrun_is_started_is_passed_on_to_it() -> None:
+    launch = Launch([sys.executable, "-c", "import time; time.sleep(30)"], restarts=1)
+    signal.raise_signal(signal.SIGTERM)
+    assert launch.run() == INTERRUPTED
+    assert launch.process and launch.process.returncode == -signal.SIGTERM
 
 
 def test_several_machines_need_a_place_to_meet() -> None:

@@ -12,6 +12,7 @@ import tiny_run
 
 from storage import records
 from storage.checkpoints import complete
+from training.checkpoint import Keep
 from training.config import RunConfig, to_dict
 from training.train import find_checkpoint
 
@@ -119,6 +120,7 @@ def test_the_newest_checkpoints_and_the_major_ones_stay(shards: str, tmp_path: P
     run = tiny_run.folder(tmp_path / "run", config)
     tiny_run.steps(run, shards)
     assert complete(run) == [4, 8, 9]
+    assert Keep(2, every=4).drops([0, 4, 8, 9]) == [0]  # of a run that was stopped before its first step
 
 
 def test_a_finished_run_is_left_as_it_is(shards: str, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ class Keep:
         return [s for s in sorted(steps)[: -self.newest] if not self.for_good(s)]
 
     def for_good(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
+        return self.every > 0 and step > 0 and step % self.every == 0
 
 
 class Checkpointer:

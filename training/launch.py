@@ -109,6 +109,8 @@ class Launch:
                 start_new_session=True,
                 preexec_fn=dying_with(me),
             )
+            if self.signalled:  # before there was anything to pass it on to
+                self.process.send_signal(signal.SIGTERM)
             code = self.process.wait()
             return code, int(status.read_text()) if status.exists() else None
 
