@@ -147,6 +147,21 @@ def test_a_signal_that_comes_before_torchrun_is_started_is_passed_on_to_it() -> 
     assert launch.process and launch.process.returncode == -signal.SIGTERM
 
 
+def test_a_rank_that_waits_for_another_to_come_ends_when_told_to(shards: str, tmp_path: Path) -> None:
+    """The other may have been ended by the same signal before it could answer to it."""
+    run, port = tiny_run.folder(tmp_path / "run", CONFIG), free_port()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}
+    program = [sys.executable, "-m", "training.train", run, f"--tokens={shards}"]
+    rank = subprocess.Popen(program, cwd=tiny_run.ROOT, env=tiny_run.environment() | place)
+    listening = re.compile(rf":{port:04X} 0+:0000 0A")  # a socket in its state
+    wait_for(lambda: any(listening.search(Path("/proc/net", kind).read_text()) for kind in ("tcp", "tcp6")))
+    rank.terminate()
+    try:
+        assert rank.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        rank.kill()
+
+
 def test_several_machines_need_a_place_to_meet() -> None:
     line = command("training.train", ["run"], 8, nnodes=2, node_rank=1, rendezvous="host:29400")
     assert "--rdzv-endpoint=host:29400" in line and "--standalone" not in line

@@ -348,9 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     choice.add_argument("--begin-anew", action="store_true", help="drop the run's checkpoints first")
     options = parser.parse_args(argv)
     die_with_parent(os.getppid())
-    stop = Stop()
     try:
-        trainer = prepare(options, stop)
+        trainer = prepare(options)
     except ValueError as error:
         log.error("%s", error)
         events.refuse(str(error))
@@ -369,13 +368,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def prepare(options: argparse.Namespace, stop: Stop) -> Trainer:
+def prepare(options: argparse.Namespace) -> Trainer:
     config = from_dict(RunConfig, objects.read_json(objects.join(options.run, "config.json")))
     if options.resume_anyway or options.begin_anew:
         resume: Literal["anyway", "no"] = "anyway" if options.resume_anyway else "no"
         config = replace(config, machine=replace(config.machine, resume=resume))
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{options.run}/flight_recorder_rank_")  # NCCL's, on a timeout
     world = distributed.join(config.machine.shard_ranks, config.machine.timeout)
+    stop = Stop()  # not before: a signal ends ranks that are still being loaded, and no other is to wait for them
     _log_to(options.run, world)
     distributed.watch(world, config.machine.timeout)
     with world.first_alone("checkpoints") as first:
