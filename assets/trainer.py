@@ -171,7 +171,7 @@ def _grace(run: RunConfig) -> float:
 
 
 def _launch_arguments(run: RunConfig, ranks: int) -> list[str]:
-    arguments = ["--gpus", str(ranks), "--restarts", str(run.machine.restarts)]
+    arguments = ["--held", "--gpus", str(ranks), "--restarts", str(run.machine.restarts)]
     if run.machine.nnodes > 1:
         arguments += ["--nnodes", str(run.machine.nnodes), "--rendezvous", run.machine.rendezvous]
     return arguments

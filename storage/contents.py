@@ -13,7 +13,8 @@ from storage.records import Record, file_url, from_json
 # Top folders of a store. What else lies in a local one may be the home.
 CLAIMS = ".claims"  # of whoever is making an output
 FOLDERS = ("corpora", "tokens", "eval_items", "weights", "runs", "models", CLAIMS)
-RUNS_OWN = ("config.json", "source.json", "inputs.json", "definition.json")  # beside a run's record
+LOCK = "lock"  # of whoever trains in a run's folder without the `gpt2` command
+RUNS_OWN = ("config.json", "source.json", "inputs.json", "definition.json", LOCK)  # beside a run's record
 CARD = "README.md"  # beside a run's exported weights: it is written again with every new score
 IN_CHECKPOINT = re.compile(r"(model|optimizer_\d+_of_\d+)\.safetensors|state\.json|DONE")
 TOKENS_OWN = ("plan.json", "complete.json")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 from tiny_pipeline import free_port
-from tiny_run import Steps, children
+from tiny_run import Steps, children, wait_for
 
 from training.launch import INTERRUPTED, Launch, command, grace_seconds
 from training.recipes import recipe
@@ -60,6 +60,29 @@ def test_the_launcher_restarts_all_ranks_when_one_is_killed(shards: str, undistu
     end(process)
     assert "resumed from" in Path(run, "train.log").read_text()
     assert Path(run, "main.log").read_text() == Path(undisturbed, "main.log").read_text()
+
+
+def test_a_launch_waits_for_the_ranks_of_a_killed_one(shards: str, undisturbed: str, tmp_path: Path) -> None:
+    """They still save a checkpoint, and two trainings in one folder would tear each other's files."""
+    run = tiny_run.folder(tmp_path / "run", CONFIG)
+    steps = Steps()
+    killed = steps.start(launch(run, shards, "--gpus=2"))
+    steps.wait(run)
+    (agent,) = children(killed.pid)
+    ranks = children(agent)
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    killed.kill()
+    killed.wait()
+    steps.let_go()
+    again = start(launch(run, shards, "--gpus=2"))
+    try:
+        assert again.stderr and "waiting until the ranks of another launch" in again.stderr.readline()
+    finally:
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+    end(again)
+    assert read(run, "main.log") == read(undisturbed, "main.log")
 
 
 def test_two_machines_train_as_one_and_come_back_when_one_of_them_is_lost(

@@ -8,17 +8,20 @@ This process stays between the caller and torchrun. It passes SIGTERM and SIGINT
 """
 
 import argparse
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from storage import events, objects
+from storage.contents import LOCK
 from training import attempts, plan
 from training.config import RunConfig, from_dict
 from training.gpus import check_gpus, ranks_here
@@ -70,8 +73,10 @@ def command(
 class Launch:
     """Runs torchrun, anew after a failure where that is wanted, until the ranks are done."""
 
-    def __init__(self, argv: Sequence[str], restarts: int, grace: float = GRACE_SECONDS) -> None:
-        self.argv, self.restarts = argv, restarts
+    def __init__(
+        self, argv: Sequence[str], restarts: int, grace: float = GRACE_SECONDS, lock: IO[str] | None = None
+    ) -> None:
+        self.argv, self.restarts, self.lock = argv, restarts, lock
         self.environment = {**ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{grace:.0f}", **os.environ}
         self.process: subprocess.Popen[bytes] | None = None
         self.signalled = False
@@ -105,6 +110,7 @@ class Launch:
             # A session of its own: Ctrl-C in a terminal comes here only, and torchrun gets one signal, not two.
             self.process = subprocess.Popen(
                 self.argv,
+                stdin=self.lock,  # the one file that torchrun leaves open for its ranks
                 env={**self.environment, STATUS_VARIABLE: str(status)},
                 start_new_session=True,
                 preexec_fn=dying_with(me),
@@ -123,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rendezvous", default="", help="host:port of the first machine")
     parser.add_argument("--restarts", type=int, default=0, help="starts after a failure, from the newest checkpoint")
     parser.add_argument("--grace", type=float, default=0.0, help="seconds to end in; 0: what a checkpoint takes")
+    parser.add_argument("--held", action="store_true", help="standard input is the lock of the run's folder")
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
@@ -138,10 +145,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         events.refuse(str(error))
         return 2
-    launch = Launch(command(options.module, options.arguments, ranks, *where), options.restarts, grace)
     run = run_folder(options.module, options.arguments)
-    with attempts.noted(run) if run and options.node_rank == 0 else nullcontext():
-        return launch.run()
+    with ExitStack() as stack:
+        lock = None
+        if run and options.node_rank == 0:
+            lock = None if options.held else stack.enter_context(alone(run))
+            stack.enter_context(attempts.noted(run))
+        return Launch(command(options.module, options.arguments, ranks, *where), options.restarts, grace, lock).run()
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[IO[str]]:
+    """One launch at a time trains in a run's folder; the lock lasts as long as any of its ranks, however they end."""
+    with open(run / LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.stderr.write(f"waiting until the ranks of another launch in {run} have ended\n")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
 
 
 def run_folder(module: str, arguments: Sequence[str]) -> Path | None:
