@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in self.hub.asked:
             self.hub.asked[path].set()
         if path in self.hub.held and not self.headers.get("Range"):
-            self.hub.held[path].wait(120)
+            self.hub.held[path].wait(500)
         data = self.hub.repos.get(repo, {}).get(commit, {}).get(path)
         self.send_bytes(data)
 

@@ -48,12 +48,12 @@ def test_batches_are_the_same_on_two_ranks_that_had_to_wait(tmp_path: Path) -> N
     with subprocess.Popen(started, cwd=ROOT, env=tiny_run.environment(), stderr=subprocess.DEVNULL) as process:
         tiny_run.wait_for(lambda: process.poll() is not None or waiting(run))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75 and complete(run) == [3]
+        assert process.wait(240) == 75 and complete(run) == [3]
     with subprocess.Popen(started, cwd=ROOT, env=tiny_run.environment(), stderr=subprocess.DEVNULL) as process:
         tiny_run.wait_for(lambda: process.poll() is not None or "resumed" in Path(run, "train.log").read_text())
         (tmp_path / late.name).rename(late)
         (growing / COMPLETE).write_text("{}")
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
     assert Path(run, "main.log").read_text() == Path(at_once, "main.log").read_text()
     assert tiny_run.final_files(run) == tiny_run.final_files(at_once)
 
@@ -133,7 +133,7 @@ def test_a_run_steps_before_the_last_file_has_come_and_its_record_stands_on_all(
     assert " trl:" in (store / "runs/early/main.log").read_text() and not recorded(store, "tokens/*")
     tiny_run.wait_for(lambda: process.poll() is not None or observed(store) == ["early"])  # live in the page
     hub.last.set()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert observed(store) == ["early"]  # once in five minutes
     (documents,), (tokens,), (model,) = (recorded(store, p) for p in ("corpora/*/documents", "tokens/*", "runs/early"))
@@ -150,11 +150,12 @@ def test_a_run_steps_before_the_last_file_has_come_and_its_record_stands_on_all(
 def test_a_file_that_fails_stops_the_training_at_a_checkpoint_and_says_why(hub: SlowHub, tmp_path: Path) -> None:
     store = tmp_path / "store"
     process = begin(hub, store)
-    hub.server.wrong_bytes = 2
+    hub.server.wrong_bytes = 99
     hub.last.set()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 2 and "twice came with sha256" in said
     assert complete(str(store / "runs/early"))[-1] == 3 and not recorded(store, "tokens/*")
+    hub.server.wrong_bytes = 0
     folder = next((store / "tokens").iterdir())
     assert len(shards.shard_paths(str(folder), "train")) == 1
     done = gpt2(*hub.run(), "--store", str(store), cwd=tmp_path)
@@ -191,7 +192,7 @@ def test_what_fails_in_copying_from_s3_stops_the_training_at_a_checkpoint(s3_sto
     folder = maker.folder("runs/r")
     tiny_run.wait_for(lambda: not training.thread.is_alive() or waiting(folder))
     objects.publish_bytes(f"{out}/walk_train_copy.bin", b"")
-    limit = threading.Timer(120, training.stop)
+    limit = threading.Timer(300, training.stop)
     limit.start()
     with pytest.raises(ValueError, match="'copy'"):
         training.join(context, lambda event: None)
