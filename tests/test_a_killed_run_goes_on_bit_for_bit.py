@@ -32,10 +32,13 @@ def start_and_end(run: str, shards: str, ranks: int, end: Callable[[subprocess.P
     step, steps = random.randrange(9, STEPS - 40), tiny_run.Steps()
     print(f"ended at step {step}")
     with steps.start(tiny_run.command(run, shards, ranks)) as process:
-        steps.wait(run, step)
-        end(process)
-        steps.let_go()
-        _, errors = process.communicate(timeout=240)
+        try:
+            steps.wait(run, step)
+            end(process)
+            steps.let_go()
+            _, errors = process.communicate(timeout=240)
+        finally:
+            process.kill()
         assert f"s:{STEPS - 1} trl" not in Path(run, "main.log").read_text(), errors[-2000:]
         return process.returncode
 
