@@ -62,11 +62,11 @@ def wait_for(what: str, done, seconds: float = 300) -> None:  # type: ignore[no-
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
-    """A `gpt2 run` that has saved its first checkpoint and is training on."""
-    store = tmp_path / "store"
+def training(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A `gpt2 run` of 60 steps, or as many as are asked for, that has saved its first checkpoint and is training on."""
+    store, steps = tmp_path / "store", getattr(request, "param", 60)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.commands.main", *LONG, "--store", str(store)],
+        [sys.executable, "-m", "pipeline.commands.main", *LONG, "--set", f"steps={steps}", "--store", str(store)],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -105,6 +105,7 @@ def test_kill_9_ends_every_rank_after_a_checkpoint_and_a_run_started_at_once_goe
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [6000], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_and_ends_the_run(
     number: signal.Signals,
