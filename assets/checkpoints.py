@@ -4,8 +4,9 @@ An op, not an asset: a run's scores are those of its finished model. What it mak
 shows as an observation of the trained model.
 """
 
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,18 @@ def run_with(maker: Maker, name: str, step: int, scratch: str) -> str:
     return run
 
 
+@contextmanager
+def scratch_of(maker: Maker, key: str) -> Iterator[str]:
+    """A local folder for a model, gone afterwards, with what one that was killed has left in it."""
+    scratch = maker.places.home / "work" / key
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield str(scratch)
+    finally:
+        shutil.rmtree(scratch)
+
+
 def _key(name: str, step: int) -> str:
     return f"runs/{name}/checkpoint_scores/{step_name(step)}"
 
@@ -110,7 +123,7 @@ def _score(
 ) -> Produced:
     out = Path(maker.folder(_key(name, step)), f"{questions.suite}.json")
     dtype = DTYPES[run.evals.dtype]
-    with tempfile.TemporaryDirectory(dir=maker.places.home) as scratch:
+    with scratch_of(maker, _key(name, step)) as scratch:
         exported = f"{scratch}/export"
         maker.launcher.run(
             "training.export",

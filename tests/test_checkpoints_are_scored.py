@@ -11,7 +11,7 @@ import torch
 from dagster._core.definitions.partitions.context import partition_loading_context
 from tiny_pipeline import Finished, copied
 
-from assets.checkpoints import questions_of, run_with, unscored
+from assets.checkpoints import questions_of, run_with, scratch_of, unscored
 from assets.corpus import completion_output
 from assets.items import hellaswag_output
 from assets.making import Maker, Output, Produced, StageConfig
@@ -25,6 +25,17 @@ from storage.lineage import Lineage
 from storage.places import Places, places
 from training.config import to_dict
 from training.weights import load_run
+
+
+def test_what_a_killed_score_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    maker, key = Maker(Places(str(tmp_path), tmp_path), Launcher(), Silent()), "runs/r/checkpoint_scores/step_000002"
+    with scratch_of(maker, key) as killed:
+        pass
+    Path(killed).mkdir()
+    Path(killed, "model.safetensors").write_bytes(b"of one that never came to its end")
+    with scratch_of(maker, key) as scratch:
+        assert (scratch, list(Path(scratch).iterdir())) == (killed, [])
+    assert not Path(scratch).exists()
 
 
 @dg.job
