@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import dagster as dg
 
@@ -44,7 +45,7 @@ def tokenized_ahead(
     with ExitStack() as stack:
         if isinstance(source, sources.Hub) and _by_this_job(context, run):
             tokens = tokens_output(run, documents, source.text_bytes(tokenization.ENOUGH_TEXT))
-            stack.enter_context(turn(maker.places.store, tokens.key))
+            stack.enter_context(turn(maker.places.store, tokens.key, partial(maker.warn, "documents")))
             if tokens.reusable(maker.places.store)[0] is None:
                 begin = stack.enter_context(trainer.begun_early(context, maker, run, tokens))
                 pace = Pace(lambda event: tell(tokens=event["tokens"], tokens_per_second=event["tokens_per_second"]))

@@ -1,5 +1,6 @@
 """How is an output made, or reused, checked and recorded? One way for every asset."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -35,6 +37,8 @@ from training.config import RunConfig, to_dict
 
 if TYPE_CHECKING:
     from assets.trainer import Training
+
+log = logging.getLogger(__name__)
 
 
 class StageConfig(dg.Config):
@@ -212,6 +216,11 @@ class Maker:
                     _stamp(folder, [f])
         return folder
 
+    def warn(self, asset: str, message: str) -> None:
+        """On the terminal, if there is one, and in the step's log."""
+        log.warning(message)
+        self.listener.progressed(asset, {"event": "warning", "message": message})
+
     def make(
         self,
         config: StageConfig,
@@ -230,7 +239,7 @@ class Maker:
         with ExitStack() as stack:
             found, reason = output.reusable(self.places.store)
             if (config.recompute or not found) and not together:
-                stack.enter_context(turn(self.places.store, output.key))
+                stack.enter_context(turn(self.places.store, output.key, partial(self.warn, output.asset)))
                 found, reason = output.reusable(self.places.store)  # somebody may have made it meanwhile
             if found and config.recompute:
                 found, reason = None, "asked for anew"

@@ -7,7 +7,6 @@ the model is made from the whole tokens, whose record is written before the mode
 
 import fcntl
 import functools
-import logging
 import os
 import threading
 import time
@@ -34,8 +33,6 @@ from training.arrival import stage_as_they_come
 from training.config import RunConfig, defining, to_dict
 from training.gpus import ranks_here
 from training.processes import started
-
-log = logging.getLogger(__name__)
 
 VERSION = "1"
 WEIGHTS_VERSION = "1"
@@ -122,7 +119,7 @@ def hold_run(maker: Maker, run: str, lost: Callable[[], None] = lambda: None) ->
     comes next waits for the last of them. `lost` is called, from a thread, where another machine has taken
     the run over, because this one did not reach the store.
     """
-    say = functools.partial(_warn, maker)
+    say = functools.partial(maker.warn, "trained_model")
     path = maker.places.home / "locks" / f"{run}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as lock:
@@ -139,12 +136,6 @@ def hold_run(maker: Maker, run: str, lost: Callable[[], None] = lambda: None) ->
         lock.flush()
         with turn_or_refusal(maker.places.store, run, say, lost):  # of other machines on this store
             yield lock
-
-
-def _warn(maker: Maker, message: str) -> None:
-    """Of a training: on the terminal, if there is one, and in the step's log."""
-    log.warning(message)
-    maker.listener.progressed("trained_model", {"event": "warning", "message": message})
 
 
 class Hold:

@@ -1,6 +1,5 @@
 """Who makes an output, where several runs or machines on one store want the same? One does, the others wait for it."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +10,17 @@ from training.claims import Claims
 
 POLL = 1.0  # seconds between two looks at whether it is our turn
 
-log = logging.getLogger(__name__)
-
 
 @contextmanager
-def turn(store: str, key: str) -> Iterator[None]:
-    """Hold the right to make the output `key`; waits for whoever has it, and takes over from one that died."""
+def turn(store: str, key: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the right to make the output `key`; waits for whoever has it, which `say` is told, and takes over from one
+    that died."""
     with Claims(objects.join(store, CLAIMS)) as claims:
         waiting_for = ""
         while not claims.take(key):
-            if (owner := claims.owner_of(key)) != waiting_for:
-                log.warning("waiting for %s, which is making %s", owner, key)
+            if (owner := claims.owner_of(key)) not in ("", waiting_for):
+                host, process = owner.split(":")[:2]
+                say(f"waiting for process {process} of {host}, which makes {key}: taken over if silent for a minute")
                 waiting_for = owner
             time.sleep(POLL)
         yield

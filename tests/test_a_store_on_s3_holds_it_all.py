@@ -27,7 +27,7 @@ def test_a_run_whose_store_is_lost_has_failed_and_is_no_bad_input(s3_store: str,
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | reached
     demo = recipe("demo")
     _, corpus, _ = documents_output(sources.resolve(demo.corpus)).key.split("/")
-    with turn(s3_store, tokens_key(demo, corpus)):  # where the run waits until its store is lost
+    with turn(s3_store, tokens_key(demo, corpus), print):  # where the run waits until its store is lost
         run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
         try:
             deadline = time.monotonic() + 240

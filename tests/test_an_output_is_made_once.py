@@ -48,7 +48,15 @@ def maker(store: str, tmp_path, machine: str) -> Maker:
     return Maker(Places(store, tmp_path / machine), Launcher(), Silent())
 
 
-def test_who_comes_second_reuses(store, tmp_path, monkeypatch):
+class Told(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def progressed(self, asset: str, event: dict[str, Any]) -> None:
+        self.said.append(f"{asset}: {event['message']}")
+
+
+def test_who_comes_second_says_for_whom_it_waits_and_reuses(store, tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "POLL", 0.05)
     made, begun, go_on = [], threading.Event(), threading.Event()
 
@@ -61,15 +69,17 @@ def test_who_comes_second_reuses(store, tmp_path, monkeypatch):
         return Produced(files=[records.describe_file(folder, "a.parquet")])
 
     def make(machine: str, told: list) -> None:
-        told.append(maker(store, tmp_path, machine).make(StageConfig(), OUTPUT, lambda _: produce(machine))[0])
+        ours = replace(maker(store, tmp_path, machine), listener=listener)
+        told.append(ours.make(StageConfig(), OUTPUT, lambda _: produce(machine))[0])
 
-    first, second = [], []
+    listener, first, second = Told(), [], []
     threads = [threading.Thread(target=make, args=("one", first)), threading.Thread(target=make, args=("two", second))]
     threads[0].start()
     assert begun.wait(240)
     threads[1].start()
-    time.sleep(0.5)
-    assert not second  # it waits
+    wait_for(lambda: listener.said)
+    assert listener.said[0].startswith(f"documents: waiting for process {os.getpid()} of ")
+    assert not second
     go_on.set()
     for thread in threads:
         thread.join()
@@ -111,9 +121,9 @@ def test_shards_stay_until_it_is_our_turn_to_make_them_anew(tmp_path, monkeypatc
     key = ours.inputs("tiny")["tokens"]
     before = {s.path: s.modified for s in objects.list_files(ours.folder(key), ".bin")}
     anew = threading.Thread(target=materialize, args=(True,), daemon=True)
-    with turns.turn(store, key):
+    with turns.turn(store, key, print):
         anew.start()
-        wait_for(lambda: "is making tokens/" in caplog.text)
+        wait_for(lambda: "which makes tokens/" in caplog.text)
         assert {s.path: s.modified for s in objects.list_files(ours.folder(key), ".bin")} == before
     anew.join(240)
     after = {s.path: s.modified for s in objects.list_files(ours.folder(key), ".bin")}
