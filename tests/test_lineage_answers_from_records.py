@@ -407,7 +407,9 @@ def test_what_cannot_be_read_is_named_and_the_rest_answers(store, lineage, caplo
     assert "it has no 'steps'" in caplog.text
     assert [n.key for n in lineage.impact("tokens/c")] == ["runs/demo", "runs/demo/export"]
     caplog.clear()
-    assert lineage.ingest(store) == 0 and len(caplog.records) == 3  # said at each question, until it is mended
+    assert lineage.ingest(store) == 0
+    said = [r.message for r in caplog.records if r.name == "storage.lineage"]  # others' threads may log, too
+    assert len(said) == 3  # at each question, until it is mended
     assert lineage.rebuild(store) == 5
     objects.publish_bytes(url, whole)
     assert lineage.ingest(store) == 1
