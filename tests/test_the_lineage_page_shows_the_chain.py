@@ -120,13 +120,19 @@ def test_settings_that_no_run_can_have_are_refused_before_launch(ui: Page, setti
     assert answer["__typename"] in ("PythonError", "RunConfigValidationInvalid")
 
 
+def opened(browser: Any, address: str) -> Any:
+    """A page that is waited for as long as a slow machine may take."""
+    page = browser.new_page(viewport={"width": 1800, "height": 1000})
+    page.set_default_timeout(240_000)
+    page.goto(address)
+    return page
+
+
 def test_a_browser_draws_every_asset_of_the_graph(ui: Page, browser: Any) -> None:
     groups = "%2C".join(f"global%40global%3A{group}" for group in ("data", "checks", "training", "evals"))
-    page = browser.new_page(viewport={"width": 1800, "height": 1000})
-    page.goto(f"{ui.address}/asset-groups?expanded={groups}")
-    page.wait_for_selector("text=trained_model", timeout=60_000)
+    page = opened(browser, f"{ui.address}/asset-groups?expanded={groups}")
     for name in ASSETS:
-        assert page.locator(f'foreignObject:has-text("{name}")').count(), f"{name} is not drawn"
+        page.locator(f'foreignObject:has-text("{name}")').first.wait_for(state="attached")
     page.close()
 
 
@@ -134,21 +140,19 @@ def test_a_browser_launches_nothing_until_the_settings_are_good(ui: Page, browse
     """The launchpad of a recipe's job: a new run is named, the recipe is filled in, its page has no complaint."""
     from playwright.sync_api import expect
 
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    page.goto(f"{ui.address}/locations/gpt2/jobs/gpt2_124m")
-    page.locator("button", has=page.locator("[aria-label=arrow_drop_down]")).last.click(timeout=60_000)
+    page = opened(browser, f"{ui.address}/locations/gpt2/jobs/gpt2_124m")
+    page.locator("button", has=page.locator("[aria-label=arrow_drop_down]")).last.click()
     page.get_by_text("Open launchpad").first.click()
     launch = page.get_by_role("button", name="Materialize").last
     page.get_by_text("Add new partition").click()
-    page.wait_for_selector("text=Partition name")
-    page.keyboard.type("of-the-browser")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("text=No errors", timeout=30_000)
+    page.get_by_placeholder("name", exact=True).fill("of-the-browser")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.wait_for_selector("text=No errors")
     page.wait_for_selector("text=partition: of-the-browser")
-    expect(launch).to_be_enabled(timeout=30_000)
+    expect(launch).to_be_enabled(timeout=240_000)
     page.locator(".CodeMirror", has_text="recompute").first.click()
     page.keyboard.press("Control+End")
     page.keyboard.insert_text("\nresourcez: {}\n")
-    page.wait_for_selector('text=/unexpected config entry "resourcez"/', timeout=30_000)
-    expect(launch).to_be_disabled(timeout=30_000)
+    page.wait_for_selector('text=/unexpected config entry "resourcez"/')
+    expect(launch).to_be_disabled(timeout=240_000)
     page.close()
