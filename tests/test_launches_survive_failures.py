@@ -153,6 +153,8 @@ def test_bad_input_ends_with_status_2_and_one_line(shards: str, tmp_path: Path) 
     done = tiny_run.train(run, shards, 2)
     assert done.returncode == 2
     assert "batch_tokens=48 does not divide into 2 ranks: the nearest that do are 32 and 64" in done.stderr
+    nowhere = tiny_run.train(str(tmp_path / "nowhere"), shards)
+    assert nowhere.returncode == 2 and f"{tmp_path}/nowhere holds no config.json: give a run's folder" in nowhere.stderr
 
 
 def test_torchrun_leaves_the_ranks_the_time_that_a_step_and_a_checkpoint_take(tmp_path: Path) -> None:
