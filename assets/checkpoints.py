@@ -107,7 +107,7 @@ def scratch_of(maker: Maker, key: str) -> Iterator[str]:
     """A local folder for a model, gone afterwards, with what one that was killed has left in it."""
     scratch = maker.places.home / "work" / key
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch.mkdir(parents=True, exist_ok=True)  # one that is just being killed may write once more
     try:
         yield str(scratch)
     finally:

@@ -283,7 +283,7 @@ class Maker:
         except ProcessFailed as error:
             raise ProcessFailed(f"{output.asset}: {error}") from error
         except BrokenProcessPool as error:
-            raise ProcessFailed(f"{output.asset}: one of its processes {KILLED}") from error
+            raise ProcessFailed(f"{output.asset}: one of its processes has crashed or {KILLED}") from error
         files = [*produced.files, *self._publish(output.key, produced.paths)]
         files += self._describe(output.key, produced.mirrored)
         seconds = time.monotonic() - clock if produced.seconds is None else produced.seconds

@@ -24,7 +24,7 @@ STOP_SECONDS = 120.0  # that a process gets to end before it is killed
 # waiting threads sleep: spinning ones made sampling thirty times slower on two cores that others used, too
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 TAIL_LINES = 40  # of a failed process's output that its error quotes
-RANK_KILLED = re.compile(rf"^\s*exitcode\s*: -{signal.SIGKILL}\b")  # as torchrun lists a rank
+RANK_ENDED = re.compile(r"\s*exitcode\s*: ")  # as torchrun lists the ranks that failed
 
 Event = dict[str, Any]
 
@@ -131,7 +131,8 @@ def stop(process: subprocess.Popen[str], grace: float = STOP_SECONDS) -> None:
 def _check_status(status: int, module: str, tail: collections.deque[str]) -> None:
     if status == INTERRUPTED:
         raise Interrupted(f"{module} was told to stop; the same command goes on from its newest checkpoint")
-    if status == -signal.SIGKILL or any(RANK_KILLED.search(line) for line in tail):
+    ranks = [line for line in tail if RANK_ENDED.match(line)]  # the last is the first that failed
+    if status == -signal.SIGKILL or (status and ranks and f": -{signal.SIGKILL} " in ranks[-1]):
         raise ProcessFailed(f"a process of {module} {KILLED}")
     if status:
         raise ProcessFailed(f"{module} ended with status {status}. Its last output:\n{''.join(tail)}")

@@ -20,7 +20,7 @@ def turn(store: str, key: str, say: Callable[[str], None]) -> Iterator[None]:
         while not claims.take(key):
             if (owner := claims.owner_of(key)) not in ("", waiting_for):
                 host, process = owner.split(":")[:2]
-                say(f"waiting for process {process} of {host}, which makes {key}: taken over if silent for a minute")
+                say(f"waiting for process {process} of {host}, which makes {key}: this one does, should that end")
                 waiting_for = owner
             time.sleep(POLL)
         yield

@@ -294,9 +294,9 @@ def refusal(error: BaseException) -> str:
 
 
 def _full_disk(error: BaseException) -> str:
-    """What a library makes of it has the system's error behind it."""
+    """Also of a library's error that has the system's behind it; not of a RuntimeError, which may quote a process."""
     for behind in _causes(error):
-        if any(said in str(behind) for said in DISK_IS_FULL):
+        if not isinstance(behind, RuntimeError) and any(said in str(behind) for said in DISK_IS_FULL):
             return f"the disk is full ({str(behind).splitlines()[0]}): make room on it, or choose another with --store"
     return ""
 

@@ -198,3 +198,31 @@ def test_a_process_that_the_kernel_has_killed_is_told_in_one_line(
     with pytest.raises(ProcessFailed) as told:
         Launcher().run(module, arguments, lambda event: None)
     assert str(told.value) == f"a process of {module} {KILLED}"
+
+
+def test_a_launch_that_ended_well_after_a_kill_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = "import os, pathlib, signal\nbegun = pathlib.Path('begun')\nif not begun.exists():\n"
+    (tmp_path / "once.py").write_text(f"{once}    begun.touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    Launcher().run("training.launch", ["--gpus", "1", "--restarts", "1", "once"], lambda event: None)
+    assert (tmp_path / "begun").exists()
+
+
+def test_the_error_of_the_rank_that_failed_is_told_though_torchrun_killed_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "both.py").write_text(
+        "import os, signal, time\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    while not os.path.exists('ready'): time.sleep(0.05)\n"
+        "    raise RuntimeError('the error of rank 0')\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "open('ready', 'w').close()\n"
+        "while True: time.sleep(1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProcessFailed, match="ended with status 1. Its last output:\n") as told:
+        Launcher().run("training.launch", ["--gpus", "2", "both"], lambda event: None)
+    assert "exitcode  : -9" in str(told.value)

@@ -80,9 +80,11 @@ def test_sigkill_of_the_ranks_loses_only_the_steps_since_the_checkpoint(
     def kill(process: subprocess.Popen[str]) -> None:
         (agent,) = children(process.pid)
         os.kill(agent, signal.SIGSTOP)  # or else it may end the others, once it sees that one has gone
-        for rank in children(agent):
-            os.kill(rank, signal.SIGKILL)
-        os.kill(agent, signal.SIGCONT)
+        try:
+            for rank in children(agent):
+                os.kill(rank, signal.SIGKILL)
+        finally:
+            os.kill(agent, signal.SIGCONT)
 
     assert start_and_end(run, shards, ranks, kill) not in (0, 75)
     check_equal(run, shards, ranks, whole)

@@ -95,7 +95,7 @@ def test_an_output_whose_worker_was_killed_says_so_in_one_line(store, tmp_path):
 
     with pytest.raises(ProcessFailed) as told:
         maker(store, tmp_path, "one").make(StageConfig(), OUTPUT, produce)
-    assert str(told.value) == f"documents: one of its processes {KILLED}"
+    assert str(told.value) == f"documents: one of its processes has crashed or {KILLED}"
 
 
 @pytest.mark.slow

@@ -153,8 +153,12 @@ def test_bad_input_ends_with_status_2_and_one_line(shards: str, tmp_path: Path) 
     done = tiny_run.train(run, shards, 2)
     assert done.returncode == 2
     assert "batch_tokens=48 does not divide into 2 ranks: the nearest that do are 32 and 64" in done.stderr
-    nowhere = tiny_run.train(str(tmp_path / "nowhere"), shards)
-    assert nowhere.returncode == 2 and f"{tmp_path}/nowhere holds no config.json: give a run's folder" in nowhere.stderr
+
+
+def test_a_folder_that_is_no_runs_is_refused_before_torchrun_starts(tmp_path: Path) -> None:
+    nowhere = tiny_run.train(str(tmp_path), "tokens")
+    said = f"{tmp_path} holds no config.json: give a run's folder, as `gpt2 run` makes one\n"
+    assert (nowhere.returncode, nowhere.stderr) == (2, said)
 
 
 def test_torchrun_leaves_the_ranks_the_time_that_a_step_and_a_checkpoint_take(tmp_path: Path) -> None:
@@ -178,8 +182,9 @@ def test_a_rank_that_waits_for_another_to_come_ends_when_told_to(shards: str, tm
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}
     program = [sys.executable, "-m", "training.train", run, f"--tokens={shards}"]
     rank = subprocess.Popen(program, cwd=tiny_run.ROOT, env=tiny_run.environment() | place)
+    kinds = [kind for kind in ("tcp", "tcp6") if Path("/proc/net", kind).exists()]
     listening = re.compile(rf":{port:04X} 0+:0000 0A")  # a socket in its state
-    wait_for(lambda: any(listening.search(Path("/proc/net", kind).read_text()) for kind in ("tcp", "tcp6")))
+    wait_for(lambda: any(listening.search(Path("/proc/net", kind).read_text()) for kind in kinds))
     rank.terminate()
     try:
         assert rank.wait(timeout=30) == -signal.SIGTERM

@@ -141,6 +141,7 @@ def test_a_full_disk_is_told_from_other_errors_whoever_meets_it() -> None:
         reported.__cause__ = met.value
         assert objects.refusal(reported) == refusal
     assert objects.refusal(FileNotFoundError(2, "No such file or directory")) == ""
+    assert objects.refusal(RuntimeError("a process failed, which had said: No space left on device")) == ""
 
 
 def test_errors_that_stand_behind_each_other_are_looked_at_once() -> None:

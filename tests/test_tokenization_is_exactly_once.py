@@ -321,10 +321,12 @@ def test_a_run_waits_for_the_workers_of_a_killed_one(corpus, tmp_path):
         os.kill(pid, signal.SIGSTOP)
     child.kill()
     child.wait()
-    with open(tmp_path / "killed" / "work" / "lock") as lock, pytest.raises(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    for pid in workers:
-        os.kill(pid, signal.SIGCONT)
+    try:
+        with open(tmp_path / "killed" / "work" / "lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
     run(corpus[0], tmp_path / "killed")
     child.communicate()
     assert [p.name for p in (tmp_path / "killed" / "work").iterdir()] == ["lock"]

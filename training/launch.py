@@ -140,18 +140,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = (options.nnodes, options.node_rank, options.rendezvous)
     try:
         check_gpus(options.gpus)
+        run = run_folder(options.module, options.arguments)
         grace = options.grace or grace_seconds(options.module, options.arguments, ranks * options.nnodes)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         events.refuse(str(error))
         return 2
-    run = run_folder(options.module, options.arguments)
+    program = command(options.module, options.arguments, ranks, *where)
     with ExitStack() as stack:
         lock = None
         if run and options.node_rank == 0:
-            lock = None if options.held else stack.enter_context(alone(run))
+            try:
+                lock = None if options.held else stack.enter_context(alone(run))
+            except KeyboardInterrupt:  # while it waits
+                return 130
             stack.enter_context(attempts.noted(run))
-        return Launch(command(options.module, options.arguments, ranks, *where), options.restarts, grace, lock).run()
+        return Launch(program, options.restarts, grace, lock).run()
 
 
 @contextmanager
@@ -167,9 +171,13 @@ def alone(run: Path) -> Iterator[IO[str]]:
 
 
 def run_folder(module: str, arguments: Sequence[str]) -> Path | None:
-    """Of the run that is to be trained; None where the ranks do something else."""
-    run = Path(arguments[0]) if module == "training.train" and arguments else None
-    return run if run and (run / "config.json").exists() else None
+    """Of the run that is to be trained; None where the ranks do something else. Raises ValueError if it is no run's."""
+    run = arguments[0] if module == "training.train" and arguments else ""
+    if not run or run.startswith("-") or not objects.is_local(run):
+        return None
+    if not Path(run, "config.json").exists():
+        raise ValueError(f"{run} holds no config.json: give a run's folder, as `gpt2 run` makes one")
+    return Path(run)
 
 
 def grace_seconds(module: str, arguments: Sequence[str], ranks: int) -> float:

@@ -369,10 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> Trainer:
-    described = objects.join(options.run, "config.json")
-    if not objects.exists(described):
-        raise ValueError(f"{options.run} holds no config.json: give a run's folder, as `gpt2 run` makes one")
-    config = from_dict(RunConfig, objects.read_json(described))
+    config = from_dict(RunConfig, objects.read_json(objects.join(options.run, "config.json")))
     if options.resume_anyway or options.begin_anew:
         resume: Literal["anyway", "no"] = "anyway" if options.resume_anyway else "no"
         config = replace(config, machine=replace(config.machine, resume=resume))
