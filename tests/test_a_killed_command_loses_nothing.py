@@ -48,9 +48,13 @@ def processes_of(store: Path) -> list[int]:
 
 def is_told_to_end(pid: int) -> bool:
     """Whether SIGTERM is pending for a stopped process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (pending,) = (line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:"))
-    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
+    return bool(int(status_of(pid)["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What Linux tells of a process that is there: name → value."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def wait_for(what: str, done, seconds: float = 300) -> None:  # type: ignore[no-untyped-def]
@@ -132,6 +136,7 @@ def test_a_run_waits_for_the_ranks_that_two_signals_have_left_behind(
     store, process = training
     (rank,) = (pid for pid in processes_of(store) if b"-u" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
     os.kill(rank, signal.SIGSTOP)
+    wait_for("it to stop: what comes before that is taken in", lambda: status_of(rank)["State"].startswith("T"))
     process.send_signal(signal.SIGINT)
     wait_for("the first to come to the rank, for which the command waits then", lambda: is_told_to_end(rank))
     process.send_signal(signal.SIGINT)
