@@ -8,14 +8,13 @@ This process stays between the caller and torchrun. It passes SIGTERM and SIGINT
 """
 
 import argparse
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -25,7 +24,7 @@ from storage.contents import LOCK
 from training import attempts, plan
 from training.config import RunConfig, from_dict
 from training.gpus import check_gpus, ranks_here
-from training.processes import die_with_parent, dying_with
+from training.processes import die_with_parent, dying_with, locked
 
 STATUS_VARIABLE = "GPT2_STATUS_FILE"
 RESTART_VARIABLE = "GPT2_RESTART"  # set where the ranks are started again after a failure
@@ -150,24 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         lock = None
         if run and options.node_rank == 0:
-            try:
-                lock = None if options.held else stack.enter_context(alone(run))
+            said = f"waiting until the ranks of another launch in {run} have ended"
+            try:  # one launch at a time trains in a run's folder, until the last of its ranks has ended
+                if not options.held:
+                    lock = stack.enter_context(locked(run / LOCK, lambda: print(said, file=sys.stderr)))
             except KeyboardInterrupt:  # while it waits
                 return 130
             stack.enter_context(attempts.noted(run))
         return Launch(program, options.restarts, grace, lock).run()
-
-
-@contextmanager
-def alone(run: Path) -> Iterator[IO[str]]:
-    """One launch at a time trains in a run's folder; the lock lasts as long as any of its ranks, however they end."""
-    with open(run / LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.stderr.write(f"waiting until the ranks of another launch in {run} have ended\n")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
 
 
 def run_folder(module: str, arguments: Sequence[str]) -> Path | None:

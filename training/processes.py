@@ -1,11 +1,14 @@
-"""Which process is that, does it still live, and how does one end with its parent? What Linux tells and does."""
+"""Which process is that, does it still live, how does one end with its parent or keep a lock? What Linux does."""
 
 import ctypes
+import fcntl
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,6 +34,21 @@ def started(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
     return "gone" if words[0] in "ZX" else words[19]
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[IO[str]]:
+    """Hold a file's lock, after whoever has it, which `on_wait` may tell a user.
+
+    It lasts as long as any process that has inherited the open file lives, however they end.
+    """
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
 
 
 def die_with_parent(parent: int) -> None:

@@ -8,7 +8,6 @@ sizes and piece sizes do not change the output: EOT before each document, shard 
 training, the last one partial. Beside each shard lies an index of its documents.
 """
 
-import fcntl
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from storage.shards import COMPLETE, PLAN
 from training.claims import Claims
 from training.cuts import Cut, cut_shard, document_at, record_name
 from training.pieces import KINDS, Encoded, Piece, encode_piece, plan_pieces, read_encoded
+from training.processes import locked
 from training.workers import Engine, Processes, engine, process_pool
 
 __all__ = ["Tokenized", "automatic_shard_tokens", "document_at", "tokenize", "tokenize_ahead"]
@@ -123,14 +123,10 @@ def tokenize_ahead(
 def _locked(work: str) -> Iterator[IO[str]]:
     """One run at a time works in a scratch folder; the lock goes with its processes, however they end."""
     Path(work).mkdir(parents=True, exist_ok=True)
-    with open(os.path.join(work, "lock"), "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("waiting for another process that tokenizes in %s", work)
-            fcntl.flock(f, fcntl.LOCK_EX)
+    said = f"waiting for another process that tokenizes in {work}"
+    with locked(Path(work, "lock"), lambda: log.warning(said)) as lock:
         _remove_partial(work)
-        yield f
+        yield lock
 
 
 def _remove_partial(work: str) -> None:
