@@ -15,6 +15,7 @@ from storage import objects, records
 from storage.items import FILES
 from storage.records import Record
 from training.config import EvalConfig
+from training.gpus import gpu_count
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Asked:
     reads: Sequence[Record] = ()
     items: int | None = None  # that must be scored, where it is known before
     definition: Mapping[str, Any] = field(default_factory=dict)  # what defines the score beyond what it reads
+
+    def command(self, model: str, out: str, dtype: str) -> list[str]:
+        """evals.run's arguments. Where this machine has GPUs, torch must use one: a CPU would take hours, unasked."""
+        device = ["--device", "cuda"] if gpu_count() else []
+        return [model, "--out", out, "--dtype", dtype, *device, *self.arguments()]
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,6 @@ def _score(
             + ["--tokens", validation_shard(maker, name)],
             progress,
         )
-        asking = ["--out", str(out), "--dtype", dtype, *questions.arguments()]
-        maker.launcher.run("evals.run", [exported, *asking], progress)
+        maker.launcher.run("evals.run", questions.command(exported, str(out), dtype), progress)
     found = produced(str(out), questions, run.machine.price_per_gpu_hour)
     return replace(found, metrics=found.metrics | {"step": step})

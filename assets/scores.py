@@ -114,7 +114,7 @@ def score(
 
     def produce(progress: Callable[[Event], None]) -> Produced:
         out = objects.join(maker.folder(output.key), f"{objects.name_of(output.key)}.json")
-        maker.launcher.run("evals.run", [folder(), "--out", out, "--dtype", kind, *questions.arguments()], progress)
+        maker.launcher.run("evals.run", questions.command(folder(), out, kind), progress)
         return produced(out, questions, price)
 
     return maker.make(config, output, produce, [ALL_SCORED])

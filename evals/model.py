@@ -106,7 +106,11 @@ def fuse_gelu(module: torch.nn.Module) -> None:
 def pick_device(device: str) -> torch.device:
     if device != "auto":
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r}: no GPU is visible; use --device cpu")
+            raise ValueError(
+                f"device {device}: torch {torch.__version__} sees no GPU. Install a torch for a CUDA that the driver "
+                "supports (`nvidia-smi` shows which), or use the CPU: CUDA_VISIBLE_DEVICES= before a `gpt2` command, "
+                "--device cpu for evals.run"
+            )
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_BYTES = 16  # a parameter: weights, fp32 masters and two moments
 EXPORT_BYTES = 4  # a parameter
 
 
@@ -240,8 +239,8 @@ def check_space(places: Places, config: RunConfig, corpus_bytes: int) -> None:
 
 def disk_bytes(config: RunConfig, corpus_bytes: int) -> int:
     """What a run's stages write, at most about, where the corpus's files have so many bytes."""
-    model = config.model.parameters * (_kept_checkpoints(config) * CHECKPOINT_BYTES + EXPORT_BYTES)
-    return model + corpus_copies(config.corpus) * corpus_bytes
+    checkpoints = _kept_checkpoints(config) * plan.checkpoint_bytes(config)
+    return checkpoints + config.model.parameters * EXPORT_BYTES + corpus_copies(config.corpus) * corpus_bytes
 
 
 def corpus_copies(corpus: str) -> int:

@@ -14,9 +14,10 @@ import pytest
 import tiny_run
 import torch
 from moto.core import set_initial_no_auth_action_count
-from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, gpt2
+from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, copied, gpt2
 
 from pipeline import definitions, runs
+from storage import records
 from storage.places import places
 from training.config import to_dict
 from training.gpus import check_gpus
@@ -105,6 +106,16 @@ def test_ranks_do_not_take_the_cpu_for_gpus_unless_these_are_hidden(
     check_gpus(4)
     assert runs.cpu_ranks(recipe("demo", ["gpus=4"])) == "no GPU here: training takes 4 CPU ranks"
     assert subprocess.run(command, **wanted).returncode == 0  # type: ignore[call-overload]
+
+
+@pytest.mark.usefixtures("two_h100")
+def test_scores_do_not_take_the_cpu_for_gpus(finished: Finished, tmp_path: Path) -> None:
+    store = copied(finished.store, tmp_path)
+    score = "runs/tiny/scores/validation_loss"
+    before = records.read_record(store, score)
+    done = gpt2("evals", "tiny", "--suite", "validation_loss", "--store", store, cwd=tmp_path)
+    assert done.returncode == 2 and f"torch {torch.__version__} sees no GPU" in done.stderr, done.stderr
+    assert before is not None and records.read_record(store, score) == before
 
 
 @pytest.mark.parametrize(
