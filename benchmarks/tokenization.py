@@ -5,7 +5,7 @@
 Each round runs all variants one after the other. Seconds are the wall's and, in brackets, the processors' (all
 processes): on a machine that does other work only the second can be compared. Shards are made by a process of their
 own, which has learned no words yet, from parquet files to shards, indexes and sha256; the lines of plain tiktoken and
-riptoken only encode texts in memory. A second worker starts in half a second and learns its words anew, so how the
+riptoken only encode texts in memory. A second worker takes time to start and learns its words anew, so how the
 speed scales shows on several copies of a small corpus, one after the other; how far the machine lets anything scale, on
 two runs at once that share nothing. With items, also how long it takes to
 look for them in the corpus, with one planted, on two workers.

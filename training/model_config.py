@@ -74,7 +74,7 @@ GPT3_BY_CHANNELS = {
     4096: (32, 128),
 }
 # The speed recipe's by depth -> channels, where the rule would not give a GPT-2's class. 48 layers of 1536 channels are
-# the nearest to 1558M (1,514M): 1600 channels are no multiple of the head size.
+# the nearest to 1558M (1,513M): 1600 channels are no multiple of the head size.
 MODERN_BY_DEPTH = {24: 1024, 48: 1536}
 MODERN_HEAD_SIZE = 128
 

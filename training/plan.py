@@ -181,7 +181,7 @@ def micro_batches(config: RunConfig, ranks: int) -> list[int]:
 
 
 def fit(config: RunConfig, ranks: int, gib: float) -> Plan:
-    """The largest micro-batch, then the least recompute, that fit `gib` GiB a GPU; a set one is kept.
+    """The least recompute that fits `gib` GiB a GPU, and with it the largest micro-batch; a set one is kept.
 
     Raises ValueError where nothing fits, saying how much the least takes.
     """
