@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from tiny_pipeline import gpt2
+from tiny_pipeline import ROOT, gpt2
 
 from benchmarks import cost_model
 from pipeline import runs
@@ -182,7 +182,7 @@ def test_a_plan_says_what_a_run_needs_on_disk(tmp_path: Path, capsys: pytest.Cap
     """The bytes that `gpt2 run` refuses a smaller disk for, the corpus included where its size is known."""
     config = recipe("gpt2-124m")
     needed = runs.disk_bytes(config, 28_500_000_000)
-    assert needed == 28.5e9 * 3 + config.model.parameters * (3 * 16 + 4)
+    assert needed == 28.5e9 * 3 + 3 * 14 * config.model.padded_parameters + 4 * config.model.parameters
     assert planned(capsys, "gpt2-124m")["disk"] == needed
     model.plan("gpt2-124m")
     assert f"{needed / plan.GIB:.1f} GiB" in capsys.readouterr().out
@@ -196,10 +196,18 @@ def test_a_plan_says_what_a_run_needs_on_disk(tmp_path: Path, capsys: pytest.Cap
     assert "GiB, and 3 times the corpus's files" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
+def test_the_pages_say_what_the_plan_says_of_the_reproduction(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = planned(capsys, "gpt2-1558m", price=28)
+    disk = f"{answer['disk'] / plan.GIB:.0f} GiB"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{answer['hours']:.0f} hours on 8 H100, ${answer['dollars']:.0f} at llm.c's price, and {disk}" in readme
+    assert f"({disk} for `gpt2-1558m`" in (ROOT / "docs/running.md").read_text()
+
+
 def test_checkpoints_that_are_never_deleted_need_their_place() -> None:
     config = recipe("gpt2-124m")
     more = recipe("gpt2-124m", ["keep_every=5000"])
-    assert runs.disk_bytes(more, 0) - runs.disk_bytes(config, 0) == 3 * 16 * config.model.parameters
+    assert runs.disk_bytes(more, 0) - runs.disk_bytes(config, 0) == 3 * 14 * config.model.padded_parameters
 
 
 def test_fp8_is_planned_for_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:
