@@ -22,7 +22,7 @@ VERSION = "1"
 
 def _shards_are_whole(record: Record, store: str) -> tuple[bool, dict[str, Any]]:
     names = [f.path for f in record.files if f.path.endswith(".bin")]
-    validation = sum("_val_" in name for name in names)
+    validation = sum(shards.is_of(name, "val") for name in names)
     try:
         found = verification.verify(records.folder_url(store, record.key))
     except ValueError as error:
@@ -161,7 +161,7 @@ def _fetch(maker: Maker, run: str, output: Output, progress: Callable[[Event], N
     metrics = {
         "shards": len(files),
         "shard_tokens": max(counts.values()),
-        "validation_tokens": sum(n for path, n in counts.items() if "_val_" in path),
+        "validation_tokens": sum(n for path, n in counts.items() if shards.is_of(path, "val")),
     }
     return Produced(files=files, tokens=sum(counts.values()), metrics=metrics)
 

@@ -19,7 +19,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.time_to_loss import Job, configure, mean, measure, parsed, parser_of, seeds
 from benchmarks.token_corpora import Corpora
+from storage.shards import is_of
 from storage.tokenizer import EOT
 from training import assemble, loader, modern, muon, train
 from training.config import TrainConfig
@@ -302,7 +302,7 @@ def aligned_documents(put: Put) -> None:
     opened = loader.open_shard
 
     def open_shard(path: str) -> Any:
-        return Aligned(opened(path)) if "_train_" in Path(path).name else opened(path)
+        return Aligned(opened(path)) if is_of(path, "train") else opened(path)
 
     put(loader, "open_shard", open_shard)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline import runs
-from storage import documents, objects, parquet, records
+from storage import documents, objects, parquet, records, shards
 from storage.documents import Place
 from storage.lineage import Lineage, Node
 from storage.places import Places
@@ -29,7 +29,7 @@ def steps(place: Places, run: str, document: str) -> list[dict[str, Any]]:
         raise ValueError(f"no shard in {key} has a document of the id or URL {document!r}")
     one, found_at = found[0], _steps_of(place, run, found)
     if not found_at:
-        held_out = all("_val_" in p.shard for p in found)
+        held_out = all(shards.is_of(p.shard, "val") for p in found)
         why = "it is held out, for validation" if held_out else "its shards come after the last step"
         sys.stderr.write(f"{document} of {one.shard} was seen at no step: {why}\n")
     known = {"id": one.id, "url": one.url, "shard": one.shard, "file": one.file, "row": one.row}
@@ -48,7 +48,7 @@ def readers(place: Places, index: Lineage, document: str) -> list[Node]:
             sys.stderr.write(f"passed over {key}: its shards have no index of their documents\n")
             continue
         found = _find(place, key, document)
-        held_out = any("_val_" in p.shard for p in found)
+        held_out = any(shards.is_of(p.shard, "val") for p in found)
         for node in index.made_from(key) if found else []:
             if _steps_of(place, objects.name_of(node.key), found) if node.job == "trained_model" else held_out:
                 read_by.append(node)

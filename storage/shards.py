@@ -5,6 +5,7 @@ take our files and ours take its. Shard 0 of a corpus is its validation split, a
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,14 @@ def split_of(index: int) -> Split:
     return "val" if index == 0 else "train"
 
 
+def is_of(shard: str, split: Split) -> bool:
+    """Whether a shard is one of a split, by the end of its name: a corpus may be called after another split."""
+    return re.search(rf"_{split}_[^_]*\.bin$", shard) is not None
+
+
 def shard_paths(folder: str, split: Split) -> list[str]:
     """The shards of one split in corpus order."""
-    names = [s.path for s in objects.list_files(folder, ".bin") if f"_{split}_" in objects.name_of(s.path)]
+    names = [s.path for s in objects.list_files(folder, ".bin") if is_of(s.path, split)]
     return [objects.join(folder, name) for name in names]
 
 

@@ -228,9 +228,9 @@ class Hub:
         found = [e for e in hub.list_tree(place.repo, commit, place.folder) if e.path.endswith(place.suffix)]
         if not found:
             raise ValueError(f"{place.repo} has no {place.suffix} file in {place.folder or 'its root'}")
-        found.sort(key=lambda e: ("_val_" not in e.path, e.path))  # a shard for validation comes first
+        found.sort(key=lambda e: (not shards.is_of(e.path, "val"), e.path))  # a shard for validation comes first
         chosen = found[: place.files or None]
-        if place.suffix == ".bin" and len({"_val_" in e.path for e in chosen}) < 2:
+        if place.suffix == ".bin" and len({shards.is_of(e.path, "val") for e in chosen}) < 2:
             raise ValueError(
                 f"the first {len(chosen)} files of {place.label} are not a shard for validation and one for training: "
                 "take --files 2 or more"

@@ -32,7 +32,7 @@ def tokens(tmp_path_factory):
     pq.write_table(table, folder / "documents.parquet", row_group_size=30)
     out = str(folder / "out")
     file = str(folder / "documents.parquet")
-    tokenization.tokenize([file], out, "c", 3_000, str(folder / "work"), 1, lambda *_: None)
+    tokenization.tokenize([file], out, "my_train_and_val_set", 3_000, str(folder / "work"), 1, lambda *_: None)
     return out
 
 

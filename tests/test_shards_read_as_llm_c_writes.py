@@ -60,13 +60,14 @@ def test_a_token_outside_the_vocabulary_is_found(tmp_path):
         shards.check_tokens(path)
 
 
-def test_splits_are_listed_in_corpus_order(tmp_path):
+@pytest.mark.parametrize("corpus", ["c", "my_train_and_val_set"])
+def test_splits_are_listed_in_corpus_order(tmp_path, corpus):
     for index in (10, 2, 1, 0):
-        name = shards.shard_name("c", shards.split_of(index), index)
+        name = shards.shard_name(corpus, shards.split_of(index), index)
         shards.write_shard(str(tmp_path / name), np.zeros(1, dtype=np.uint16))
-    expected = [str(tmp_path / f"c_train_{index:06d}.bin") for index in (1, 2, 10)]
+    expected = [str(tmp_path / f"{corpus}_train_{index:06d}.bin") for index in (1, 2, 10)]
     assert shards.shard_paths(str(tmp_path), "train") == expected
-    assert len(shards.shard_paths(str(tmp_path), "val")) == 1
+    assert shards.shard_paths(str(tmp_path), "val") == [str(tmp_path / f"{corpus}_val_000000.bin")]
 
 
 def test_shards_live_on_s3_too(s3_store):

@@ -71,7 +71,7 @@ def _per_step(config: RunConfig) -> int:
 
 def _order(tokens: str, config: RunConfig) -> tuple[list[str], Order]:
     """The names of the training shards and the order of their sequences, from the folder's listing alone."""
-    found = [s for s in objects.list_files(tokens, ".bin") if "_train_" in objects.name_of(s.path)]
+    found = [s for s in objects.list_files(tokens, ".bin") if shards.is_of(s.path, "train")]
     counts = tuple((s.bytes - shards.HEADER_BYTES) // 2 for s in found)
     order = Order(counts, config.model.context, config.train.order_seed, config.train.shuffle)
     return [s.path for s in found], order
