@@ -114,7 +114,8 @@ class Terminal:
             self.close()
         self.made[made.record.key] = made
         verb = f"reused: {made.reason}" if made.reused else f"made in {made.seconds:.1f} s ({made.reason})"
-        self.console.print(f"  [green]✓[/green] [bold]{asset:<16}[/bold] {summary(made.record)} — [dim]{verb}[/dim]")
+        what = escape(summary(made.record))
+        self.console.print(f"  [green]✓[/green] [bold]{asset:<16}[/bold] {what} — [dim]{escape(verb)}[/dim]")
 
     def close(self) -> None:
         if self.bar:
@@ -191,7 +192,8 @@ def results_table(made: "list[Made]") -> Table:
     table.add_column("path", overflow="fold")
     for one in made:
         seconds = "reused" if one.reused else f"{one.seconds:.1f}"
-        table.add_row(one.record.asset, summary(one.record), seconds, size(one.record.bytes), near(one.location))
+        what, place = escape(summary(one.record)), escape(near(one.location))
+        table.add_row(one.record.asset, what, seconds, size(one.record.bytes), place)
     return table
 
 

@@ -7,9 +7,11 @@ import time
 
 import dagster as dg
 import pytest
+import typer
 from tiny_pipeline import gpt2
 
 from pipeline import definitions, runs, sensors
+from pipeline.commands.store import verify
 from storage import garbage, integrity, objects, records
 from storage.contents import FOLDERS
 from storage.places import places
@@ -190,6 +192,13 @@ def test_a_copied_folder_is_named_and_vouches_for_nothing(chain, tmp_path):
 
 def collected(store: str, home, needed=(), before=LATER, busy=()) -> dict[str, str]:
     return {g.name: g.what for g in garbage.find(store, home, needed, before, FOLDERS, busy)}
+
+
+def test_a_file_is_named_as_it_is(chain, capsys):
+    objects.publish_bytes(f"{chain}/corpora/c/documents/[old]/b[/a].bin", b"")
+    with pytest.raises(typer.Exit):
+        verify(chain)
+    assert "corpora/c/documents/[old]/b[/a].bin" in capsys.readouterr().out
 
 
 def test_what_a_run_refers_to_stays(chain, tmp_path):

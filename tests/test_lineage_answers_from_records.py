@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_pipeline import gpt2
 
+from pipeline.commands.lineage import sql
 from storage import objects, records
 from storage.lineage import Lineage
 from storage.records import File, Parent, Record
@@ -317,6 +318,16 @@ def test_a_file_name_that_several_outputs_have_means_all_of_them(store, lineage,
         **{"runs/demo": "tokens/c", "runs/demo/export": "tokens/c", "runs/demo/scores/hellaswag": "tokens/c"},
         **{"runs/more": "tokens/d"},
     }
+
+
+def test_an_answer_is_shown_as_it_is(store, capsys):
+    """Brackets are no colours, and of two columns of one name none is lost."""
+    query = "SELECT '[/x] and [draft]' AS a, 1 AS a"
+    sql(query, store)
+    shown = capsys.readouterr().out
+    assert "[/x] and [draft]" in shown and "a_1" in shown
+    sql(query, store, as_json=True)
+    assert json.loads(capsys.readouterr().out) == [{"a": "[/x] and [draft]", "a_1": 1}]
 
 
 def test_the_cost_of_a_score_counts_each_output_once(store, lineage):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from evals import reference
@@ -101,7 +102,7 @@ def _score_models(
     with quiet_output() as console:
         quiet = Console(stderr=True, quiet=True) if as_json else console
         for name in names:
-            quiet.print(f"[bold]gpt2[/bold] evals [bold]{name}[/bold] in {place.store}")
+            quiet.print(f"[bold]gpt2[/bold] evals [bold]{escape(name)}[/bold] in {escape(place.store)}")
             terminal = Terminal(quiet)
             config = {"model": name, "suites": suites, "like": like, "settings": settings}
             run_id = execution.execute_model(place, terminal, config)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -45,7 +46,7 @@ def _grow(tree: Tree, node: Node, files: int, shown: set[str]) -> None:
     if node.key not in shown:
         listed = node.files[:files]
         for f in listed:
-            tree.add(f"[dim]{f['path']}  {size(f['bytes'])}  sha256 {f['sha256']}[/dim]")
+            tree.add(f"[dim]{escape(f['path'])}  {size(f['bytes'])}  sha256 {f['sha256']}[/dim]")
         if len(node.files) > len(listed):
             tree.add(f"[dim]… and {len(node.files) - len(listed):,} files more: --files {len(node.files)}[/dim]")
     shown.add(node.key)
@@ -58,7 +59,8 @@ def _line(node: Node) -> str:
     counts = [f"{facts[name]:,} {name}" for name in ("rows", "tokens") if name in facts]
     made = [size(facts["bytes"])] if "bytes" in facts else []
     when = [f"{facts['ended']:%Y-%m-%d %H:%M}"] if "ended" in facts else []
-    source = [f"{facts['url']} at revision {facts['revision']}"] if "revision" in facts and "url" in facts else []
+    known = "revision" in facts and "url" in facts
+    source = [f"{escape(facts['url'])} at revision {facts['revision']}"] if known else []
     code = (
         [f"commit {facts['commit'][:10]}{' with changes' if facts.get('dirty') else ''}"] if "commit" in facts else []
     )
@@ -186,9 +188,9 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str] | None, as_json: 
     if len(rows) > MOST_ROWS or sum(widths) + 3 * len(widths) + 1 > terminal.width:
         _print_plainly([names, *cells], widths)
         return
-    table = Table(*names, header_style="bold")
+    table = Table(*map(escape, names), header_style="bold")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     terminal.print(table if rows else "nothing")
 
 
@@ -207,7 +209,8 @@ def sql(
     """Answer a SQL query over the store: tables artifacts, files, edges, runs, metrics, scores, checks, costs,
     environments, documents (docs/lineage.md)."""
     columns, rows = _index(store).sql(query, [places(store).store])
-    _print_rows([dict(zip(columns, row, strict=True)) for row in rows], columns, as_json)
+    names = [f"{name}_{n}" if (n := columns[:at].count(name)) else name for at, name in enumerate(columns)]
+    _print_rows([dict(zip(names, row, strict=True)) for row in rows], names, as_json)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from assets.failures import STOPPED, Interrupted
 from assets.run_config import check_name, check_unchanged, config_url, keep_source, stored
@@ -117,7 +118,7 @@ def execute(place: Places, job: str, run_name: str, names: list[str], as_json: b
     with quiet_output() as console:
         quiet = Console(stderr=True, quiet=True) if as_json else console
         terminal = Terminal(quiet)
-        quiet.print(f"[bold]gpt2[/bold] run [bold]{run_name}[/bold] in {place.store}")
+        quiet.print(f"[bold]gpt2[/bold] run [bold]{run_name}[/bold] in {escape(place.store)}")
         if ranks:
             quiet.print(f"  {ranks}")
         run_id = execution.execute(place, job, run_name, terminal, names, rescored)
@@ -158,7 +159,7 @@ def _epilogue(console: Console, place: Places, run_name: str) -> None:
             console.print(f"sample           {' '.join(text.split())[:300]}", markup=False)
     page = objects.join(place.store, "runs", run_name, "report/index.html")
     if objects.exists(page):
-        console.print(f"report           {near(page)}", soft_wrap=True)
+        console.print(f"report           {near(page)}", soft_wrap=True, markup=False)
     program = "gpt2" if shutil.which("gpt2") else near(sys.argv[0])
     elsewhere = "" if place.store == places(environment={}).store else f" --store {place.store}"
     console.print("\nnext:")
@@ -168,7 +169,7 @@ def _epilogue(console: Console, place: Places, run_name: str) -> None:
         (f'sample {run_name} "The"', "let it write"),
         ("ui", "look at the assets and runs in a browser"),
     ):
-        console.print(f"  {f'{program} {command}{elsewhere}':<44} [dim]{what}[/dim]", soft_wrap=True)
+        console.print(f"  {escape(f'{program} {command}{elsewhere}'):<44} [dim]{what}[/dim]", soft_wrap=True)
 
 
 def ui(

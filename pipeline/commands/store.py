@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -46,7 +47,7 @@ def status(
     table = Table("run", "stage", "", "why", "output", header_style="bold")
     colours = {"fresh": "green", "stale": "yellow", "missing": "red"}
     for s in found:
-        table.add_row(s.run, s.stage, f"[{colours[s.state]}]{s.state}[/]", s.reason, s.key)
+        table.add_row(s.run, s.stage, f"[{colours[s.state]}]{s.state}[/]", escape(s.reason), s.key)
     console().print(table if found else "no run is in the store")
 
 
@@ -77,7 +78,7 @@ def verify(store: StoreOption = None, as_json: JsonOption = False) -> None:
 def _described(problem: Problem) -> str:
     models = [key for key in problem.dependents if "/scores/" not in key]
     scores = [key for key in problem.dependents if "/scores/" in key]
-    lines = [f"[red]✗[/red] [bold]{problem.path}[/bold] {problem.what}"]
+    lines = [f"[red]✗[/red] [bold]{escape(problem.path)}[/bold] {escape(problem.what)}"]
     for name, keys in ((f"made from {problem.key}", models), ("scores that stand on it", scores)):
         if keys:
             more = f" and {len(keys) - MOST_DEPENDENTS} more" if len(keys) > MOST_DEPENDENTS else ""
@@ -117,7 +118,7 @@ def _bytes(found: Sequence[Garbage]) -> int:
 def _table(found: Sequence[Garbage]) -> Table:
     table = Table("what", "name", "files", "size", header_style="bold")
     for g in found:
-        table.add_row(g.what, g.name, f"{len(g.paths):,}", size(g.bytes))
+        table.add_row(g.what, escape(g.name), f"{len(g.paths):,}", size(g.bytes))
     return table
 
 
