@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evals import harness_tasks
-from storage import events, objects
+from storage import events, models, objects
 
 if TYPE_CHECKING:
     from evals.model import LoadedModel
@@ -100,7 +100,7 @@ def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: st
 def check(model: str, suite: str, inputs: Inputs) -> None:
     """Refuse before anything is loaded. A path is a model folder; owner/name may be on the hub."""
     folder = Path(model)
-    if not folder.exists() and (model.startswith((".", "/")) or model.count("/") > 1):
+    if not folder.exists() and models.is_path(model):
         raise ValueError(f"{model} does not exist: give a Hugging Face model folder or a hub name")
     if folder.exists() and not (folder / "config.json").exists():
         raise ValueError(f"{model} holds no config.json: give a Hugging Face model folder (a run's `export`)")

@@ -29,10 +29,10 @@ class Model:
 
 def resolve(name: str) -> Model:
     """The model that `name` means, asked for at once: nothing is fetched, a wrong name or no network is refused."""
-    return from_folder(Path(name)) if _is_path(name) or Path(name).is_dir() else from_hub(name)
+    return from_folder(Path(name)) if is_path(name) or Path(name).is_dir() else from_hub(name)
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """owner/name may be on the hub; a path with more or other parts is none of it."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 

@@ -4,6 +4,7 @@ import json
 import re
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import tiny_run
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from storage import objects
 from storage.shards import open_shard, write_shard
 from training import export
 from training.gpt2 import GPT2
@@ -54,6 +56,31 @@ def test_the_exported_folder_loads_in_stock_transformers_with_our_logits(
     assert tokenizer.eos_token_id == 50256
     made = theirs.generate(**tokenizer("Hello world", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert made.shape == (1, 7) and tokenizer.decode(made[0]).startswith("Hello world")
+
+
+def test_the_shard_that_logits_are_compared_on_may_lie_on_s3(
+    model: GPT2, shard: str, s3_store: str, tmp_path: Path
+) -> None:
+    objects.publish_file(shard, f"{s3_store}/any_val_000000.bin")
+    assert export.export_folder(deepcopy(model), str(tmp_path), f"{s3_store}/any_val_000000.bin", torch.float32) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens", "said"),
+    [
+        ("no/such/run", "shard.bin", "no/such/run does not exist: give a run folder"),
+        ("none.bin", "shard.bin", "none.bin does not exist: give a run folder"),
+        ("model.bin", "none.bin", "--tokens none.bin does not exist"),
+    ],
+)
+def test_what_is_not_there_is_named_before_anything_is_written(
+    model: GPT2, source: str, tokens: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_llmc("model.bin", model.state_dict(), SIZES)
+    write_shard("shard.bin", np.zeros(20, dtype=np.uint16))
+    assert export.main([source, "--out", "out", "--tokens", tokens]) == 2 and said in caplog.text
+    assert not Path("out").exists()
 
 
 def test_a_folder_with_other_logits_fails_the_check(model: GPT2, shard: str, tmp_path: Path) -> None:

@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from storage import events, objects
-from storage.shards import open_shard
+from storage.shards import read_header, read_tokens
 from storage.tokenizer import VOCABULARY
 from training.models import Model
 from training.weights import huggingface_config, load_any, load_run, to_huggingface, write_llmc
@@ -70,7 +69,7 @@ def check(model: Model, out: str, shard: str, dtype: torch.dtype) -> dict[str, A
     """
     from transformers import AutoModelForCausalLM
 
-    tokens = torch.from_numpy(np.array(open_shard(shard)[: model.config.context], dtype=np.int64))[None]
+    tokens = torch.from_numpy(read_tokens(shard, 0, model.config.context).astype("int64"))[None]  # (1, T)
     exact = model.logits(tokens)
     ours = exact if dtype == torch.float32 else model.to(dtype).float().logits(tokens)
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(tokens).logits
@@ -92,11 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--step", type=int, help="of a run: the checkpoint of this step (default: the newest)")
     o = parser.parse_args(argv)
+    if o.tokens is None and not o.out.endswith(".bin"):
+        parser.error("--tokens SHARD is needed: the exported model's logits are checked on it")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
         if not objects.is_local(o.out):
             raise ValueError(f"--out {o.out}: the model is written to a local folder or file")
+        if o.tokens and not objects.exists(o.tokens):
+            raise ValueError(f"--tokens {o.tokens} does not exist: give a token shard, such as a run's _val_000000.bin")
+        if o.tokens:
+            read_header(o.tokens)  # which refuses what is no shard
         model = load_any(o.run) if o.step is None else load_run(o.run, o.step)
         if o.out.endswith(".bin"):
             write_llmc(o.out, {n: w.to(DTYPES[o.dtype]) for n, w in model.state_dict().items()}, model.config)
@@ -105,8 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         events.refuse(str(error))
         return 2
-    if o.tokens is None:
-        parser.error("--tokens SHARD is needed: the exported model's logits are checked on it")
     return export_folder(model, o.out, o.tokens, DTYPES[o.dtype])
 
 

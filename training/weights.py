@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evals.model import pretrained
+from storage import models
 from storage.checkpoints import complete
 from storage.tokenizer import EOT
 from training import weights_nanochat
@@ -172,6 +173,8 @@ def load_any(source: str) -> Model:
 
     The weights are fp32. Raises ValueError where there is no model.
     """
+    if (source.endswith(".bin") or models.is_path(source)) and not Path(source).exists():
+        raise ValueError(f"{source} does not exist: give a run folder, a model folder or a hub name, or an llm.c .bin")
     if source.endswith(".bin"):
         config, weights = read_llmc(source)
         return _model(config, weights)
