@@ -13,6 +13,8 @@ import typer
 from tiny_pipeline import ROOT
 
 from pipeline.commands.main import build
+from training.config import settable_keys
+from training.recipes import recipe
 
 ORDER = ["pipeline", "assets", "training", "evals", "storage"]  # each imports only from itself and those behind it
 TORCH_FREE = {
@@ -115,11 +117,23 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     assert shown == folders | {"workspace.yaml"}
 
 
-def test_the_readme_shows_what_is_there() -> None:
-    """No placeholder, and every linked picture and page exists."""
-    assert "<!--" not in readme()
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme()):
-        assert (ROOT / link).exists(), link
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/NOTES.md", *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_names_what_is_there(page: Path) -> None:
+    """No placeholder; every picture, page, file, module and setting that it names exists."""
+    text = page.read_text()
+    assert "<!--" not in text
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for file in re.findall(rf"\b(?:{'|'.join(ORDER)}|benchmarks|tests|docs)/[\w/.]+\.(?:py|md|sh|json|png)\b", text):
+        assert (ROOT / file).exists(), file
+    for module in re.findall(r"-m ((?:training|evals|benchmarks)\.\w+)", text):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+    settings = {name for key in settable_keys(recipe("demo")) for name in (key, key.split(".")[-1])}
+    for key in re.findall(r"--set ([a-z][\w.]*)=", text):
+        assert key in settings | {"model"}, key
 
 
 def test_commands_that_only_ask_do_not_load_dagster() -> None:
