@@ -27,7 +27,8 @@ def test_a_recipe_has_the_numbers_of_the_documentation(name: str) -> None:
     model, train = made.model, made.train
     sizes, rates = rows(name)
     millions = [model.parameters / 1e6, model.block_matrices / 1e6]
-    assert sizes[:5] == pytest.approx([model.layers, model.channels, model.heads, *millions], abs=0.05)  # to the digit that is shown
+    # to the digit that is shown
+    assert sizes[:5] == pytest.approx([model.layers, model.channels, model.heads, *millions], abs=0.05)
     expected = [made.tokens / 1e9, train.batch_tokens, train.steps, train.lr, train.embedding_lr, train.head_lr]
     assert rates == pytest.approx(expected, rel=1e-3)
     assert (train.optimizer, train.schedule, train.beta1, train.momentum) == ("muon", "trapezoid", 0.8, 0.95)
