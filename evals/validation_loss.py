@@ -57,6 +57,8 @@ def _of_text(
         if limit and sum(row["tokens"] for row in rows) >= limit:
             break
         tokens = model.encode([text])[0]
+        if not tokens:  # an empty document: there is nothing to predict
+            continue
         asked += [Request(name, *piece) for piece in rolling(tokens, model.eot, model.context)]
         owners += [len(rows)] * (len(asked) - len(owners))
         read = text.encode()

@@ -86,6 +86,16 @@ def test_another_vocabulary_reads_the_documents_as_text(shard: str, tmp_path: Pa
     assert result.scores["loss"].value == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
 
 
+def test_an_empty_document_is_no_item_that_was_left_unscored(shard: str, tmp_path: Path) -> None:
+    save_of_another_vocabulary(tmp_path)
+    model = load(str(tmp_path), "cpu")
+    whole = validation_loss.evaluate(model, Scorer(model), shard)
+    tokens = np.asarray(shards.open_shard(shard))
+    shards.write_shard(shard, np.concatenate([[tokenizer.EOT, tokenizer.EOT], tokens]).astype(np.uint16))
+    result = validation_loss.evaluate(model, Scorer(model), shard)
+    assert result.items == result.wanted == 3 and result.scores == whole.scores
+
+
 @pytest.mark.parametrize("tokens", [range(40), [tokenizer.EOT, 5, 6, 7], [tokenizer.EOT, tokenizer.EOT, 5]])
 def test_another_vocabulary_needs_a_whole_document(tokens: Sequence[int], tmp_path: Path) -> None:
     """The two ends of the shard cut through the only document, or it holds no text."""
