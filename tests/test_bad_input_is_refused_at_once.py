@@ -49,6 +49,7 @@ def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
         (["demo", "--corpus", "absent/folder"], "no corpus 'absent/folder'"),
         (["demo", "--name", "a/b"], "run name 'a/b' is not a good name"),
         (["demo", "--only", "eval"], "--only eval: did you mean evals"),
+        (["demo", "--set", "timeout=0"], "timeout=0.0 must be above 0"),
         (["demo", "--gpus", "3"], "the nearest that do are 768 or 1536"),
     ],
 )

@@ -1,11 +1,12 @@
 """Does the bench run whole optimizer steps and say what they took?"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from training import bench
+from training import bench, distributed
 
 
 def test_a_tiny_recipe_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +32,13 @@ def test_a_tiny_recipe_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_named_with_them() -> None:
+    world = distributed.join()
+    with pytest.raises(ValueError, match="batch_tokens=256 is not a multiple of 2 ranks x 1 x 256 tokens"):
+        bench.Bench(bench.configure("demo", 1, 256), replace(world, size=2))
+    distributed.leave()
 
 
 def test_kernels_are_told_apart() -> None:

@@ -85,11 +85,12 @@ class Bench:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
-        self.model, self.optimizer = assemble(config, world, None)
         B, T = config.machine.micro_batch, config.model.context
-        self.micro_steps = config.train.batch_tokens // (B * T * world.size)
-        if self.micro_steps * B * T * world.size != config.train.batch_tokens:
-            raise ValueError(f"batch_tokens={config.train.batch_tokens} is not a multiple of {B} x {T} tokens")
+        self.micro_steps, rest = divmod(config.train.batch_tokens, B * T * world.size)
+        if rest:
+            unit = f"{world.size} ranks x {B} x {T} tokens"
+            raise ValueError(f"batch_tokens={config.train.batch_tokens} is not a multiple of {unit}")
+        self.model, self.optimizer = assemble(config, world, None)
         generator = torch.Generator().manual_seed(world.rank)
         tokens = torch.randint(0, config.model.vocab, (self.micro_steps, B, T + 1), generator=generator)
         self.tokens = tokens.to(world.device)

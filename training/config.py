@@ -148,6 +148,8 @@ class MachineConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.nnodes < 1:
             raise ValueError(f"nnodes={self.nnodes} must be at least 1")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout={self.timeout} must be above 0")
 
 
 @dataclass(frozen=True)
