@@ -11,7 +11,7 @@ from assets.items import ITEMS_VERSION, hellaswag_items
 from assets.making import Check, Maker, Output, Produced, StageConfig, chosen
 from assets.repeats import check_new
 from assets.resources import RUNS, Event, NewRun
-from assets.run_config import source_of
+from assets.run_config import check_documents, documents_key, source_of
 from assets.tokens import validation_shard
 from evals import completion_items
 from storage import hub, items, objects, parquet, records, sources
@@ -79,8 +79,10 @@ def documents(
 
 def _define(context: dg.AssetExecutionContext, maker: Maker, run: RunConfig) -> None:
     name, retry = context.partition_key, context.run.parent_run_id is not None
+    source = source_of(maker.places, name, run.corpus)
     if chosen(context, "trained_model"):
-        check_new(maker, name, run, documents_output(source_of(maker.places, name, run.corpus)))
+        check_new(maker, name, run, documents_output(source))
+    check_documents(maker.places, name, source)
     maker.define(name, run, retry)
 
 
@@ -130,7 +132,7 @@ def _first_file(maker: Maker, record: Record) -> str:
 
 
 def documents_output(source: sources.Source) -> Output:
-    return Output("documents", f"corpora/{source.name}/documents", DOCUMENTS_VERSION, source.identity)
+    return Output("documents", documents_key(source), DOCUMENTS_VERSION, source.identity)
 
 
 def completion_output(maker: Maker, name: str, settings: EvalConfig) -> Output:

@@ -10,7 +10,7 @@ from assets.asked import Missing, asked
 from assets.baselines import beside
 from assets.card import outputs_of
 from assets.making import Maker, Output
-from assets.run_config import source_of
+from assets.run_config import check_documents, source_of
 from evals import core_bundle
 from storage import records
 from storage.records import Record
@@ -67,10 +67,16 @@ class _Run:
         return self.expected[key]
 
 
+def _documents(maker: Maker, name: str, run: RunConfig) -> Output:
+    source = source_of(maker.places, name, run.corpus)
+    check_documents(maker.places, name, source)
+    return corpus.documents_output(source)
+
+
 def stages(maker: Maker, name: str) -> list[Stage]:
     """Every stage that a run's configuration asks for, from documents to report."""
     run, config = _Run(maker, name), maker.run_config(name)
-    run.look("documents", lambda: corpus.documents_output(source_of(maker.places, name, config.corpus)))
+    run.look("documents", lambda: _documents(maker, name, config))
     run.look("token_shards", lambda: _tokens(config, run.last("documents")))
     if config.evals.hellaswag:
         run.look("eval_items", lambda: _hellaswag(maker, config))

@@ -17,6 +17,7 @@ from pydantic import Field
 from assets.failures import KILLED, ProcessFailed
 from assets.resources import Event, Launcher, Listener
 from assets.run_config import (
+    check_documents,
     check_name,
     check_unchanged,
     config_url,
@@ -174,7 +175,9 @@ class Maker:
     def source(self, run: str) -> sources.Source:
         """Where a run's documents come from, as it was when the run began."""
         corpus = self.run_config(run).corpus
-        return keep_source(self.places, run, corpus, source_of(self.places, run, corpus))
+        source = source_of(self.places, run, corpus)
+        check_documents(self.places, run, source)
+        return keep_source(self.places, run, corpus, source)
 
     def parent(self, key: str, asset: str) -> Record:
         record = records.read_record(self.places.store, key)

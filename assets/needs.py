@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from assets.corpus import completion_output
 from assets.items import hellaswag_output
 from assets.making import Maker
-from assets.run_config import source_of
+from assets.run_config import documents_key, source_of
 from storage import contents, objects
 from training.config import SUITES
 
@@ -39,7 +39,7 @@ def stages(run: str) -> Iterator[str]:
 def _documents(maker: Maker, run: str, corpus: str) -> set[str]:
     """Their key is known once the source has been looked at; where it can't be, any in the store may be meant."""
     try:
-        return {f"corpora/{source_of(maker.places, run, corpus).name}/documents"}
+        return {documents_key(source_of(maker.places, run, corpus))}
     except contents.failures() as error:
         log.warning("run %r has no documents yet and its corpus can't be read (%s): every corpus is kept", run, error)
         there = objects.list_files(objects.join(maker.places.store, "corpora"))

@@ -4,6 +4,7 @@ Beside it, source.json: the files and the commit on the hub that its corpus name
 """
 
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -82,6 +83,10 @@ def _found(places: Places, run: str, corpus: str) -> Iterator[tuple[dict[str, An
         yield documents.config, documents.metrics.get("revision")
 
 
+def documents_key(source: sources.Source) -> str:
+    return f"corpora/{source.name}/documents"
+
+
 def keep_source(places: Places, run: str, corpus: str, source: sources.Source) -> sources.Source:
     """Note what a run's corpus is, once, for every command and machine; the source that counts."""
     revision = source.details.get("revision")
@@ -93,6 +98,17 @@ def keep_source(places: Places, run: str, corpus: str, source: sources.Source) -
     return source_of(places, run, corpus)
 
 
+def check_documents(places: Places, run: str, source: sources.Source) -> None:
+    """Refuse to give a run whose training has begun other documents: its scores would be on text that it may know."""
+    now = documents_key(source)
+    there = inputs(places, run).get("documents", now)
+    if there != now and objects.exists(objects.join(places.store, "runs", run, DEFINITION)):
+        raise ValueError(
+            f"run {run!r} was trained on {there}, and its corpus is {now} now: bring back the files that it had, or "
+            "train on these as another run, with --name"
+        )
+
+
 def definition(config: RunConfig) -> dict[str, Any]:
     """All of a configuration that changes results: where it runs, and what runs its workers, does not."""
     values = {key: value for key, value in to_dict(config).items() if key != "machine"}
@@ -102,6 +118,8 @@ def definition(config: RunConfig) -> dict[str, Any]:
 def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
     """Refuse to give a run that exists another definition."""
     there = stored(places, run)
+    if there is not None and sources.is_folder(there.corpus) and sources.is_folder(config.corpus):
+        there = replace(there, corpus=config.corpus)  # its documents say what it is, wherever it lies
     if there is None or definition(there) == definition(config):
         return
     old, new = settable_keys(there), settable_keys(config)
@@ -110,7 +128,8 @@ def check_unchanged(places: Places, run: str, config: RunConfig) -> None:
     if there.recipe != config.recipe:
         differences.insert(0, f"recipe={there.recipe} (now {config.recipe})")
     else:
-        way = f", or go on with it: --name {run} --set " + " ".join(f"{key}={old[key]}" for key in changed)
+        settings = [f"--set {shlex.quote(f'{key}={old[key]}')}" for key in changed]
+        way = f", or go on with it: {' '.join([f'--name {run}', *settings])}"
     raise ValueError(
         f"run {run!r} exists with {', '.join(differences)}: give the new one another name with --name{way}"
     )

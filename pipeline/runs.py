@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -66,6 +67,12 @@ def default_name(config: RunConfig) -> str:
     if own == wanted:
         return name
     return f"{name}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:6]}"
+
+
+def found_from_anywhere(config: RunConfig) -> RunConfig:
+    """With the whole path of a corpus in a folder: other commands, and Dagster's page, work in other folders."""
+    here = sources.is_folder(config.corpus) and os.path.isdir(config.corpus)
+    return replace(config, corpus=os.path.abspath(config.corpus)) if here else config
 
 
 def readable_runs(places: Places) -> Iterator[str]:

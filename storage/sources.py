@@ -166,6 +166,11 @@ HUB_BYTES = {
 }
 
 
+def is_folder(corpus: str) -> bool:
+    """Whether `corpus` names files by where they lie: on this machine or on S3."""
+    return corpus != "embedded" and not corpus.startswith("datasets:") and hub_place(corpus) is None
+
+
 @dataclass(frozen=True)
 class HubPlace:
     """What a corpus's name says of a place on the hub."""

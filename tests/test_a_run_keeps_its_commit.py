@@ -10,8 +10,10 @@ from test_hub_files_come_whole import REPO, parquet, shard
 from tiny_pipeline import TINY_SETTINGS, gpt2
 
 from assets.corpus import documents_output
+from assets.freshness import stages
 from assets.making import Maker, Produced
 from assets.resources import Launcher, Silent
+from assets.trainer import claim_run
 from storage import hub, objects, records, sources
 from storage.places import places
 from training import recipes
@@ -108,3 +110,41 @@ def test_shards_are_those_of_the_documents_and_a_run_needs_no_network(local, tmp
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     run("documents", "token_shards")
     assert len([*store.glob("tokens/*/record.json")]) == 1
+
+
+def folder_of_texts(folder: Path, *words: str) -> str:
+    folder.mkdir(exist_ok=True)
+    for number, word in enumerate(words):
+        (folder / f"{number}.parquet").write_bytes(parquet([f"{word} {n} " * 9 for n in range(99)]))
+    return str(folder)
+
+
+def test_a_run_whose_training_has_begun_is_given_no_other_documents(maker, tmp_path):
+    """Its tokens would be made, and its scores be on text that it was trained on, before training is refused."""
+    define(maker, "first", folder_of_texts(tmp_path / "corpus", "one", "two"))
+    maker.remember_input("first", documents=documents_output(maker.source("first")).key)
+    folder_of_texts(tmp_path / "corpus", "one", "three")
+    changed = documents_output(maker.source("first")).key
+    maker.remember_input("first", documents=changed)
+    claim_run(maker, "first", "its definition")
+    folder_of_texts(tmp_path / "corpus", "one", "four")
+    with pytest.raises(ValueError, match=f"run 'first' was trained on {changed}, and its corpus is corpora/corpus-"):
+        maker.source("first")
+    again = gpt2("run", "--name", "first", "--corpus", "corpus", "--store", maker.places.store, cwd=tmp_path)
+    assert again.returncode == 2 and "run 'first' was trained on" in again.stderr, again.stderr
+    assert maker.inputs("first") == {"documents": changed}
+    assert stages(maker, "first")[0].reason.startswith("run 'first' was trained on")
+
+
+def test_a_folder_of_documents_may_move(maker, tmp_path):
+    """Other commands and Dagster's page, which work elsewhere, find it; a run goes on where it lies now."""
+    data = ("--only", "documents", "--store", maker.places.store)
+    folder_of_texts(tmp_path / "corpus", "one", "two")
+    made = gpt2("run", "--name", "first", "--corpus", "corpus", *data, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert maker.run_config("first").corpus == str(tmp_path / "corpus")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "corpus").rename(tmp_path / "elsewhere/corpus")
+    again = gpt2("run", "--name", "first", "--corpus", "corpus", *data, cwd=tmp_path / "elsewhere")
+    assert again.returncode == 0, again.stderr
+    assert maker.source("first").details == {"url": str(tmp_path / "elsewhere/corpus")}

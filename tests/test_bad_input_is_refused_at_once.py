@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import torch
 from moto.core import set_initial_no_auth_action_count
 from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, copied, gpt2
 
+from assets.run_config import check_unchanged, config_url
 from pipeline import definitions, runs
-from storage import records
+from storage import objects, records
 from storage.places import places
 from training.config import to_dict
 from training.gpus import check_gpus
@@ -245,6 +247,17 @@ def test_a_run_of_another_definition_keeps_its_name(finished: Finished, tmp_path
     assert done.returncode == 2
     assert "run 'tiny' exists with train.lr=0.005 (now 0.1): give the new one another name" in done.stderr
     assert "or go on with it: --name tiny --set train.lr=0.005" in done.stderr
+
+
+def test_a_run_that_exists_is_gone_on_with_by_the_settings_that_its_refusal_names(tmp_path: Path) -> None:
+    there = places(str(tmp_path / "store"))
+    url = config_url(there, "first")
+    objects.publish_json(url, to_dict(recipe("demo", ["steps=6", "lr=0.1", "shuffle=false", "core=a folder"])))
+    with pytest.raises(ValueError) as refused:
+        check_unchanged(there, "first", recipe("demo"))
+    words = shlex.split(str(refused.value).partition("go on with it: ")[2])
+    assert words[:2] == ["--name", "first"] and words[2::2] == ["--set"] * 4
+    check_unchanged(there, "first", recipe("demo", words[3::2]))
 
 
 def test_evals_of_a_run_that_is_not_there(finished: Finished, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from assets.failures import STOPPED, Interrupted
-from assets.run_config import check_name, check_unchanged, config_url, keep_source, stored
+from assets.run_config import check_documents, check_name, check_unchanged, config_url, keep_source, stored
 from pipeline import runs
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import near, results_table
@@ -72,6 +72,7 @@ def run(
     resume = ["resume=anyway"] if resume_anyway else []
     config = runs.configure(recipe, [*(settings or []), *resume], corpus, gpus, files)
     run_name = name or runs.default_name(config)
+    config = runs.found_from_anywhere(config)
     check_name(run_name)
     check_unchanged(place, run_name, config)
     names = named_stages(only or [])
@@ -80,6 +81,7 @@ def run(
     if trains:
         check_gpus(config.machine.gpus)
     source = runs.source(place, run_name, config.corpus)
+    check_documents(place, run_name, source)
     runs.check_possible(place, config, source)
     if trains:
         runs.check_new(place, run_name, config, source)
