@@ -47,7 +47,7 @@ def execute_model(places: Places, terminal: Terminal, config: dict[str, Any]) ->
 def _execute(
     places: Places, terminal: Terminal, job: str, config: dict[str, Any], partition_key: str = "", **options: Any
 ) -> str:
-    with dg.DagsterInstance.get() as dagster:
+    with instance.opened(places) as dagster:
         for dead in instance.sweep(dagster, places):
             terminal.console.print(f"  [yellow]![/yellow] run {dead[:8]} had died; it is marked as failed")
         for holder in instance.holders(dagster):

@@ -19,7 +19,7 @@ from pipeline import runs
 from pipeline.page import SERVED_BY
 from storage import objects
 from storage.places import Places
-from training.processes import processes_here, started
+from training.processes import locked, processes_here, started
 
 POSTGRES_VARIABLE = "DAGSTER_POSTGRES_URL"
 POSTGRES_SCHEME = "postgresql+psycopg2://"
@@ -84,6 +84,12 @@ def prepare(places: Places) -> None:
     if not there.startswith(OURS):
         _warn_of_missing(settings, there)
     os.environ.update(places.variables())
+
+
+def opened(places: Places) -> dg.DagsterInstance:
+    """The instance, opened by one process at a time: of two that make SQLite's tables at once, one would fail."""
+    with locked(places.dagster_home / "opening.lock", lambda: None):
+        return dg.DagsterInstance.get()
 
 
 def _warn_of_missing(settings: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Two runs never hold the cards at once: the pool has one place, and the command line waits for it as the page does."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, copied
 from tiny_ui import wait_for
 
-from pipeline.instance import POOL, prepare
+from pipeline.instance import POOL, opened, prepare
 from storage.places import places
 
 
@@ -44,3 +45,23 @@ def test_a_command_waits_for_the_run_that_holds_the_cards(
         assert waiting.wait(timeout=300) == 0
         assert f"the cards are held by rival (Dagster's run {holder[:8]})" in (tmp_path / "said").read_text()
         assert storage.get_concurrency_info(POOL).active_slot_count == 0
+
+
+def open_at_once(store: str, ready) -> None:  # type: ignore[no-untyped-def]
+    ready.wait(60)
+    opened(places(store)).dispose()
+
+
+def test_commands_that_start_at_once_on_a_new_store_all_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = str(tmp_path / "store")
+    for name, value in places(store).variables().items():
+        monkeypatch.setenv(name, value)
+    prepare(places(store))
+    here = multiprocessing.get_context("fork")
+    ready = here.Barrier(4)
+    commands = [here.Process(target=open_at_once, args=(store, ready), daemon=True) for _ in range(4)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join(60)
+    assert [command.exitcode for command in commands] == [0] * 4

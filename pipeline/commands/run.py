@@ -191,11 +191,9 @@ def ui(
 
 def _add_partitions(place: Places) -> None:
     """Every run of the store, and the demo, so that there is something to materialize."""
-    import dagster as dg
-
     from pipeline import instance
 
-    with dg.DagsterInstance.get() as dagster:
+    with instance.opened(place) as dagster:
         dagster.add_dynamic_partitions("run", ["demo", *runs.known_runs(place)])
         instance.sweep(dagster, place)
 
