@@ -92,9 +92,9 @@ def trained_losses(place: Path, tokens: str, warm_up: int, dtype: str, gpu: bool
     return [line["loss"] for line in lines(run)]
 
 
-def exact_losses(tokens: str, warm_up: int, device: torch.device, config: RunConfig | None = None) -> list[float]:
+def exact_losses(tokens: str, warm_up: int, device: torch.device) -> list[float]:
     """In fp64: the model's plain modules, torch's cross-entropy and torch.optim.AdamW, a sequence at a time."""
-    config = config or recipe("gpt2-124m", loss_settings(warm_up, "fp32"))
+    config = recipe("gpt2-124m", loss_settings(warm_up, "fp32"))
     train, sequences = config.train, config.train.batch_tokens // config.model.context
     model = GPT2(config.model)
     model.init_weights(train.init_seed)

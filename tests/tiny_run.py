@@ -144,7 +144,7 @@ def alone(device: torch.device = torch.device("cpu")) -> World:  # noqa: B008
     """The world of one process, without connecting anything; on one thread, which is fastest for so little."""
     torch.set_num_threads(1)
     one = Group(rank=0, size=1, handle=None)
-    return World(0, 1, 0, 1, device, everyone=one, shard=one, replicas=one, steps=HashStore())
+    return World(0, 1, device, everyone=one, shard=one, replicas=one, steps=HashStore())
 
 
 def model(seed: int = 0) -> GPT2:

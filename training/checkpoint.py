@@ -149,10 +149,9 @@ def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW) -> None:
     """Read this rank's part of the optimizer's state, whatever number of ranks wrote it."""
     files = sorted(checkpoint.glob("optimizer_*.safetensors"))
     for bucket in filter(lambda bucket: bucket.own, optimizer.buckets):
-        for key in bucket.state:
-            count = min(bucket.own, bucket.state[key].numel())
-            part = _read_range(files, f"{bucket.stored}.{key}", bucket.offset, bucket.offset + count)
-            optimizer.load_state(bucket.name, key, part)
+        for key, tensor in bucket.state.items():
+            mine = tensor[: bucket.own]  # without the padding
+            mine.copy_(_read_range(files, f"{bucket.stored}.{key}", bucket.offset, bucket.offset + len(mine)))
 
 
 def _read_range(files: list[Path], name: str, start: int, stop: int) -> Tensor:

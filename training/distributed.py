@@ -74,8 +74,6 @@ class Group:
 class World:
     rank: int
     size: int
-    local_rank: int
-    local_size: int
     device: torch.device
     everyone: Group
     shard: Group  # ranks that share one copy of the optimizer's state
@@ -203,8 +201,6 @@ def join(shard_ranks: int = 0, timeout: float = 600.0) -> World:
     return World(
         rank=rank,
         size=size,
-        local_rank=local_rank,
-        local_size=local_size,
         device=device,
         everyone=Group(rank, size, dist.group.WORLD),
         shard=Group(rank - first, shard_ranks, _group_of(rank, shards, limit)),

@@ -206,11 +206,6 @@ class ShardedAdamW:
             scale,
         )
 
-    def load_state(self, bucket: str, key: str, values: Tensor) -> None:
-        """Take this rank's part of a state tensor, unpadded."""
-        found = next(b for b in self.buckets if b.name == bucket)
-        found.state[key][: len(values)].copy_(values)
-
 
 def _kernel(device: torch.device) -> Callable[..., None]:
     """One pass over memory where Triton runs, else torch's own fused AdamW."""
