@@ -199,6 +199,18 @@ def test_a_claim_that_is_just_being_made_is_held(tmp_path):
     assert not Claims(str(tmp_path)).take("work")
 
 
+def test_a_claim_is_none_on_work_whose_name_its_own_begins_with(tmp_path, monkeypatch):
+    """An output may lie in another's folder, as a score does in its run's."""
+    monkeypatch.setattr(claims, "LEASE", 0.4)
+    with Claims(str(tmp_path)) as run, Claims(str(tmp_path)) as score:
+        assert score.take("runs/r/scores/s") and run.take("runs/r")
+        assert score.owner_of("runs/r") == run.owner and not score.take("runs/r")
+        beats = run.beats
+        wait_for(lambda: run.beats > beats + 2)  # it is renewed
+        run.release("runs/r")
+        assert score.owner_of("runs/r") == "" and "runs/r/scores/s" in score.held
+
+
 def test_a_renewed_claim_outlives_many_leases_and_a_silent_one_does_not(tmp_path, monkeypatch):
     """By a clock on which a quarter of a lease passes at each renewal, however long that takes."""
     monkeypatch.setattr(claims, "LEASE", 2.0)

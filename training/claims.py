@@ -78,7 +78,7 @@ class Claims:
 
     def take(self, name: str) -> bool:
         """Whether the work `name` is ours now."""
-        claims = objects.list_files(objects.join(self.place, name))
+        claims = self._claims_on(name)
         if claims and not self._is_dead(name, claims[-1]):
             return False
         number = int(claims[-1].path) + 1 if claims else 0
@@ -107,6 +107,10 @@ class Claims:
                     with contextlib.suppress(FileNotFoundError):
                         objects.remove(self._url(name, number))
 
+    def _claims_on(self, name: str) -> list[objects.Stat]:
+        """In their order; those on work whose name goes on from this one lie in folders."""
+        return [claim for claim in objects.list_files(objects.join(self.place, name)) if "/" not in claim.path]
+
     def _url(self, name: str, number: int) -> str:
         return objects.join(self.place, name, f"{number:06d}")
 
@@ -116,7 +120,7 @@ class Claims:
 
     def owner_of(self, name: str) -> str:
         """Who has made the last claim on `name`: host:process:digits; "" where there is none."""
-        claims = objects.list_files(objects.join(self.place, name))
+        claims = self._claims_on(name)
         return str(self._read(name, claims[-1]).get("owner", "")) if claims else ""
 
     def _read(self, name: str, claim: objects.Stat) -> dict[str, Any]:
@@ -151,7 +155,7 @@ class Claims:
     def _renew(self, name: str) -> bool:
         """Renew a claim, or try again at the next beat where the store fails; False where another has it now."""
         try:
-            claims = objects.list_files(objects.join(self.place, name))
+            claims = self._claims_on(name)
             if not claims or int(claims[-1].path) != self.held[name]:  # its new owner may have released it since
                 del self.held[name]
                 self.say(f"lost the claim on {name}: it was not renewed for so long that another has taken it over")
