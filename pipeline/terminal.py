@@ -42,7 +42,7 @@ def quiet_output() -> Iterator[Console]:
     try:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        with os.fdopen(os.dup(kept[0]), "w") as terminal:
+        with os.fdopen(os.dup(kept[0]), "w", encoding=sys.stdout.encoding, errors="replace") as terminal:
             drawn = os.isatty(kept[0])
             yield Console(file=terminal, force_terminal=drawn, width=None if drawn else PLAIN_WIDTH, highlight=False)
     finally:

@@ -290,7 +290,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 def refusal(error: BaseException) -> str:
     """Why the store can't be read or written, and the fix; empty for an error that says something else."""
-    return _full_disk(error) or _s3_refusal(error)
+    return _full_disk(error) or _s3_refusal(error) or _no_permission(error)
 
 
 def _full_disk(error: BaseException) -> str:
@@ -322,6 +322,16 @@ def _s3_refusal(error: BaseException) -> str:
     if not (refused or isinstance(error, BotoCoreError)):
         return ""
     return f"S3 can't be read or written ({error}): {REACH_S3}"
+
+
+def _no_permission(error: BaseException) -> str:
+    """Which file or folder this user may not read or write."""
+    if not (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename):
+        return ""
+    return (
+        f"{error.filename} can't be read or written ({error.strerror}): choose folders that you may write to, for the "
+        "store with --store, for the home with GPT2_HOME"
+    )
 
 
 def free_bytes(url: str) -> int | None:

@@ -19,12 +19,19 @@ BATCH_DOCUMENTS = 2**16  # handed on together at most: the other columns of shor
 
 
 def check_file(url: str) -> str:
-    """sha256 of a parquet file's end. Raises ValueError where it is broken or has no text column."""
+    """sha256 of a parquet file's end. Raises ValueError where it is broken, has no text column, or another of the
+    COLUMNS that can't be told in words."""
     metadata = read_metadata(url)
     schema = metadata.schema.to_arrow_schema()
-    if TEXT not in schema.names or not _is_text(schema.field(TEXT).type):
+    if not any(_is_text(schema.field(at).type) for at in schema.get_all_field_indices(TEXT)):
         columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
         raise ValueError(f"{url} has no column `{TEXT}` of strings, only {columns}: rename the one with the text")
+    for name in COLUMNS:
+        found = [schema.field(at).type for at in schema.get_all_field_indices(name)]
+        if len(found) > 1:
+            raise ValueError(f"{url} has {len(found)} columns `{name}`: leave one of them, or rename the others")
+        if any(pa.types.is_nested(kind) for kind in found):
+            raise ValueError(f"{url} has a column `{name}` of {found[0]}, not of strings or numbers: drop or rename it")
     with objects.open_file(url) as f:
         f.seek(0, os.SEEK_END)
         f.seek(max(0, f.tell() - FOOTER_BYTES))

@@ -156,6 +156,32 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     assert "file/store can't be written" in said and "--store" in said
 
 
+@pytest.mark.parametrize("command", ["lineage rebuild", "evals tiny"])
+def test_a_home_where_this_user_may_not_write(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a store that somebody else has made."""
+    monkeypatch.setenv("GPT2_HOME", "/sys/gpt2")
+    objects.publish_json(config_url(places(str(tmp_path / "store")), "tiny"), to_dict(recipe("demo")))
+    for made in ("inputs.json", "record.json", "export/record.json"):
+        objects.publish_json(str(tmp_path / "store/runs/tiny" / made), {})
+    done = gpt2(*command.split(), "--store", str(tmp_path / "store"), cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("gpt2: /sys/gpt2") and "can't be read or written" in said and "GPT2_HOME" in said
+
+
+@pytest.mark.parametrize("answer", ["lineage show tiny", "lineage trace tiny --step 1 --text", "compare tiny tiny", ""])
+def test_an_answer_reaches_a_terminal_without_unicode(
+    answer: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copied(finished.store, tmp_path)
+    for name, value in {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    words = answer.split() or ["run", "--name", "tiny", *TINY_SETTINGS]
+    done = gpt2(*words, "--store", store, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "?" in done.stdout
+
+
 def test_a_bucket_that_is_not_there(s3_store: str, tmp_path: Path) -> None:
     said = refuse("run", cwd=tmp_path, store="s3://no-such-bucket-anywhere/store")
     assert "s3://no-such-bucket-anywhere/store can't be written" in said

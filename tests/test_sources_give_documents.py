@@ -78,6 +78,21 @@ def test_numbers_are_no_text(tmp_path):
         sources.resolve(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("names", "values", "said"),
+    [
+        (["text", "id"], [["x"], [["a", "b"]]], "has a column `id` of list<.*>, not of strings or numbers: drop or"),
+        (["text", "url"], [["x"], [{"at": "here"}]], "has a column `url` of struct<at: string>"),
+        (["text", "id", "id"], [["x"], ["a"], ["b"]], "has 2 columns `id`: leave one of them"),
+        (["text", "text"], [["x"], ["y"]], "has 2 columns `text`"),
+    ],
+)
+def test_a_column_that_names_no_document_is_refused(tmp_path, names, values, said):
+    pq.write_table(pa.Table.from_arrays([pa.array(column) for column in values], names), tmp_path / "000.parquet")
+    with pytest.raises(ValueError, match=f"000.parquet {said}"):
+        sources.resolve(str(tmp_path))
+
+
 def test_a_broken_file_is_named(tmp_path):
     write(tmp_path / "000.parquet", ["x"] * 100)
     data = (tmp_path / "000.parquet").read_bytes()

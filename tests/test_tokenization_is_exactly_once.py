@@ -404,6 +404,18 @@ def test_bytes_that_are_no_utf8_become_replacement_characters(tmp_path):
     assert stream(tmp_path / "out") == expected_stream([b.decode("utf-8", "replace") for b in raw])
 
 
+def test_a_documents_id_may_be_a_number_or_any_bytes(tmp_path):
+    ids = pa.array([b"\xff\xfe", None, b"whole"] * 5, pa.binary())
+    pq.write_table(pa.table({"text": ["a b c"] * 15, "id": ids, "url": range(15)}), tmp_path / "x.parquet")
+    run([str(tmp_path / "x.parquet")], tmp_path, shard_tokens=7)
+    found = [row for index in sorted((tmp_path / "out").glob("*.parquet")) for row in pq.read_table(index).to_pylist()]
+    assert {(row["id"], row["url"]) for row in found if row["row"] < 3} == {
+        ("\ufffd\ufffd", "0"),
+        (None, "1"),
+        ("whole", "2"),
+    }
+
+
 def test_large_strings_and_binary_columns_are_text_too(tmp_path):
     for name, kind in [("large", pa.large_string()), ("binary", pa.binary())]:
         file = tmp_path / f"{name}.parquet"

@@ -163,7 +163,7 @@ def _index(file: str, row: int, first: int, lengths: np.ndarray, described: pa.T
     rows = len(lengths)
     absent = pa.nulls(rows, pa.string())
     columns = {
-        name: described[name].cast(pa.string()).combine_chunks() if name in described.column_names else absent
+        name: _words(described[name].combine_chunks()) if name in described.column_names else absent
         for name in ("id", "url", "dump")
     }
     columns["file"] = pa.repeat(file, rows)
@@ -171,6 +171,15 @@ def _index(file: str, row: int, first: int, lengths: np.ndarray, described: pa.T
     columns["start"] = columns["position"] = pa.array(first + np.cumsum(lengths) - lengths)
     columns["tokens"] = pa.array(lengths)
     return pa.table(columns, schema=INDEX_SCHEMA)
+
+
+def _words(column: pa.Array) -> pa.Array:
+    """A column as strings; in one of bytes, those that are no UTF-8 as U+FFFD."""
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        values = column.cast(pa.large_binary()).to_pylist()
+        return pa.array([None if value is None else value.decode(errors="replace") for value in values], pa.string())
 
 
 def write_index(local: str, tables: Iterable[pa.Table]) -> int:

@@ -1,5 +1,6 @@
 """The `gpt2` command: every group of commands in one place, and what a failure says."""
 
+import io
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -39,6 +40,9 @@ def build(asked: str = "") -> "typer.Typer":
 
 def main() -> None:
     """Exit status 0: done; 2: bad input, one line that names the value and the fix; 1: anything else."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it has no sign for
     warnings.filterwarnings("ignore", message=".*is currently in beta")  # of Dagster's own code, about itself
     try:
         build(*sys.argv[1:2])(prog_name="gpt2")
