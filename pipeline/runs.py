@@ -20,6 +20,7 @@ from storage.places import Places
 from training import plan, recipes
 from training.config import SUITES, RunConfig, nearest_multiples, settable_keys
 from training.gpus import gpu_count, gpu_memory_gib, ranks_here
+from training.model_config import GPT2_VOCABULARY
 
 if TYPE_CHECKING:
     from assets.making import Maker
@@ -48,7 +49,7 @@ def settled(config: RunConfig) -> RunConfig:
     gib = gpu_memory_gib()
     if gib == 0.0:
         return config
-    check_batch(config)
+    check_ranks(config)
     limit = plan.limit(config, gib)
     ranks = ranks_here(config.machine.gpus) * config.machine.nnodes
     fitted = plan.settle(config, ranks, limit)
@@ -116,8 +117,10 @@ def tokens_of(places: Places, run: str) -> str:
 
 
 def check_possible(places: Places, config: RunConfig, source: sources.Source) -> None:
-    """Raise ValueError for a run that can't succeed: its batch, its items, its store or its space."""
-    check_batch(config)
+    """Raise ValueError for a run that can't succeed: its vocabulary, its ranks, its items, its store or its space."""
+    if config.model.vocab < GPT2_VOCABULARY:
+        raise ValueError(f"vocab={config.model.vocab} is less than the shards' vocabulary, GPT-2's {GPT2_VOCABULARY}")
+    check_ranks(config)
     check_tasks(config.evals.harness)
     if config.train.init_from:
         check_starting_weights(config)
@@ -206,9 +209,12 @@ def check_tasks(tasks: str) -> None:
             raise ValueError(f"evals.harness={task}: lm-eval has no such task; {hint}")
 
 
-def check_batch(config: RunConfig) -> None:
-    """Refuse a total batch that the ranks can't share evenly, with the nearest that they can."""
+def check_ranks(config: RunConfig) -> None:
+    """Refuse shard groups, and a total batch, that the ranks can't be divided into or share evenly."""
     ranks = ranks_here(config.machine.gpus) * config.machine.nnodes
+    shard = config.machine.shard_ranks or ranks
+    if ranks % shard:
+        raise ValueError(f"shard_ranks={shard} does not divide the {ranks} ranks: choose a divisor")
     unit = ranks * max(config.machine.micro_batch, 1) * config.model.context
     if config.train.batch_tokens % unit:
         near = " or ".join(nearest_multiples(config.train.batch_tokens, unit))

@@ -23,6 +23,11 @@ class ModelConfig:
             raise ValueError(f"every size of a model must be at least 1, got {self}")
         if self.channels % self.heads:
             raise ValueError(f"channels={self.channels} is not a multiple of heads={self.heads}")
+        if self.family == "nanochat" and self.head_size % 2:
+            raise ValueError(
+                f"heads={self.heads} leaves {self.head_size} of {self.channels} channels to a head: rotary positions "
+                "turn pairs of them, so their number must be even"
+            )
 
     @property
     def head_size(self) -> int:

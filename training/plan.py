@@ -98,14 +98,11 @@ def gpu(name: str, names_here: Sequence[str] = (), gib_here: float = 0.0) -> Gpu
     return Gpu(here, gib_here, peak_flops(here) or 0.0)
 
 
-def check(config: RunConfig, ranks: int, device: Gpu) -> None:
-    """Refuse what the trainer would: shard groups that do not divide the ranks, fp8 on a GPU of the table without it.
+def check(config: RunConfig, device: Gpu) -> None:
+    """Refuse what the trainer would: fp8 on a GPU of the table without it.
 
     A GPU that is in no table is found out by measuring it.
     """
-    shard = config.machine.shard_ranks or ranks
-    if ranks % shard:
-        raise ValueError(f"shard_ranks={shard} does not divide the {ranks} ranks: choose a divisor")
     if config.train.fp8 and device in GPUS.values() and not device.hopper:
         have = ", ".join(name for name, known in GPUS.items() if known.hopper)
         raise ValueError(

@@ -105,10 +105,10 @@ def plan(
     """What a recipe takes on given GPUs: micro-batch, memory by line, seconds a step, hours, dollars."""
     config = recipes.recipe(name, settings or [])
     config = replace(config, machine=replace(config.machine, gpus=gpus))
-    runs.check_batch(config)
+    runs.check_ranks(config)
     ranks = gpus * config.machine.nnodes
     device = planning.gpu(gpu, gpu_names(), gpu_memory_gib())
-    planning.check(config, ranks, device)
+    planning.check(config, device)
     fitted = planning.fit(config, ranks, planning.limit(config, device.memory))
     known = device in planning.GPUS.values()
     if known:
