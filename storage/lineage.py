@@ -316,9 +316,9 @@ class Lineage:
 def _answer(
     connection: duckdb.DuckDBPyConnection, store: str, query: str, documents: Sequence[str]
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    statements = connection.extract_statements(query)
-    if any(statement.type != duckdb.StatementType.SELECT for statement in statements):
-        raise ValueError(f"{query!r} can't be answered: only SELECT is, the index stays as it is")
+    kinds = [statement.type for statement in connection.extract_statements(query)]
+    if kinds != [duckdb.StatementType.SELECT]:
+        raise ValueError(f"{query!r} can't be answered: only one SELECT is, the index stays as it is")
     if connection.execute(NAMES_DOCUMENTS, [query]).fetchone() == (True,):
         show_documents(connection, documents)
     if store:

@@ -175,7 +175,14 @@ def test_a_wrong_query_leaves_the_index_alone(lineage):
         return found.st_ino, found.st_size, found.st_mtime_ns
 
     before = state()
-    for query in ("SELECT nothing FROM artifacts", "SELEC", "SELECT * FROM nothing", "SELECT 1 / 'a'"):
+    for query in (
+        "",
+        "SELECT 1; SELECT 2",
+        "SELECT nothing FROM artifacts",
+        "SELEC",
+        "SELECT * FROM nothing",
+        "SELECT 1 / 'a'",
+    ):
         with pytest.raises(ValueError, match="can't be answered"):
             lineage.sql(query)
     assert state() == before
