@@ -207,12 +207,19 @@ class Maker:
         return self.places.local_folder(records.folder_url(self.places.store, key))
 
     def stage(self, record: Record, suffix: str | tuple[str, ...] = "") -> str:
-        """The local folder that holds an output's files (of such an ending), copied from S3 if not there yet."""
-        folder = self.folder(record.key)
-        if not objects.is_local(self.places.store):
+        """The local folder that holds an output's files (of such an ending), copied from S3 if not there yet.
+
+        Raises ValueError where one of them is gone from a local store, or is not what it was.
+        """
+        folder, wanted = self.folder(record.key), [f for f in record.files if f.path.endswith(suffix)]
+        if objects.is_local(self.places.store):
+            for f in wanted:
+                if problem := records.file_problem(self.places.store, record.key, f):
+                    raise ValueError(f"{record.asset} is not whole, {problem}: `gpt2 run` makes it anew")
+        else:
             stamps = _stamps(folder)
-            for f in record.files:
-                if f.path.endswith(suffix) and stamps.get(f.path) != f.sha256:
+            for f in wanted:
+                if stamps.get(f.path) != f.sha256:
                     url, local = records.file_url(self.places.store, record.key, f.path), objects.join(folder, f.path)
                     if not (os.path.exists(local) and objects.sha256(local) == f.sha256):
                         objects.copy(url, local)

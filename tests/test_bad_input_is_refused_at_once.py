@@ -295,6 +295,26 @@ def test_evals_of_a_run_that_is_not_there(finished: Finished, tmp_path: Path) ->
     assert "tinny is neither a run" in done.stderr and "the runs there are tiny" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "gone", "made"),
+    [
+        ("evals tiny --suite completion_demo", "runs/tiny/export/model.safetensors", "hf_model"),
+        ("evals tiny --suite validation_loss", "tokens/*/*_val_000000.bin", "token_shards"),
+    ],
+)
+def test_a_file_that_somebody_has_deleted_is_named_and_made_anew(
+    command: str, gone: str, made: str, finished: Finished, tmp_path: Path
+) -> None:
+    store = copied(finished.store, tmp_path)
+    (file,) = Path(store).glob(gone)
+    file.unlink()
+    done = gpt2(*command.split(), "--store", store, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"gpt2: {made} is not whole, {file} is missing: `gpt2 run` makes it anew\n"
+    again = gpt2("run", "--name", "tiny", *TINY_SETTINGS, "--only", made, "--store", store, cwd=tmp_path)
+    assert again.returncode == 0 and file.exists(), again.stderr
+
+
 def test_a_broken_shard_is_named_by_the_trainer(finished: Finished, tmp_path: Path) -> None:
     """Also where somebody trains by hand, without a pipeline that would make the shard anew."""
     source = next(Path(finished.store, "tokens").iterdir())
