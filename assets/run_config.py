@@ -20,8 +20,13 @@ def config_url(places: Places, run: str) -> str:
     return objects.join(places.store, "runs", run, "config.json")
 
 
+LONGEST_NAME = 200  # of the 255 that a file's name may have, beside what a lock or a folder of Dagster's adds
+
+
 def check_name(run: str) -> None:
     """Refuse a run's name that is no good for a folder of the store."""
+    if len(run) > LONGEST_NAME:
+        raise ValueError(f"run name {run!r} has {len(run)} letters: {LONGEST_NAME} are enough")
     if not run or run != objects.safe_name(run):
         raise ValueError(
             f"run name {run!r} is not a good name for a folder: use letters, digits, '.', '_' and '-', "

@@ -85,8 +85,8 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def stages(only: Sequence[str], option: str = "--only") -> list[str]:
-    """The assets that an option names: by their own name or by their group's. Raises ValueError for others."""
+def stages(only: Sequence[str]) -> list[str]:
+    """The assets that `--only` names: by their own name or by their group's. Raises ValueError for others."""
     graph: Any = definitions.defs.resolve_asset_graph()
     groups: dict[str, list[str]] = {}
     for key in graph.toposorted_asset_keys:
@@ -96,5 +96,5 @@ def stages(only: Sequence[str], option: str = "--only") -> list[str]:
         if word not in groups and word not in names:
             near = difflib.get_close_matches(word, [*groups, *names], n=2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"{option} {word}: {hint}choose from {', '.join([*groups, *names])}")
+            raise ValueError(f"--only {word}: {hint}choose from {', '.join([*groups, *names])}")
     return [name for group, members in groups.items() for name in members if {name, group} & set(only)]

@@ -50,6 +50,7 @@ def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
         (["demo", "--corpus", "embeded"], "no corpus 'embeded': did you mean embedded?"),
         (["demo", "--corpus", "absent/folder"], "no corpus 'absent/folder'"),
         (["demo", "--name", "a/b"], "run name 'a/b' is not a good name"),
+        (["demo", "--name", "a" * 201], "has 201 letters: 200 are enough"),
         (["demo", "--only", "eval"], "--only eval: did you mean evals"),
         (["demo", "--set", "shard_ranks=3"], "shard_ranks=3 does not divide the 1 ranks"),
         (["demo", "--set", "vocab=1000"], "vocab=1000 is less than the shards' vocabulary, GPT-2's 50257"),
@@ -293,6 +294,13 @@ def test_evals_of_a_run_that_is_not_there(finished: Finished, tmp_path: Path) ->
     done = gpt2("evals", "tinny", "--store", finished.store, cwd=tmp_path)
     assert done.returncode == 2
     assert "tinny is neither a run" in done.stderr and "the runs there are tiny" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["training", "trained_model", "report", "evals"])
+def test_evals_make_scores_and_nothing_else(stage: str, tmp_path: Path) -> None:
+    objects.publish_json(config_url(places(str(tmp_path / "store")), "first"), to_dict(recipe("demo")))
+    done = gpt2("evals", "first", "--suite", stage, "--store", str(tmp_path / "store"), cwd=tmp_path)
+    assert done.returncode == 2 and f"gpt2: --suite {stage} is unknown: choose from" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

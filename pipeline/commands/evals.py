@@ -63,6 +63,9 @@ def evals(
       gpt2 evals gpt2 gpt2-medium gpt2-large gpt2-xl --against published
     """
     place = places(store)
+    for name in suite or []:
+        if name not in SUITES:
+            raise ValueError(f"--suite {name} is unknown: choose from {', '.join(SUITES)}")
     if against not in ("", "published"):
         raise ValueError(f"--against {against}: only `published` is known; `gpt2 compare` sets runs side by side")
     if not (like or against or settings) and all(runs.stored(place, name) for name in names):
@@ -74,7 +77,7 @@ def evals(
 def _score_runs(place: Places, names: list[str], suites: list[str], as_json: bool) -> None:
     if as_json and len(names) > 1:
         raise ValueError(f"--json answers for one run at a time, got {', '.join(names)}")
-    stages = named_stages([*suites, "report"] if suites else ["evals"], "--suite")
+    stages = named_stages([*suites, "report"] if suites else ["evals"])
     for name in names:
         runs.check_inputs(place, name, runs.existing(place, name), stages)
     prepare(place)
@@ -138,9 +141,6 @@ def check(
     place: Places, names: list[str], suites: list[str], like: str, settings: dict[str, Any], against: str
 ) -> None:
     """Refuse before anything starts: a model that is not there, a suite without data, numbers nobody published."""
-    for suite in suites:
-        if suite not in SUITES:
-            raise ValueError(f"--suite {suite} is unknown: choose from {', '.join(SUITES)}")
     for suite in ("validation_loss", "completion_demo"):
         if suite in suites and not like:
             raise ValueError(f"{suite} reads a run's held-out text: name that run with --like RUN")

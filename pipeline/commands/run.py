@@ -97,13 +97,13 @@ def run(
         raise
 
 
-def named_stages(only: list[str], option: str = "--only") -> list[str]:
+def named_stages(only: list[str]) -> list[str]:
     """The assets that were named; empty for all of them."""
     if not only:
         return []
     from pipeline import execution  # Dagster takes a second to load, which most bad input need not wait for
 
-    return execution.stages(only, option)
+    return execution.stages(only)
 
 
 def prepare(place: Places) -> None:
