@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, get_origin
 from storage import objects
 
 SCHEMA = 1
+ASKED_AT_ONCE = 8  # files of an output: on S3 each question travels, and large ones have hundreds
 LIBRARIES = ("torch", "dagster", "numpy", "pyarrow", "tiktoken", "duckdb", "transformers", "lm_eval")
 
 
@@ -211,18 +213,21 @@ def reusable(
         return None, "not made yet"
     if record.fingerprint != wanted:
         return None, "; ".join(changes(record, code_version, config, parents)) or "made by another asset"
-    for f in record.files:
-        if problem := file_problem(store, key, f):
-            return None, problem
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        for problem in pool.map(lambda f: file_problem(store, key, f), record.files):
+            if problem:
+                pool.shutdown(cancel_futures=True)
+                return None, problem
     return record, f"same fingerprint {wanted[:8]}, {len(record.files)} files unchanged"
 
 
 def file_problem(store: str, key: str, file: File) -> str | None:
     """What is wrong with a file of an output, or None."""
     url = file_url(store, key, file.path)
-    if not objects.exists(url):
+    try:
+        found = objects.stat(url)
+    except (FileNotFoundError, NotADirectoryError):
         return f"{url} is missing"
-    found = objects.stat(url)
     if found.bytes != file.bytes:
         return f"{url} has {found.bytes} bytes, its record says {file.bytes}"
     if not is_unchanged(url, file, found):
