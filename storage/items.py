@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from storage import hub, objects, parquet, shards, tokenizer
@@ -113,7 +113,7 @@ def read_items(url: str) -> list[dict[str, Any]]:
 def _parse(url: str, number: int, line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{url}, line {number}, is no JSON object ({error}): fetch the file again") from error
 
 
@@ -122,13 +122,14 @@ def _whole(url: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("activity_label", "ctx", "endings", "label") if row.get(key) in (None, "")]
     if missing:
         raise ValueError(f"{url}, item {number}, has no {', '.join(missing)}: are these HellaSwag's labelled items?")
-    item = {"ind": number - 1, **row, "label": int(row["label"]), "endings": list(row["endings"])}
-    if len(item["endings"]) != shards.CHOICES or item["label"] not in range(shards.CHOICES):
+    endings = list(row["endings"]) if isinstance(row["endings"], Iterable) else []
+    label = str(row["label"])
+    if len(endings) != shards.CHOICES or label not in map(str, range(shards.CHOICES)):
         raise ValueError(
-            f"{url}, item {number}, has {len(item['endings'])} endings and label {item['label']}, not four "
+            f"{url}, item {number}, has {len(endings)} endings and label {label}, not four "
             "endings and a label of 0 to 3"
         )
-    return item
+    return {"ind": number - 1, **row, "label": int(label), "endings": endings}
 
 
 def check_hellaswag(items: Sequence[dict[str, Any]], location: str) -> None:

@@ -55,9 +55,12 @@ def test_items_are_kept_as_llm_c_tokenizes_them(tmp_path):
     ("line", "message"),
     [
         ("{broken", r"line 1, is no JSON object"),
+        ("[1, 2]", r"line 1, is no JSON object"),
         (json.dumps(RAW | {"label": ""}), r"item 1, has no label"),
         (json.dumps(RAW | {"endings": ["a", "b"]}), r"has 2 endings and label 3"),
         (json.dumps(RAW | {"label": 4}), r"label 4, not four endings"),
+        (json.dumps(RAW | {"label": "B"}), r"label B, not four endings"),
+        (json.dumps(RAW | {"endings": 4}), r"has 0 endings and label 3"),
     ],
 )
 def test_an_item_that_is_not_whole_is_named(tmp_path, line, message):
