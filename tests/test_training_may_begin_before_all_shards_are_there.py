@@ -99,6 +99,16 @@ def begun(tmp_path, s3_store):
     cancelled.set()
 
 
+def test_training_need_not_wait_for_the_copies_of_all_shards_that_are_there(tmp_path, s3_store, monkeypatch):
+    monkeypatch.setattr(arrival, "POLL", 600.0)  # no look comes after the first
+    out, local, cancelled = f"{s3_store}/tokens/c", str(tmp_path / "local"), threading.Event()
+    add_shards(out, 0, 1, 2, 3)
+    objects.publish_json(f"{out}/{shards.PLAN}", {})
+    assert stage_as_they_come(out, local, cancelled, pytest.fail)
+    cancelled.set()
+    assert [s.path for s in objects.list_files(local, ".bin")] == ["c_train_000001.bin", "c_val_000000.bin"]
+
+
 def test_copying_goes_on_after_an_error_of_the_store_and_nothing_is_copied_again(begun, monkeypatch, caplog):
     maker, out, failed = begun
     local, fetch, away = maker.folder(OUTPUT.key), objects.fetch, [OSError("the network is away")]

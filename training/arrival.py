@@ -30,13 +30,13 @@ class Arrivals:
     complete: bool = False
     told: int = -1  # shards that were here when it was last said that another is waited for
 
-    def look(self) -> bool:
-        """Take in what has come since; whether anything has, or the last has been seen."""
+    def look(self, most: int | None = None) -> bool:
+        """Take in what has come since, at most so many shards; whether any has, or the last has been seen."""
         complete = not objects.exists(objects.join(self.folder, PLAN)) or objects.exists(
             objects.join(self.folder, COMPLETE)
         )
         there = self._whole_prefix(shard_paths(self.folder, "train"))
-        new = there[len(self.paths) :]
+        new = there[len(self.paths) :][:most]
         self.paths += [self._here(url) for url in new]
         changed = bool(new) or complete != self.complete
         self.complete = complete
@@ -84,7 +84,7 @@ def stage_as_they_come(
     while True:
         validation = shard_paths(folder, "val")
         if validation:
-            arrivals.look()
+            arrivals.look(1)
         if arrivals.paths:
             break
         if cancelled.wait(POLL):
