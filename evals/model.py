@@ -111,7 +111,10 @@ def pick_device(device: str) -> torch.device:
                 "supports (`nvidia-smi` shows which), or use the CPU: CUDA_VISIBLE_DEVICES= before a `gpt2` command, "
                 "--device cpu for evals.run"
             )
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device {device!r} is none of torch's: use auto, cpu, cuda or cuda:1 …") from None
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

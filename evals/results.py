@@ -55,8 +55,6 @@ def average(scores: Sequence[Score]) -> Score:
 
 def publish(result: EvalResult, out: str, seconds: float) -> dict[str, Any]:
     """Write OUT.json and, before it and beside it, the per-item parquet: the JSON says that all is there."""
-    if not out.endswith(".json"):
-        raise ValueError(f"--out {out!r} must end in .json: the per-item parquet is named after it")
     check_finite(result)
     per_item = out.removesuffix(".json") + ".parquet"
     buffer = io.BytesIO()

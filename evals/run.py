@@ -81,6 +81,8 @@ def _tasks(suite: str, inputs: Inputs) -> list[str]:
 def run(model: str, suite: str, out: str, inputs: Inputs, batch: int, device: str, dtype: str) -> None:
     check(model, suite, inputs)
     objects.check_address(out)
+    if not out.endswith(".json"):
+        raise ValueError(f"--out {out!r} must end in .json: the per-item parquet is named after it")
     # here, not above: the check of the arguments answers at once, torch and transformers take seconds
     from evals import results
     from evals.model import load
@@ -114,6 +116,9 @@ def check(model: str, suite: str, inputs: Inputs) -> None:
         raise ValueError("core needs its data: --bundle FOLDER, where the bundle lies or is to be fetched to")
     if suite == "eleuther" and bool(inputs.items) == bool(inputs.tasks):
         raise ValueError("eleuther needs either --tasks NAME,… of lm-eval, or --items FILE.jsonl")
+    for option, place in (("--shard", inputs.shard), ("--items", inputs.items), ("--task-path", inputs.task_path)):
+        if place and not objects.exists(place):
+            raise ValueError(f"{option} {place}: there is no such file or folder")
     if suite in HARNESS_SUITES and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f"{suite} needs lm-eval, which is not installed: pip install lm-eval==0.4.13")
 

@@ -100,6 +100,8 @@ def test_a_score_that_is_no_number_is_not_written(tmp_path: Path) -> None:
         ("core", nothing(), "--bundle"),
         ("eleuther", nothing(), "either --tasks"),
         ("eleuther", nothing(items="x", tasks=("piqa",)), "either --tasks"),
+        ("hellaswag", nothing(items="absent.jsonl"), "--items absent.jsonl: there is no such file"),
+        ("validation_loss", nothing(shard="absent.bin"), "--shard absent.bin: there is no such file"),
     ],
 )
 def test_missing_inputs_are_refused_before_anything_is_loaded(suite: str, inputs: run.Inputs, message: str) -> None:
@@ -134,6 +136,21 @@ def test_the_command_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
         done.stderr.strip() == f"{tmp_path} holds no config.json: give a Hugging Face model folder (a run's `export`)"
     )
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--out", "x.txt"), "--out 'x.txt' must end in .json: the per-item parquet is named after it"),
+        (("--out", "x.json", "--device", "gpu"), "device 'gpu' is none of torch's: use auto, cpu, cuda or cuda:1 …"),
+    ],
+)
+def test_the_command_refuses_what_it_could_not_do_before_it_scores(
+    arguments: tuple[str, ...], said: str, folder: str, tmp_path: Path
+) -> None:
+    items = tiny_gpt2.write_items(tmp_path / "items.jsonl")
+    done = command(folder, "--suite", "hellaswag", "--items", items, *arguments)
+    assert done.returncode == 2 and done.stderr.strip() == said
 
 
 @pytest.mark.parametrize("option", ["--limit", "--window", "--batch"])

@@ -192,11 +192,23 @@ def test_a_rank_that_waits_for_another_to_come_ends_when_told_to(shards: str, tm
         rank.kill()
 
 
-def test_several_machines_need_a_place_to_meet() -> None:
+def test_several_machines_meet_at_a_place() -> None:
     line = command("training.train", ["run"], 8, nnodes=2, node_rank=1, rendezvous="host:29400")
     assert "--rdzv-endpoint=host:29400" in line and "--standalone" not in line
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--nnodes=2", "--nnodes 2 needs --rendezvous"),
+        ("--nnodes=0", "--nnodes 1 or more"),
+        ("--gpus=-1", "must be 0 or more"),
+        ("--restarts=-1", "must be 0 or more"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(option: str, said: str) -> None:
     refused = subprocess.run(
-        [sys.executable, "-m", "training.launch", "--nnodes=2", "training.train"],
-        cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True,
+        [sys.executable, "-m", "training.launch", option, "training.train"],
+        cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert refused.returncode == 2 and "--rendezvous" in refused.stderr
+    assert refused.returncode == 2 and said in refused.stderr

@@ -134,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.nnodes > 1 and not options.rendezvous:
         parser.error(f"--nnodes {options.nnodes} needs --rendezvous HOST:PORT, the same on every machine")
+    if min(options.gpus, options.restarts, options.node_rank, options.nnodes - 1) < 0:
+        parser.error("--gpus, --restarts and --node-rank must be 0 or more, --nnodes 1 or more")
     die_with_parent(os.getppid())
     ranks = ranks_here(options.gpus)
     where = (options.nnodes, options.node_rank, options.rendezvous)
