@@ -70,7 +70,8 @@ def lookup_of(store: str, tokens: Record, home: Path) -> Path:
         indexes = _indexes(store, tokens)
         partial = path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
         with _connected(indexes) as connection:
-            connection.execute(f"SET memory_limit = '{LOOKUP_MEMORY}'; SET temp_directory = '{path.parent}'")
+            memory, folder = quoted([LOOKUP_MEMORY]), quoted([str(path.parent)])
+            connection.execute(f"SET memory_limit = {memory}; SET temp_directory = {folder}")
             connection.execute(
                 "CREATE TABLE indexes AS SELECT unnest(?) AS url, unnest(?) AS shard", [indexes, [*range(len(indexes))]]
             )
@@ -78,7 +79,7 @@ def lookup_of(store: str, tokens: Record, home: Path) -> Path:
             connection.execute(
                 f"COPY (SELECT hash(d.id) AS hash, shard FROM {read} "
                 f"UNION ALL SELECT hash(d.url), shard FROM {read} WHERE d.url <> '' ORDER BY ALL) "
-                f"TO '{partial}' (FORMAT parquet)",
+                f"TO {quoted([str(partial)])} (FORMAT parquet)",
                 [indexes, indexes],
             )
         os.replace(partial, path)

@@ -51,12 +51,12 @@ def places(store: str | None = None, environment: Mapping[str, str] = os.environ
     """
     url = store or environment.get(STORE_VARIABLE) or "store"
     if objects.is_local(url):
-        url = str(Path(url).absolute())
-        default_home = Path(url)
+        url = objects.absolute(url)
+        default_home = url
     else:
         url = url.rstrip("/")
-        default_home = Path(".gpt2")
-    home = environment.get(HOME_VARIABLE) or str(default_home)
+        default_home = ".gpt2"
+    home = environment.get(HOME_VARIABLE) or default_home
     if not objects.is_local(home):
         raise ValueError(f"{HOME_VARIABLE}={home} is not local: name a folder of this machine")
-    return Places(url, Path(home).absolute())
+    return Places(url, Path(objects.absolute(home)))

@@ -77,7 +77,7 @@ def steps_of(tokens: str, config, document: str, **known) -> list[int]:
     store, key = tokens.rsplit("/", 1)
     files = [File(s.path, 0, "", "") for s in objects.list_files(tokens)]
     record = Record("token_shards", key, "f" * 64, "1", {}, [], files, "", "")
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(prefix="somebody's ") as home:
         places = documents.find(store, record, Path(home), document)
     return trace.steps_of_places(tokens, config, [(p.shard, p.start, p.tokens) for p in places], **known)
 

@@ -231,6 +231,24 @@ def test_the_training_program_takes_no_address_without_a_bucket(module: str, tmp
     assert "is no place on S3" in done.stderr and os.listdir(tmp_path) == ["run"]
 
 
+def test_a_store_is_the_same_by_whichever_way_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert places("../store") == places(str(tmp_path / "store/")) == places("../here/../store/.")
+    assert places("x", {"GPT2_HOME": "../home"}).home == tmp_path / "home"
+
+
+@pytest.mark.parametrize("question", ["show demo", "cost demo", "impact x", "sql SELECT(1)"])
+def test_a_question_of_a_store_that_is_not_there(question: str, tmp_path: Path) -> None:
+    assert "there is nothing in" in refuse("lineage", *question.split(), cwd=tmp_path, store=tmp_path / "store")
+
+
+def test_a_page_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = refuse("report", "demo", "--out", "file", cwd=tmp_path, store=tmp_path / "store")
+    assert "--out file is a file: name the folder for the page" in said
+
+
 def test_a_home_that_is_not_local() -> None:
     with pytest.raises(ValueError, match="GPT2_HOME=s3://bucket/home is not local"):
         places("store", {"GPT2_HOME": "s3://bucket/home"})

@@ -322,6 +322,7 @@ def test_a_file_name_that_several_outputs_have_means_all_of_them(store, lineage,
 
 def test_an_answer_is_shown_as_it_is(store, capsys):
     """Brackets are no colours, and of two columns of one name none is lost."""
+    Path(store).mkdir()
     query = "SELECT '[/x] and [draft]' AS a, 1 AS a"
     sql(query, store)
     shown = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Commands that set runs side by side: `gpt2 compare`, `gpt2 report`."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,6 +129,8 @@ def report(
     place = places(store)
     if not objects.is_local(out):
         raise ValueError(f"--out {out}: the page is written to a local folder")
+    if os.path.isfile(out):
+        raise ValueError(f"--out {out} is a file: name the folder for the page")
     made = build([_read(place, name) for name in names], out)
     print(made.files[0])
 

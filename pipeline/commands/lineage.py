@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from pipeline.commands.options import JsonOption, StoreOption
 from pipeline.terminal import console, size
+from storage import objects
 from storage.lineage import Lineage, Node
 from storage.places import Places, places
 
@@ -170,8 +171,10 @@ def _rounded(value: Any) -> Any:
 
 
 def _index(store: str | None) -> Lineage:
-    """The index, with the store's present records in it."""
+    """The index, with the store's present records in it. Raises ValueError where there is neither."""
     place = places(store)
+    if objects.is_local(place.store) and not (objects.exists(place.store) or place.home.exists()):
+        raise ValueError(f"there is nothing in {place.store}: name the store with --store")
     index = Lineage(place.lineage, place.store)
     index.ingest(place.store)
     return index

@@ -163,7 +163,7 @@ def _epilogue(console: Console, place: Places, run_name: str) -> None:
     if objects.exists(page):
         console.print(f"report           {near(page)}", soft_wrap=True, markup=False)
     program = "gpt2" if shutil.which("gpt2") else near(sys.argv[0])
-    elsewhere = "" if place.store == places(environment={}).store else f" --store {place.store}"
+    elsewhere = "" if place.store == places(environment={}).store else f" --store {shlex.quote(place.store)}"
     console.print("\nnext:")
     for command, what in (
         (f"evals {run_name}", "score the model again"),
