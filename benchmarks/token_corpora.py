@@ -76,6 +76,8 @@ def _fill(folder: Path, train: Sequence[str], validation: Sequence[str], held_ou
 
 def shards_of(place: str, split: Split, scratch: Path) -> list[str]:
     """The shards at `place`; those of a parquet corpus are made in `scratch`, one for all of its documents."""
+    if not os.path.exists(place):
+        raise ValueError(f"{place} does not exist: give a shard, a parquet file, or a folder of either")
     if place.endswith(".bin"):
         return [place]
     if found := (shard_paths(place, split) if os.path.isdir(place) else []):

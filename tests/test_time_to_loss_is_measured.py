@@ -98,6 +98,8 @@ def test_a_split_cuts_the_last_training_tokens_off_and_content_names_corpora(tmp
     assert prepare(shards, shards, 0, tmp_path / "elsewhere").named() == whole.named()
     with pytest.raises(ValueError, match="--split 400 leaves nothing"):
         prepare(shards, "", 400, tmp_path / "c")
+    with pytest.raises(ValueError, match="absent.bin does not exist"):
+        prepare("absent.bin", "", 400, tmp_path / "c")
 
 
 def test_training_tokens_are_never_the_validation_set_unasked(tmp_path: Path) -> None:
