@@ -76,9 +76,9 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def muon_share(model: ModelConfig) -> float:
-    """Of a step's FLOPs, what orthogonalization adds: matrices of C x C (twice C x 3C, C x 4C) shared by the GPUs."""
+    """Of a step's FLOPs, what orthogonalization adds: a layer's matrices, four of C x C and two of C x 4C, shared by the GPUs."""
     C = model.channels
-    sides = [(C, 3 * C), (C, C), (C, 4 * C), (C, 4 * C)]
+    sides = [(C, C)] * 4 + [(C, 4 * C)] * 2
     products = sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
     return POLYNOMIALS * model.layers * products / (model.flops_per_token * BATCH)
 
