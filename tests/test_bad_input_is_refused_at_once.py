@@ -243,6 +243,17 @@ def test_a_question_of_a_store_that_is_not_there(question: str, tmp_path: Path) 
     assert "there is nothing in" in refuse("lineage", *question.split(), cwd=tmp_path, store=tmp_path / "store")
 
 
+def test_a_port_that_cannot_be_had(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = gpt2("ui", "--port", str(port), "--store", str(tmp_path / "store"), cwd=tmp_path, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(f"gpt2: port {port} can't be had"), done.stderr
+    none = gpt2("ui", "--port", "99999", "--store", str(tmp_path / "store"), cwd=tmp_path, timeout=60)
+    assert none.returncode == 2 and "Invalid value for '--port'" in none.stderr, none.stderr
+
+
 def test_a_page_in_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = refuse("report", "demo", "--out", "file", cwd=tmp_path, store=tmp_path / "store")

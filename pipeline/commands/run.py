@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import socket
 import sys
 from typing import Annotated
 
@@ -175,18 +176,29 @@ def _epilogue(console: Console, place: Places, run_name: str) -> None:
 
 
 def ui(
-    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 3000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 3000,
     store: StoreOption = None,
 ) -> None:
     """Serve Dagster's web UI and its daemon on this machine until Ctrl-C, which also stops the runs launched there."""
     place = places(store)
     objects.check_writable(place.store)
+    check_free(port)
     prepare(place)
     _add_partitions(place)
     sys.stderr.write(f"Dagster's UI: http://127.0.0.1:{port}  (store: {place.store})\n")
     from pipeline import page
 
     sys.exit(page.serve(port))
+
+
+def check_free(port: int) -> None:
+    """Raise ValueError where another program, or another page, has the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"port {port} can't be had ({error.strerror}): name another with --port") from error
 
 
 def _add_partitions(place: Places) -> None:
