@@ -76,7 +76,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def muon_share(model: ModelConfig) -> float:
-    """Of a step's FLOPs, what orthogonalization adds: four matrices of C x C and two of C x 4C a layer, over the GPUs."""
+    """Of a step's FLOPs, what orthogonalizing adds: four matrices of C x C and two of C x 4C a layer, by all GPUs."""
     C = model.channels
     sides = [(C, C)] * 4 + [(C, 4 * C)] * 2
     products = sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
