@@ -216,8 +216,8 @@ def test_the_training_program_takes_no_address_without_a_bucket(module: str, tmp
     (tmp_path / "run/config.json").write_text(json.dumps(to_dict(recipe("demo"))))
     arguments = {
         "training.train": ["run", "--tokens", "tokens", "--mirror", "s3:/bucket/run"],
-        "training.export": ["run", "--out", "s3:/bucket/export"],
-        "evals.run": ["run", "--suite", "hellaswag", "--items", "items.jsonl", "--out", "s3:/bucket/scores.json"],
+        "training.export": ["run", "--tokens", "tokens", "--out", "s3:/bucket/export"],
+        "evals.run": ["run", "--suite", "hellaswag", "--items", "run", "--out", "s3:/bucket/scores.json"],
     }[module]
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],

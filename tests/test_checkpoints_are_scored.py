@@ -102,8 +102,8 @@ def test_without_hellaswags_items_at_hand_checkpoints_are_asked_the_completion_i
 
 
 def priced(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card that can be seen, though not used, at $2 an hour."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    """What a card costs at $2 an hour, where there is none."""
+    monkeypatch.setattr("assets.scores.gpu_count", lambda: 1)
     config = objects.read_json(f"{store}/runs/tiny/config.json")
     config["machine"]["price_per_gpu_hour"] = 2.0
     objects.publish_json(f"{store}/runs/tiny/config.json", config)
