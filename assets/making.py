@@ -213,9 +213,8 @@ class Maker:
         """
         folder, wanted = self.folder(record.key), [f for f in record.files if f.path.endswith(suffix)]
         if objects.is_local(self.places.store):
-            for f in wanted:
-                if problem := records.file_problem(self.places.store, record.key, f):
-                    raise ValueError(f"{record.asset} is not whole, {problem}: `gpt2 run` makes it anew")
+            if problem := records.first_problem(self.places.store, record.key, wanted):
+                raise ValueError(f"{record.asset} is not whole, {problem}: `gpt2 run` makes it anew")
         else:
             stamps = _stamps(folder)
             for f in wanted:

@@ -213,12 +213,19 @@ def reusable(
         return None, "not made yet"
     if record.fingerprint != wanted:
         return None, "; ".join(changes(record, code_version, config, parents)) or "made by another asset"
+    if problem := first_problem(store, key, record.files):
+        return None, problem
+    return record, f"same fingerprint {wanted[:8]}, {len(record.files)} files unchanged"
+
+
+def first_problem(store: str, key: str, files: Sequence[File]) -> str | None:
+    """What is wrong with the first of an output's files that is not as its record says, or None."""
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        for problem in pool.map(lambda f: file_problem(store, key, f), record.files):
+        for problem in pool.map(lambda f: file_problem(store, key, f), files):
             if problem:
                 pool.shutdown(cancel_futures=True)
-                return None, problem
-    return record, f"same fingerprint {wanted[:8]}, {len(record.files)} files unchanged"
+                return problem
+    return None
 
 
 def file_problem(store: str, key: str, file: File) -> str | None:
