@@ -41,7 +41,6 @@ from training.train import Trainer
 Put = Callable[[Any, str, Any], None]  # setattr, or what a test takes back
 LOGIT_ROWS = 4096  # at once: 0.8 GiB in fp32
 EMBEDDING_STD = 0.02  # GPT-2's
-DECAY = 0.1
 JORDAN = (3.4445, -4.7750, 2.0315)
 
 
@@ -217,11 +216,11 @@ def no_nesterov(put: Put) -> None:
 
 
 def plain_decay(put: Put) -> None:
-    """a weight decay of 0.1 that is not cautious"""
+    """all weights decay, not only where it goes the update's way"""
 
     def apply(passes: muon.Passes, weights: Tensor, masters: Tensor, updates: Tensor, lr: float, decay: float) -> None:
-        masters.mul_(1.0 - lr * DECAY)
-        passes.apply(weights, masters, updates, lr, decay)
+        masters.mul_(1.0 - lr * decay)
+        passes.apply(weights, masters, updates, lr, 0.0)
 
     _replace_pass(put, "apply", apply)
 
@@ -350,9 +349,9 @@ TRAINING: dict[str, str | Callable[[Put], None]] = {
     "no-scaling": no_scaling,
     "no-nesterov": no_nesterov,
     "no-normuon": "neuron_beta2=0",
-    "cautious-decay": f"weight_decay={DECAY}",
+    "no-decay": "weight_decay=0",
     "plain-decay": plain_decay,
-    "momentum-warmup": "momentum_warmup_steps={sixth_of_steps}",
+    "no-momentum-warmup": "momentum_warmup_steps=0",
     "no-cooldown": "cooldown=0",
     "all-cooldown": "cooldown=1",
     "clip": "clip=1",
@@ -379,15 +378,15 @@ def apply(name: str, put: Put) -> None:
 
 def settings(name: str, options: argparse.Namespace) -> list[str]:
     config = configure(options.recipe, options.set, 1, options)
-    return [] if callable(VARIANTS[name]) else [described(name, config.model.channels, options.steps)]
+    return [] if callable(VARIANTS[name]) else [described(name, config.model.channels)]
 
 
-def described(name: str, channels: int, steps: int) -> str:
+def described(name: str, channels: int) -> str:
     """The setting of a variant that is one, else what its patch does."""
     change = VARIANTS[name]
     if callable(change):
         return str(change.__doc__)
-    return change.format(heads_of_64=channels // 64, sixth_of_steps=steps // 6)
+    return change.format(heads_of_64=channels // 64)
 
 
 def jobs(options: argparse.Namespace, corpora: Corpora) -> list[Job]:
@@ -409,7 +408,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = ["| variant | what it is | final validation loss | difference to base |", "|---|---|---|---|"]
     for name in dict.fromkeys(r["variant"] for r in results):
         config = next(r["config"] for r in results if r["variant"] == name)
-        what = described(name, config["model"]["channels"], config["train"]["steps"])
+        what = described(name, config["model"]["channels"])
         losses = {seed: loss for (variant, seed), loss in made.items() if variant == name}
         apart = [loss - made[base_of(name), seed] for seed, loss in losses.items() if (base_of(name), seed) in made]
         difference = "-" if name == base_of(name) or not apart else mean(apart, ".4f")

@@ -161,22 +161,27 @@ def _gpt3_like_125m(name: str, model: str, lr: float) -> RunConfig:
 BASE_CHANNELS, BASE_BATCH = 768, 131_072
 MATRIX_LR, EMBEDDING_LR, HEAD_LR = 0.02, 0.3, 0.004
 TOKENS_PER_PARAMETER = 12  # of the blocks' matrices and the head: nanochat's horizon
+DECAYED = 3.0  # Muon's rate, decay and steps multiplied: weights are a mean over the last third of a run's updates
+MOST_DECAY = 0.2  # in short runs
+MOMENTUM_WARMUP = 300  # steps, or a sixth of a short run's
 
 
-def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0) -> RunConfig:
+def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 0) -> RunConfig:
     """The speed recipe for any size: every hyperparameter follows from the model's (docs/recipe.md).
 
     Steps: 12 tokens a parameter of the blocks' matrices and the head. Batch: grows as the square root of these tokens,
     in powers of two. Rates: Muon's is the same at every width, since its updates have the same effect there; those of
-    embedding and head fall as 1 / sqrt(channels); all grow as the square root of the batch.
+    embedding and head fall as 1 / sqrt(channels); all grow as the square root of the batch. Decay: with the rate, such
+    that weights forget over a third of the steps. A batch or steps other than 0 stand in for what would follow.
     """
     tokens = _horizon(model)
     batch_tokens = batch_tokens or _power_of_two(
         BASE_BATCH * (tokens / _horizon(model_from_descriptor("modern:d12"))) ** 0.5
     )
+    steps = steps or round(tokens / batch_tokens)
     batch, width = (batch_tokens / BASE_BATCH) ** 0.5, (BASE_CHANNELS / model.channels) ** 0.5
     train = TrainConfig(
-        steps=round(tokens / batch_tokens),
+        steps=steps,
         batch_tokens=batch_tokens,
         optimizer="muon",
         lr=MATRIX_LR * batch,
@@ -185,7 +190,8 @@ def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0) -> RunConfig:
         schedule="trapezoid",
         final_lr_fraction=0.0,
         warmup_steps=0,
-        weight_decay=0.0,
+        weight_decay=min(MOST_DECAY, DECAYED / (MATRIX_LR * batch * steps)),
+        momentum_warmup_steps=min(MOMENTUM_WARMUP, steps // 6),
         neuron_beta2=0.95,
         beta1=0.8,
         clip=0.0,
@@ -249,7 +255,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 def recipe(name: str, settings: Sequence[str] = ()) -> RunConfig:
     """The recipe of that name, or the speed recipe at "modern:d20" or "modern:d20c1024", with settings ("steps=20").
 
-    Where a setting changes a speed recipe's model or batch, the rest follows from these, but for what is set, too.
+    Where a setting changes a speed recipe's model, batch or steps, the rest follows from these, but for what is set.
     Raises ValueError with the nearest names for an unknown one, and as `override` for a setting.
     """
     if name.startswith(ANY_SIZE):
@@ -268,11 +274,11 @@ def recipe(name: str, settings: Sequence[str] = ()) -> RunConfig:
 
 
 def _derived_anew(base: RunConfig, settings: Sequence[str]) -> RunConfig:
-    """The speed recipe for the model and the batch that the settings name."""
+    """The speed recipe for the model, the batch and the steps that the settings name."""
     data = changed(base, settings)
     model = from_dict(ModelConfig, data["model"], "model")
     if model.family != base.model.family:
         return base
     keys = {setting.partition("=")[0].strip() for setting in settings}
-    batch_tokens = data["train"]["batch_tokens"] if keys & {"batch_tokens", "train.batch_tokens"} else 0
-    return speedrun(base.recipe, model, batch_tokens)
+    chosen = {key: data["train"][key] for key in ("batch_tokens", "steps") if keys & {key, f"train.{key}"}}
+    return speedrun(base.recipe, model, **chosen)
