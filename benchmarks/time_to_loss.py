@@ -1,7 +1,7 @@
 """How many tokens and seconds does a recipe take to a loss? The trainer itself, over seeds and over variants.
 
     python -m benchmarks.time_to_loss --corpus TOKENS_OR_PARQUET --val TOKENS_OR_PARQUET [--recipe speedrun-124m]
-        [--seeds 5] [--steps 1100] [--set lr=1e-3 …] [--variant NAME:key=value,key=value …] [--json FILE]
+        [--seeds 5] [--steps 1200] [--set lr=1e-3 …] [--variant NAME:key=value,key=value …] [--json FILE]
     python -m benchmarks.time_to_loss --corpus TOKENS_OR_PARQUET --split 500000 …      to choose settings
 
 A seed sets both the initial weights and the order of the data. Validation is on the first 458,752 tokens, at step 0,
@@ -289,7 +289,7 @@ def parser_of(name: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="speedrun-124m", help="a name, or modern:d8c512: the speed recipe there")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--micro-batch", type=int, default=64, help="sequences")
     parser.add_argument("--val-every", type=int, default=25, help="steps; finer for the final figure")

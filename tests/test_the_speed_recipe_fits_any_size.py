@@ -30,9 +30,10 @@ def test_a_recipe_has_the_numbers_of_the_documentation(name: str) -> None:
     # to the digit that is shown
     assert sizes[:5] == pytest.approx([model.layers, model.channels, model.heads, *millions], abs=0.05)
     expected = [made.tokens / 1e9, train.batch_tokens, train.steps, train.lr, train.embedding_lr, train.head_lr]
-    assert rates == pytest.approx(expected, rel=1e-3)
+    assert rates == pytest.approx([*expected, train.weight_decay], rel=1e-3)
     assert (train.optimizer, train.schedule, train.beta1, train.momentum) == ("muon", "trapezoid", 0.8, 0.95)
-    assert train.clip == train.weight_decay == train.warmup_steps == train.final_lr_fraction == 0
+    assert train.clip == train.warmup_steps == train.final_lr_fraction == 0
+    assert train.momentum_warmup_steps == 300
 
 
 def test_a_size_without_a_name_has_its_rules() -> None:
@@ -55,6 +56,17 @@ def test_another_batch_moves_the_rates_and_what_is_set_wins() -> None:
     assert made.head_lr == 0.5 and made.steps == pytest.approx(base.steps / 4, abs=1)
     assert recipe("speedrun-124m", ["model=modern:d20", "steps=7", "lr=0.1"]).train.steps == 7
     assert recipe("speedrun-124m", ["model=modern:d20", "train.batch_tokens=131072"]).train.batch_tokens == 131_072
+
+
+def test_other_steps_move_the_decay_and_the_momentums_warm_up() -> None:
+    base = recipe("speedrun-124m", ["batch_tokens=65536", "steps=1200"]).train
+    assert base.lr * base.weight_decay * base.steps == pytest.approx(3) and base.momentum_warmup_steps == 200
+    half = recipe("speedrun-124m", ["batch_tokens=65536", "train.steps=600"]).train
+    assert (half.lr, half.weight_decay, half.momentum_warmup_steps) == (base.lr, 0.2, 100)
+    made = recipe("speedrun-124m", ["steps=20", "weight_decay=0", "momentum_warmup_steps=7"]).train
+    assert (made.steps, made.weight_decay, made.momentum_warmup_steps) == (20, 0, 7)
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        recipe("speedrun-124m", ["steps=0"])
 
 
 def test_other_recipes_and_models_keep_the_numbers_that_they_have() -> None:
