@@ -1,6 +1,7 @@
 """Bad input ends at once with status 2 and one line that names the value and the fix; nothing is left behind."""
 
 import json
+import math
 import os
 import shlex
 import socket
@@ -43,6 +44,7 @@ def refuse(*arguments: str, cwd: Path, store: Path | str) -> str:
         (["gpt2_124m"], "unknown recipe 'gpt2_124m': did you mean gpt2-124m"),
         (["demo", "--set", "stps=3"], "unknown key 'stps' (did you mean steps?)"),
         (["demo", "--set", "steps=many"], "steps='many' is not a whole number"),
+        (["demo", "--set", "lr=1e999"], "lr=inf is not a finite number"),
         (["demo", "--set", "schedule=cosin"], "schedule='cosin' is none of cosine, linear, constant, wsd"),
         (["demo", "--set", "steps"], "write key=value"),
         (["demo", "--set", "batch_tokens=1000"], "the nearest that are 768 and 1024"),
@@ -373,17 +375,24 @@ def test_a_broken_shard_is_named_by_the_trainer(finished: Finished, tmp_path: Pa
     assert "train_000001.bin" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["team/alice", "../../outside"])
-def test_a_name_from_the_launchpad_that_is_no_folder(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "train", "said"),
+    [
+        ("team/alice", {}, "run name 'team/alice' is not a good name for a folder"),
+        ("../../outside", {}, "run name '../../outside' is not a good name for a folder"),
+        ("alice", {"lr": math.nan}, "train.lr=nan is not a finite number"),
+    ],
+)
+def test_bad_input_from_the_launchpad(
+    name: str, train: dict[str, float], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable, value in places(str(tmp_path / "home/store")).variables().items():
         monkeypatch.setenv(variable, value)
-    config = {"resources": {"new_run": {"config": {"recipe": "demo"}}}}
+    config = {"resources": {"new_run": {"config": {"recipe": "demo", "train": train}}}}
     with dg.DagsterInstance.local_temp(str(tmp_path)) as dagster:
         dagster.add_dynamic_partitions("run", [name])
         job = definitions.build().resolve_job_def("demo")
         wanted = {"instance": dagster, "partition_key": name, "asset_selection": [dg.AssetKey("documents")]}
-        with pytest.raises(ValueError, match=f"run name '{name}' is not a good name for a folder"):
+        with pytest.raises((ValueError, dg.DagsterError), match=said):
             job.execute_in_process(config, **wanted)
     assert not (tmp_path / "home/outside").exists() and not (tmp_path / "home/store/runs").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -328,6 +329,8 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{where}={value!r} is not {_an(kind.__name__)}")
+    if kind is float and not math.isfinite(value):  # YAML's .nan and .inf, or 1e999
+        raise ValueError(f"{where}={value} is not a finite number")
     return value
 
 
