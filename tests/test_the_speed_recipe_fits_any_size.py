@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,19 @@ def test_other_steps_move_the_decay_and_the_momentums_warm_up() -> None:
     assert (half.lr, half.weight_decay, half.momentum_warmup_steps) == (base.lr, 0.2, 100)
     made = recipe("speedrun-124m", ["steps=20", "weight_decay=0", "momentum_warmup_steps=7"]).train
     assert (made.steps, made.weight_decay, made.momentum_warmup_steps) == (20, 0, 7)
-    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
-        recipe("speedrun-124m", ["steps=0"])
+    for words in ("steps=0", "steps=-5", "batch_tokens=0", "batch_tokens=-1024"):
+        with pytest.raises(ValueError, match=f"{words} must be at least 1"):
+            recipe("speedrun-124m", [words])
+    with pytest.raises(ValueError, match="lr=-1.0 must be above 0"):
+        recipe("speedrun-124m", ["lr=-1"])
+
+
+def test_another_rate_of_muon_moves_the_decay_alone() -> None:
+    base, slower = recipe("speedrun-124m").train, recipe("speedrun-124m", ["train.lr=0.01"]).train
+    assert slower.weight_decay == pytest.approx(3 / (0.01 * base.steps))
+    assert replace(slower, lr=base.lr, weight_decay=base.weight_decay) == base
+    assert recipe("speedrun-124m", ["lr=1e-4"]).train.weight_decay == 0.2
+    assert recipe("speedrun-124m", ["lr=0.01", "weight_decay=0.1"]).train.weight_decay == 0.1
 
 
 def test_other_recipes_and_models_keep_the_numbers_that_they_have() -> None:

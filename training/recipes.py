@@ -166,13 +166,14 @@ MOST_DECAY = 0.2  # in short runs
 MOMENTUM_WARMUP = 300  # steps, or a sixth of a short run's
 
 
-def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 0) -> RunConfig:
+def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 0, lr: float = 0.0) -> RunConfig:
     """The speed recipe for any size: every hyperparameter follows from the model's (docs/recipe.md).
 
     Steps: 12 tokens a parameter of the blocks' matrices and the head. Batch: grows as the square root of these tokens,
     in powers of two. Rates: Muon's is the same at every width, since its updates have the same effect there; those of
-    embedding and head fall as 1 / sqrt(channels); all grow as the square root of the batch. Decay: with the rate, such
-    that weights forget over a third of the steps. A batch or steps other than 0 stand in for what would follow.
+    embedding and head fall as 1 / sqrt(channels); all grow as the square root of the batch. Decay: with Muon's rate,
+    such that weights forget over a third of the steps. A batch, steps or Muon's rate other than 0 stand in for what
+    would follow.
     """
     tokens = _horizon(model)
     batch_tokens = batch_tokens or _power_of_two(
@@ -180,17 +181,18 @@ def speedrun(name: str, model: ModelConfig, batch_tokens: int = 0, steps: int = 
     )
     steps = steps or round(tokens / batch_tokens)
     batch, width = (batch_tokens / BASE_BATCH) ** 0.5, (BASE_CHANNELS / model.channels) ** 0.5
+    lr = lr or MATRIX_LR * batch
     train = TrainConfig(
         steps=steps,
         batch_tokens=batch_tokens,
         optimizer="muon",
-        lr=MATRIX_LR * batch,
+        lr=lr,
         embedding_lr=EMBEDDING_LR * batch * width,
         head_lr=HEAD_LR * batch * width,
         schedule="trapezoid",
         final_lr_fraction=0.0,
         warmup_steps=0,
-        weight_decay=min(MOST_DECAY, DECAYED / (MATRIX_LR * batch * steps)),
+        weight_decay=min(MOST_DECAY, DECAYED / (lr * steps)),
         momentum_warmup_steps=min(MOMENTUM_WARMUP, steps // 6),
         neuron_beta2=0.95,
         beta1=0.8,
@@ -255,7 +257,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 def recipe(name: str, settings: Sequence[str] = ()) -> RunConfig:
     """The recipe of that name, or the speed recipe at "modern:d20" or "modern:d20c1024", with settings ("steps=20").
 
-    Where a setting changes a speed recipe's model, batch or steps, the rest follows from these, but for what is set.
+    Where a setting changes a speed recipe's model, batch, steps or lr, the rest follows, but for what is set.
     Raises ValueError with the nearest names for an unknown one, and as `override` for a setting.
     """
     if name.startswith(ANY_SIZE):
@@ -274,11 +276,12 @@ def recipe(name: str, settings: Sequence[str] = ()) -> RunConfig:
 
 
 def _derived_anew(base: RunConfig, settings: Sequence[str]) -> RunConfig:
-    """The speed recipe for the model, the batch and the steps that the settings name."""
+    """The speed recipe for the model, the batch, the steps and Muon's rate that the settings name."""
     data = changed(base, settings)
     model = from_dict(ModelConfig, data["model"], "model")
     if model.family != base.model.family:
         return base
+    train = from_dict(TrainConfig, data["train"], "train")
     keys = {setting.partition("=")[0].strip() for setting in settings}
-    chosen = {key: data["train"][key] for key in ("batch_tokens", "steps") if keys & {key, f"train.{key}"}}
+    chosen = {key: getattr(train, key) for key in ("batch_tokens", "steps", "lr") if keys & {key, f"train.{key}"}}
     return speedrun(base.recipe, model, **chosen)
