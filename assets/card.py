@@ -19,8 +19,11 @@ HEADLINES = (
     "core", "partial_core", "average",
     *(f"{part.task}/{part.metric}" for parts in harness_tasks.SUITES.values() for part in parts),
 )  # fmt: skip
-RECIPE = ("steps", "batch_tokens", "lr", "final_lr_fraction", "warmup_steps", "schedule", "weight_decay", "dtype")
-MUON = ("optimizer", "embedding_lr", "head_lr", "momentum")  # what only a run by Muon has
+RECIPE = (
+    "steps", "batch_tokens", "lr", "final_lr_fraction", "warmup_steps", "schedule", "weight_decay", "dtype", "fp8",
+)  # fmt: skip
+# what only a run by Muon has
+MUON = ("optimizer", "embedding_lr", "head_lr", "momentum", "momentum_warmup_steps", "neuron_beta2")
 
 
 def write_card(maker: Maker, run: str) -> None:

@@ -47,6 +47,7 @@ def test_the_export_passes_its_gate_and_its_score_is_the_trainings_loss(place: P
 def test_the_card_and_the_report_say_what_it_is(place: Path) -> None:
     card = (run_folder(place) / "export/README.md").read_text()
     assert "- nanochat\n" in card and "A `nanochat` model of" in card and "| optimizer | muon |" in card
+    assert "| momentum_warmup_steps | 1 |" in card and "| neuron_beta2 | 0.95 |" in card and "| fp8 | False |" in card
     assert (run_folder(place) / "report/stability-light.png").stat().st_size > 10_000
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def trained(runs: Path, name: str) -> list[float]:
 def test_a_variant_trains_another_way_than_its_base(runs: Path, name: str) -> None:
     here, there = trained(runs, name), trained(runs, ablations.base_of(name))
     assert max(abs(a - b) for a, b in zip(here, there, strict=True)) > 1e-5
+
+
+def test_a_part_that_a_setting_takes_out_is_gone_and_the_rest_stays() -> None:
+    jobs = ablations.jobs(parsed(*SMALL), Corpora("tokens", "a", "b", 1, 1))
+    made = {job.variant: job.config.train for job in jobs}
+    parts = {"no-normuon": "neuron_beta2", "no-decay": "weight_decay", "no-momentum-warmup": "momentum_warmup_steps"}
+    for name, setting in (parts | {"no-cooldown": "cooldown"}).items():
+        assert getattr(made["base"], setting) > 0
+        assert made[name] == replace(made["base"], **{setting: 0})
+
+
+def test_plain_decay_takes_from_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the update goes outwards, too; the decay is the recipe's own."""
+    for name, expected in (("base", [1.8, -2.1, 2.0]), ("plain-decay", [1.8, -2.0, 1.9])):
+        ablations.apply(name, monkeypatch.setattr)
+        weights, updates = torch.tensor([2.0, -2.0, 2.0]), torch.tensor([1.0, 1.0, 0.0])
+        muon._passes(torch.device("cpu")).apply(weights, weights, updates, 0.1, 0.5)
+        torch.testing.assert_close(weights, torch.tensor(expected))
 
 
 def test_the_plain_base_has_the_models_own_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
