@@ -1,5 +1,6 @@
 """The schedules at every step: warm-up as llm.c's, what follows it against transformers' own schedules."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.optimization import (
 )
 
 from training.config import TrainConfig
-from training.schedule import learning_rate
+from training.schedule import learning_rate, momentum
 
 STEPS, WARMUP, LR = 500, 70, 6e-4
 # What llm.c's `get_learning_rate` prints, compiled: lr 6e-4, warm-up 700, 32,000 steps, final share 0.1.
@@ -46,6 +47,9 @@ def reference(schedule: str, final: float) -> list[float]:
         "wsd": lambda: get_wsd_schedule(
             optimizer, **sizes, num_decay_steps=STEPS // 5, decay_type="1-sqrt", min_lr_ratio=final
         ),
+        "trapezoid": lambda: get_wsd_schedule(
+            optimizer, **sizes, num_decay_steps=2 * STEPS // 5, decay_type="linear", min_lr_ratio=final
+        ),
     }[schedule]()
     rates = []
     for _ in range(STEPS):
@@ -55,16 +59,17 @@ def reference(schedule: str, final: float) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize(
-    ("schedule", "final"), [("cosine", 0.1), ("cosine", 0.0), ("linear", 0.0), ("wsd", 0.1), ("wsd", 0.0)]
-)
+SHAPES = [("linear", 0.0), *((shape, final) for shape in ("cosine", "wsd", "trapezoid") for final in (0.1, 0.0))]
+
+
+@pytest.mark.parametrize(("schedule", "final"), SHAPES)
 def test_after_the_warm_up_it_is_transformers_schedule(schedule: str, final: float) -> None:
     expected = reference(schedule, final)
     for step in range(WARMUP, STEPS):
         assert learning_rate(config(schedule, final), step) == pytest.approx(expected[step], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "trapezoid"])
 def test_warm_up_rises_from_one_step_s_share_to_the_maximum(schedule: str) -> None:
     for step in range(WARMUP):
         assert learning_rate(config(schedule, 0.1), step) == pytest.approx(LR * (step + 1) / WARMUP, rel=1e-12)
@@ -83,3 +88,11 @@ def test_cosine_gives_the_numbers_that_llm_c_prints() -> None:
     run = TrainConfig(steps=32_000, batch_tokens=1, lr=6e-4)
     for step, rate in LLM_C_RATES.items():
         assert learning_rate(run, step) == pytest.approx(rate, rel=3e-6)
+
+
+def test_the_momentum_rises_as_modded_nanogpts() -> None:
+    run = TrainConfig(steps=STEPS, batch_tokens=1, lr=LR, momentum=0.95, momentum_warmup_steps=300)
+    for step in range(STEPS):
+        share = min(step / 300, 1)  # as it is written there
+        assert momentum(run, step) == pytest.approx((1 - share) * 0.85 + share * 0.95)
+    assert momentum(replace(run, momentum_warmup_steps=0), 0) == 0.95

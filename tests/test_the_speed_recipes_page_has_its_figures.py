@@ -1,6 +1,7 @@
 """docs/recipe.md's measured figures are those of benchmarks/results, to the digit that is shown."""
 
 import json
+import sys
 from statistics import mean
 from typing import Any
 
@@ -9,6 +10,7 @@ from tiny_pipeline import ROOT
 
 from benchmarks import time_to_loss
 from benchmarks.ablations import base_of
+from training.config import RunConfig, from_dict
 
 PAGE = (ROOT / "docs/recipe.md").read_text().replace("**", "")
 
@@ -31,6 +33,20 @@ def test_what_the_124m_class_reaches(name: str) -> None:
     if name == "fp8":
         found = f"{mean(losses):.3f} after {mean(seconds):.0f} s and 78.6M"
         assert found in (ROOT / "README.md").read_text()
+
+
+def test_the_commands_make_these_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8, bf16 = (line for line in PAGE.splitlines() if line.endswith("health_every=25"))
+    more = "weight_decay=0 momentum_warmup_steps=0 --seeds 5"
+    assert f"`{more}` behind it" in PAGE
+    for name, command in (("fp8", fp8), ("bf16", bf16), ("speed", f"{bf16} {more}")):
+        monkeypatch.setattr(sys, "argv", command.split()[2:])
+        options = time_to_loss.arguments()
+        runs = [run for run in results("time_to_loss") if run["variant"] == name]
+        assert [run["seed"] for run in runs] == list(time_to_loss.seeds(options))
+        for run in runs:
+            config = time_to_loss.configure(options.recipe, options.set, run["seed"], options)
+            assert config == from_dict(RunConfig, run["config"])
 
 
 def test_what_the_350m_class_reaches() -> None:
