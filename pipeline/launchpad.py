@@ -18,7 +18,7 @@ from pipeline import runs
 from storage.places import places
 from storage.sources import HUB_FOLDERS
 from training import recipes
-from training.config import RunConfig, from_dict, to_dict
+from training.config import RunConfig, to_dict
 from training.gpus import check_gpus
 
 ELSEWHERE = "elsewhere"  # the corpus that `corpus_at` names
@@ -83,19 +83,18 @@ def _settle(values: Mapping[str, Any]) -> dict[str, Any]:
 def _config(values: Mapping[str, Any]) -> RunConfig:
     if "recipe" not in values:
         raise ValueError(f"a new run with {', '.join(values)} needs its recipe: one of {', '.join(recipes.RECIPES)}")
-    data = to_dict(recipes.recipe(values["recipe"]))
-    for name, section in values.items():
-        if isinstance(section, Mapping):
-            data[name] |= section
-    return typing.cast(RunConfig, from_dict(RunConfig, data | _corpus(values), "new_run"))
+    sections = {name: section for name, section in values.items() if isinstance(section, Mapping)}
+    given = [f"{name}.{key}={value}" for name, section in sections.items() for key, value in section.items()]
+    config = recipes.recipe(values["recipe"], given)
+    return dataclasses.replace(config, corpus=_corpus(values) or config.corpus)
 
 
-def _corpus(values: Mapping[str, Any]) -> dict[str, str]:
-    """Raises ValueError for a corpus that is named twice, or not at all."""
+def _corpus(values: Mapping[str, Any]) -> str:
+    """The one that is named, or none. Raises ValueError for a corpus that is named twice, or not at all."""
     chosen, place = values.get("corpus"), values.get("corpus_at", "")
     if (chosen == ELSEWHERE) != bool(place):
         raise ValueError(f"corpus={chosen} with corpus_at={place!r}: corpus_at goes with corpus: {ELSEWHERE}, only")
-    return {"corpus": place or chosen} if chosen else {}
+    return place or chosen or ""
 
 
 def _schema() -> dict[str, dg.Field]:

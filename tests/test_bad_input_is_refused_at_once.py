@@ -380,7 +380,7 @@ def test_a_broken_shard_is_named_by_the_trainer(finished: Finished, tmp_path: Pa
     [
         ("team/alice", {}, "run name 'team/alice' is not a good name for a folder"),
         ("../../outside", {}, "run name '../../outside' is not a good name for a folder"),
-        ("alice", {"lr": math.nan}, "train.lr=nan is not a finite number"),
+        ("alice", {"lr": math.nan}, "train.lr='nan' is not a number"),
     ],
 )
 def test_bad_input_from_the_launchpad(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_pipeline import ROOT, gpt2
 
-from pipeline import runs
+from pipeline import launchpad, runs
 from training import recipes
+from training.config import to_dict
 from training.recipes import recipe
 
 SPEED = ("speedrun-124m", "speedrun-350m", "speedrun-1558m")
@@ -79,6 +80,14 @@ def test_another_rate_of_muon_moves_the_decay_alone() -> None:
     assert replace(slower, lr=base.lr, weight_decay=base.weight_decay) == base
     assert recipe("speedrun-124m", ["lr=1e-4"]).train.weight_decay == 0.2
     assert recipe("speedrun-124m", ["lr=0.01", "weight_decay=0.1"]).train.weight_decay == 0.1
+
+
+def test_what_the_launchpad_leaves_out_follows_and_what_it_says_stays() -> None:
+    made = launchpad._config({"recipe": "speedrun-124m", "train": {"steps": 600, "val_every": 50}})
+    assert made == recipe("speedrun-124m", ["steps=600", "val_every=50"])
+    whole = recipe("speedrun-124m")
+    filled = {"recipe": "speedrun-124m", "model": to_dict(whole.model), "train": to_dict(whole.train) | {"steps": 600}}
+    assert launchpad._config(filled) == replace(whole, train=replace(whole.train, steps=600))
 
 
 def test_other_recipes_and_models_keep_the_numbers_that_they_have() -> None:
