@@ -306,6 +306,8 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds} must be at least 1")
+    if options.split < 0:
+        parser.error(f"--split {options.split} must not be negative")
     if options.val and options.split:
         parser.error("--val is for figures to report, --split for choices: give one of them")
     return options

@@ -45,6 +45,8 @@ def prepare(corpus: str, val: str, held_out: int, runs: Path) -> Corpora:
         raise ValueError(f"{corpus} has no validation shards (*_val_*.bin) of its own: give --val or --split")
     runs.mkdir(parents=True, exist_ok=True)
     train = shards_of(corpus, "train", runs)
+    if held_out and held_out >= (tokens := sum(len(open_shard(path)) for path in train)):
+        raise ValueError(f"--split {held_out} leaves nothing of {corpus}, which holds {tokens} training tokens")
     validation = [] if held_out else shards_of(val or corpus, "val", runs)
     rest = f"less-{held_out}" if held_out else fingerprint(validation)[:12]
     folder = runs / f"tokens-{fingerprint(train)[:12]}-{rest}"
@@ -61,17 +63,18 @@ def prepare(corpus: str, val: str, held_out: int, runs: Path) -> Corpora:
 
 
 def _fill(folder: Path, train: Sequence[str], validation: Sequence[str], held_out: int) -> None:
-    links = [*train[:-1]] if held_out else train
+    links, cut = [*train], []
+    while (missing := held_out - sum(map(len, cut))) > 0:
+        last = open_shard(links.pop())
+        cut.insert(0, last[-missing:])
+        if len(last) > missing:
+            write_shard(str(folder / shard_name("corpus", "train", len(links) + 1)), last[:-missing])
+    if cut:
+        write_shard(str(folder / shard_name("corpus", "val", 0)), np.concatenate(cut))
     for index, path in enumerate(links, start=1):
         os.symlink(os.path.abspath(path), folder / shard_name("corpus", "train", index))
     for index, path in enumerate(validation):
         os.symlink(os.path.abspath(path), folder / shard_name("corpus", "val", index))
-    if held_out:
-        last = open_shard(train[-1])
-        if len(last) <= held_out:
-            raise ValueError(f"--split {held_out} leaves nothing of {train[-1]}, which holds {len(last)} tokens")
-        write_shard(str(folder / shard_name("corpus", "train", len(train))), last[:-held_out])
-        write_shard(str(folder / shard_name("corpus", "val", 0)), last[-held_out:])
 
 
 def shards_of(place: str, split: Split, scratch: Path) -> list[str]:

@@ -96,10 +96,20 @@ def test_a_split_cuts_the_last_training_tokens_off_and_content_names_corpora(tmp
     assert np.array_equal(open_shard(shard_paths(split.folder, "val")[0]), last[-100:])
     assert split.train != whole.train and split.val != whole.val
     assert prepare(shards, shards, 0, tmp_path / "elsewhere").named() == whole.named()
-    with pytest.raises(ValueError, match="--split 400 leaves nothing"):
-        prepare(shards, "", 400, tmp_path / "c")
+    with pytest.raises(ValueError, match="--split 800 leaves nothing of .*, which holds 800 training tokens"):
+        prepare(shards, "", 800, tmp_path / "c")
     with pytest.raises(ValueError, match="absent.bin does not exist"):
         prepare("absent.bin", "", 400, tmp_path / "c")
+
+
+@pytest.mark.parametrize("held_out", [400, 500])
+def test_a_split_may_be_longer_than_the_last_shard(held_out: int, tmp_path: Path) -> None:
+    shards = tiny_run.tokens(tmp_path / "tokens")
+    split = prepare(shards, "", held_out, tmp_path / "runs")
+    whole = np.concatenate([open_shard(path) for path in shard_paths(shards, "train")])
+    train = np.concatenate([open_shard(path) for path in shard_paths(split.folder, "train")])
+    assert np.array_equal(train, whole[:-held_out])
+    assert np.array_equal(open_shard(shard_paths(split.folder, "val")[0]), whole[-held_out:])
 
 
 def test_training_tokens_are_never_the_validation_set_unasked(tmp_path: Path) -> None:
