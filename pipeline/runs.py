@@ -19,7 +19,7 @@ from storage.items import PUBLISHED, THROUGH_LIBRARY
 from storage.places import Places
 from training import plan, recipes
 from training.config import SUITES, RunConfig, nearest_multiples, settable_keys
-from training.gpus import gpu_count, gpu_memory_gib, ranks_here
+from training.gpus import gpu_count, gpu_memory_gib, ranks_here, shard_group
 from training.model_config import GPT2_VOCABULARY
 
 if TYPE_CHECKING:
@@ -212,9 +212,7 @@ def check_tasks(tasks: str) -> None:
 def check_ranks(config: RunConfig) -> None:
     """Refuse shard groups, and a total batch, that the ranks can't be divided into or share evenly."""
     ranks = ranks_here(config.machine.gpus) * config.machine.nnodes
-    shard = config.machine.shard_ranks or ranks
-    if ranks % shard:
-        raise ValueError(f"shard_ranks={shard} does not divide the {ranks} ranks: choose a divisor")
+    shard_group(config.machine.shard_ranks, ranks)
     unit = ranks * max(config.machine.micro_batch, 1) * config.model.context
     if config.train.batch_tokens % unit:
         near = " or ".join(nearest_multiples(config.train.batch_tokens, unit))

@@ -19,7 +19,7 @@ from moto.core import set_initial_no_auth_action_count
 from tiny_pipeline import ROOT, TINY_SETTINGS, Finished, copied, gpt2
 
 from assets.run_config import check_unchanged, config_url
-from pipeline import definitions, runs
+from pipeline import definitions, launchpad, runs
 from storage import objects, records
 from storage.places import places
 from training.config import to_dict
@@ -376,15 +376,20 @@ def test_a_broken_shard_is_named_by_the_trainer(finished: Finished, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "train", "said"),
+    ("name", "train", "error", "said"),
     [
-        ("team/alice", {}, "run name 'team/alice' is not a good name for a folder"),
-        ("../../outside", {}, "run name '../../outside' is not a good name for a folder"),
-        ("alice", {"lr": math.nan}, "train.lr='nan' is not a number"),
+        ("team/alice", {}, ValueError, "run name 'team/alice' is not a good name for a folder"),
+        ("../../outside", {}, ValueError, "run name '../../outside' is not a good name for a folder"),
+        ("alice", {"lr": math.nan}, launchpad.Refused, "train.lr='nan' is not a number"),
     ],
 )
 def test_bad_input_from_the_launchpad(
-    name: str, train: dict[str, float], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    train: dict[str, float],
+    error: type[Exception],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for variable, value in places(str(tmp_path / "home/store")).variables().items():
         monkeypatch.setenv(variable, value)
@@ -393,6 +398,6 @@ def test_bad_input_from_the_launchpad(
         dagster.add_dynamic_partitions("run", [name])
         job = definitions.build().resolve_job_def("demo")
         wanted = {"instance": dagster, "partition_key": name, "asset_selection": [dg.AssetKey("documents")]}
-        with pytest.raises((ValueError, dg.DagsterError), match=said):
+        with pytest.raises(error, match=said):
             job.execute_in_process(config, **wanted)
     assert not (tmp_path / "home/outside").exists() and not (tmp_path / "home/store/runs").exists()

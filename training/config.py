@@ -329,7 +329,7 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{where}={value!r} is not {_an(kind.__name__)}")
-    if kind is float and not math.isfinite(value):  # YAML's .nan and .inf, or 1e999
+    if kind is float and not math.isfinite(value):  # 1e999, or JSON's NaN and Infinity
         raise ValueError(f"{where}={value} is not a finite number")
     return value
 

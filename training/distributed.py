@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from training.gpus import gpu_count
+from training.gpus import gpu_count, shard_group
 
 # torch 2.13 renamed both collectives; 2.11 has only the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -187,9 +187,7 @@ def join(shard_ranks: int = 0, timeout: float = 600.0) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shard_ranks = shard_ranks or size
-    if size % shard_ranks:
-        raise ValueError(f"shard_ranks={shard_ranks} does not divide the {size} ranks: choose a divisor")
+    shard_ranks = shard_group(shard_ranks, size)
     device = _device(local_rank, local_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)

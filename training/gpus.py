@@ -48,6 +48,14 @@ def ranks_here(gpus: int) -> int:
     return gpus or gpu_count() or 1
 
 
+def shard_group(shard_ranks: int, ranks: int) -> int:
+    """How many of the ranks share one optimizer state; `shard_ranks` 0 is all. Raises ValueError for no divisor."""
+    group = shard_ranks or ranks
+    if ranks % group:
+        raise ValueError(f"shard_ranks={group} does not divide the {ranks} ranks: choose a divisor")
+    return group
+
+
 def check_gpus(gpus: int) -> None:
     """Refuse more ranks than this machine has GPUs, and GPUs that torch, which is asked in a process, can't use."""
     there = gpu_count()
